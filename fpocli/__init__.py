@@ -1,0 +1,28 @@
+"""Feature-level Preference Optimization from a cached reference.
+
+    fpocli.cache(fpocli.CacheConfig(model="gemma-2-2b", layer=[25]))
+    fpocli.train(fpocli.TrainConfig(cache="ref.zarr"))
+
+The command line calls the same functions. Nothing heavy is loaded before one is used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from fpocli.config import CacheConfig, InspectConfig, TrainConfig
+from fpocli.errors import UserError
+
+_HOME = {
+    "cache": "fpocli.reference",
+    "train": "fpocli.training",
+    "inspect": "fpocli.report",
+    "Store": "fpocli.store",
+}
+
+__all__ = ["CacheConfig", "InspectConfig", "TrainConfig", "UserError", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

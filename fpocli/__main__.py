@@ -1,0 +1,5 @@
+"""python -m fpocli, which torchrun can launch."""
+
+from fpocli.cli import main
+
+main()

@@ -1,0 +1,129 @@
+"""The command line: flags -> config -> one call; an error is a sentence, a hint and exit code 2."""
+
+import dataclasses
+import errno
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.text import Text
+
+import fpocli
+from fpocli.config import PRESETS, CacheConfig, InspectConfig, TrainConfig
+from fpocli.console import console
+from fpocli.errors import UserError
+
+app = typer.Typer(
+    name="fpo",
+    help="Feature-level Preference Optimization: cache a frozen reference, train the policy alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
+    """Values of a YAML file become the flags' defaults, so flags win and both are checked alike."""
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
+        names = {str(name).replace("-", "_"): value for name, value in values.items()}
+        known = {parameter.name for parameter in context.command.params}
+        if unknown := sorted(names.keys() - known):
+            raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is no flag")
+        _add_defaults(context, names, win=True)
+    return path
+
+
+def _apply_preset(context: typer.Context, name: str | None) -> str | None:
+    if name is not None:
+        if name not in PRESETS:
+            raise typer.BadParameter(f"{name} is none of {', '.join(PRESETS)}")
+        _add_defaults(context, PRESETS[name], win=False)
+    return name
+
+
+def _add_defaults(context: typer.Context, values: dict[str, Any], *, win: bool) -> None:
+    held = dict(context.default_map or {})
+    context.default_map = held | values if win else values | held
+
+
+_CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        help="YAML file with any of these flags; flags win.", callback=_read_yaml, is_eager=True
+    ),
+]
+_PRESET = Annotated[
+    str | None,
+    typer.Option(
+        help=f"The paper's settings: {', '.join(PRESETS)}. File and flags win.",
+        callback=_apply_preset,
+        is_eager=True,
+    ),
+]
+
+
+def _command(name: str, config: type, extra: dict[str, Any]) -> None:
+    """Add `fpo NAME`, whose flags are the fields of `config` and which calls fpocli.NAME.
+
+    Args:
+        name: of the command and of the function.
+        config: its dataclass.
+        extra: flags that fill in others, by name.
+    """
+
+    def run(**flags: Any) -> None:
+        settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
+        try:
+            getattr(fpocli, name)(config(**settings))
+        except UserError as error:
+            _fail(str(error), error.hint)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail("the disk is full", "free some space and give the same command again: it goes on")
+
+    flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)} | {
+        extra_name: (kind, None) for extra_name, kind in extra.items()
+    }
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
+            )
+            for flag, (kind, default) in flags.items()
+        ]
+    )
+    run.__annotations__ = {flag: kind for flag, (kind, _) in flags.items()}
+    app.command(name, help=inspect.cleandoc(config.__doc__ or ""))(run)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+
+
+def _fail(message: str, hint: str) -> None:
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    if hint:
+        console.print(Text.assemble(("hint: ", "bold"), hint))
+    raise typer.Exit(2)
+
+
+_command("cache", CacheConfig, {"config": _CONFIG})
+_command("train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
+_command("inspect", InspectConfig, {})
+
+
+def main() -> None:
+    """The program `fpo`."""
+    app()

@@ -1,0 +1,202 @@
+"""The settings of every command: one flat frozen dataclass each, a help text beside each field.
+
+The command line makes its flags from these fields and the Python API takes the same objects, so
+nothing is listed twice. A field's type is what the flag accepts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from fpocli.errors import UserError
+
+Method = Literal["fpo", "dpo_norm", "dpo", "simpo", "sft"]
+DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Run the frozen reference model and its SAE once and write the store that training reads.
+
+    The same command given again goes on where a stopped run ended.
+    """
+
+    model: Annotated[
+        str, Option(help="Reference model: gemma-2-2b, gemma-2-9b, a hub id or a local folder.")
+    ]
+    layer: Annotated[
+        list[int], Option(help="Decoder layer of the site, from 0. Repeat for several sites.")
+    ]
+    site: Annotated[
+        list[str],
+        Option(help="resid_post (the layer's output) or mlp_out. One for all layers, or one each."),
+    ] = field(default_factory=lambda: ["resid_post"])
+    sae: Annotated[
+        list[str],
+        Option(
+            help="SAE of each layer: sae-lens release/id, a sae-lens folder, or a Gemma Scope "
+            "params.npz. For Gemma-2 the default is Gemma Scope's canonical one of width 16k.",
+        ),
+    ] = field(default_factory=list)
+    data: Annotated[
+        str, Option(help="Preference pairs: hub id, JSON, JSONL, Parquet or a saved data set.")
+    ] = DEFAULT_DATA
+    split: Annotated[
+        str | None,
+        Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
+    ] = None
+    limit: Annotated[int | None, Option(min=1, help="Read only the first so many rows.")] = None
+    chat_template: Annotated[
+        str | None,
+        Option(
+            help="gemma, chatml, halos or a Jinja file. Default: the tokeniser's own; a base "
+            "model without one gets halos (the paper's <|user|> / <|assistant|> format).",
+        ),
+    ] = None
+    top_k: Annotated[
+        str, Option(help="How many of the largest pooled features to keep per response, or all.")
+    ] = "256"
+    value_dtype: Annotated[
+        Literal["float32", "float16"], Option(help="How feature values are stored.")
+    ] = "float32"
+    max_length: Annotated[
+        int, Option(min=2, help="Tokens of prompt plus response; longer responses are cut.")
+    ] = 2048
+    max_prompt_length: Annotated[
+        int, Option(min=1, help="Pairs with a longer prompt are dropped and counted.")
+    ] = 1024
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], Option(help="Dtype the model runs in.")
+    ] = "bfloat16"
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+    ] = None
+    block: Annotated[
+        int, Option(min=1, help="Pairs per block: the unit of work and of what a crash can lose.")
+    ] = 1024
+    out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
+
+    def __post_init__(self) -> None:
+        if not self.layer:
+            raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
+        if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
+            raise UserError(f"--site {unknown[0]} is unknown", "take resid_post or mlp_out")
+        if len(self.site) not in (1, len(self.layer)):
+            raise UserError(
+                f"{len(self.site)} sites are given for {len(self.layer)} layers",
+                "give --site once for all layers, or once for each",
+            )
+        if self.sae and len(self.sae) != len(self.layer):
+            raise UserError(
+                f"{len(self.sae)} SAEs are given for {len(self.layer)} layers",
+                "give one --sae for each --layer, in the same order",
+            )
+        if self.top_k != "all" and not (self.top_k.isdecimal() and int(self.top_k) > 0):
+            raise UserError(
+                f"--top-k {self.top_k} is neither a positive number nor 'all'",
+                "256 is the default; all makes the feature distance exact",
+            )
+
+    @property
+    def sites(self) -> list[tuple[int, str]]:
+        """(layer, kind) of every site, in the order of --layer."""
+        kinds = self.site * len(self.layer) if len(self.site) == 1 else self.site
+        return list(zip(self.layer, kinds, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train the policy alone against a store; no reference model is loaded.
+
+    The same command given again goes on from the newest checkpoint in --out. For several
+    processes: torchrun --nproc-per-node N -m fpocli train ...
+    """
+
+    cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
+    method: Annotated[Method, Option(help="The loss.")] = "fpo"
+    alpha: Annotated[float, Option(min=0, help="Weight of the feature constraint (fpo).")] = 0.5
+    # None until __post_init__ knows the method.
+    beta: Annotated[
+        float, Option(min=0, help="Scale of the rewards. Default: 0.1, for simpo 2.")
+    ] = None  # type: ignore[assignment]
+    gamma: Annotated[float, Option(min=0, help="Target margin of simpo.")] = 0.5
+    k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
+    stop_gradient: Annotated[
+        bool, Option(help="Let the constraint push the rejected response only.")
+    ] = True
+    model: Annotated[
+        str | None,
+        Option(help="Start from other weights of the same tokeniser. Default: the reference."),
+    ] = None
+    sae: Annotated[
+        list[str],
+        Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
+    ] = field(default_factory=list)
+    optimizer: Annotated[
+        Literal["adamw", "rmsprop"], Option(help="AdamW without decay is the paper's Adam.")
+    ] = "adamw"
+    lr: Annotated[float, Option(min=0, help="Peak learning rate.")] = 5e-7
+    weight_decay: Annotated[float, Option(min=0, help="Decoupled for adamw.")] = 0.0
+    schedule: Annotated[
+        Literal["constant", "cosine", "linear"], Option(help="After the warm-up.")
+    ] = "constant"
+    warmup: Annotated[
+        float, Option(min=0, help="Steps of linear warm-up; below 1, a share of all steps.")
+    ] = 150.0
+    epochs: Annotated[int, Option(min=1, help="Passes over the training pairs.")] = 1
+    batch_size: Annotated[int, Option(min=1, help="Pairs per optimiser step, all ranks.")] = 32
+    micro_batch: Annotated[int, Option(min=1, help="Pairs per forward pass and rank.")] = 1
+    grad_clip: Annotated[float, Option(min=0, help="Largest gradient norm; 0 is off.")] = 10.0
+    seed: Annotated[int, Option(help="Of the order of the pairs.")] = 0
+    bf16: Annotated[
+        bool, Option(help="bfloat16 weights with float32 master weights; else float32.")
+    ] = True
+    activation_checkpointing: Annotated[
+        bool, Option(help="Recompute activations in the backward pass.")
+    ] = True
+    zero: Annotated[int, Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2
+    deepspeed: Annotated[
+        str | None, Option(help="DeepSpeed JSON, merged over what the flags give.")
+    ] = None
+    device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda when there is one.")] = (
+        None
+    )
+    eval_fraction: Annotated[
+        float, Option(min=0, max=0.9, help="Share of the pairs held out and scored at both ends.")
+    ] = 0.0
+    save_every: Annotated[
+        int, Option(min=1, help="Steps between checkpoints; the newest is kept.")
+    ] = 500
+    out: Annotated[str, Option(help="Folder for config, metrics, checkpoints and final/.")] = "run"
+    overwrite: Annotated[bool, Option("--overwrite", help="Start the run anew.")] = False
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            object.__setattr__(self, "beta", 2.0 if self.method == "simpo" else 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show what is in a store."""
+
+    store: Annotated[str, Argument(help="The store.")]
+    pair: Annotated[
+        int | None, Option(min=0, help="Show one pair: text, numbers, top features.")
+    ] = None
+    verify: Annotated[
+        bool, Option("--verify", help="Read everything back and check every sum.")
+    ] = False
+    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+
+# The paper's settings (its section 4, section 5.3 and Table 5). Where it is silent, the defaults
+# hold.
+_PAPER: dict[str, Any] = {"alpha": 0.5, "lr": 5e-7, "batch_size": 32, "epochs": 1}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper-2b": _PAPER | {"optimizer": "adamw", "schedule": "constant", "warmup": 150.0},
+    "paper-9b": _PAPER | {"optimizer": "rmsprop", "schedule": "constant", "warmup": 150.0},
+    "paper-control": _PAPER
+    | {"optimizer": "adamw", "lr": 2e-5, "schedule": "cosine", "warmup": 0.1, "batch_size": 64},
+}

@@ -1,0 +1,52 @@
+"""Messages and progress for people, on stderr; stdout is left to data."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str, total: int | None, *, show: bool = True) -> Iterator["Bar"]:
+    """A progress bar for work that can take more than two seconds.
+
+    Args:
+        description: what is being done.
+        total: how many units make the whole; None when that is unknown.
+        show: False on every rank but the first.
+    """
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not show,
+    ) as bars:
+        yield Bar(bars, description, total)
+
+
+class Bar:
+    """One line of progress."""
+
+    def __init__(self, bars: Progress, description: str, total: int | None) -> None:
+        self._bars = bars
+        self._task = bars.add_task(description, total=total, note="")
+
+    def advance(self, amount: int = 1, note: str = "") -> None:
+        """Move on by `amount` units; `note` stands at the end of the line."""
+        self._bars.update(self._task, advance=amount, note=note)

@@ -1,0 +1,189 @@
+"""DeepSpeed: the processes, the engine, its checkpoints. The only importer of deepspeed."""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpocli.config import TrainConfig
+from fpocli.errors import UserError
+from fpocli.model import LanguageModel
+
+_STEP = "fpo_step"
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join the processes of the launcher, or be the only one.
+
+    Args:
+        device: where the policy runs.
+
+    Returns:
+        rank and number of processes.
+    """
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # DeepSpeed prints to stdout, which is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+        from deepspeed.utils import logger
+
+        logger.setLevel("WARNING")
+        # Needs a compiler and 40 seconds, to make what gloo already does on one machine.
+        ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def make_engine(model: LanguageModel, settings: TrainConfig, accumulation: int) -> Any:
+    """Wrap the policy in a DeepSpeed engine.
+
+    With bf16 the weights are bfloat16 and the optimiser works on float32 master weights.
+
+    Args:
+        model: the policy.
+        settings: of the run.
+        accumulation: micro-batches per optimiser step.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[settings.optimizer]
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay),
+            config=_deepspeed_config(settings, accumulation),
+        )
+    if settings.bf16 and settings.zero == 0:
+        # DeepSpeed allocates this optimiser's state with a step of zero gradients and leaves
+        # Adam's step count at 1, which would make the first update 0.744 times too small.
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"].zero_()
+    return engine
+
+
+def _deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.grad_clip,
+        "bf16": {"enabled": settings.bf16},
+        "zero_optimization": {
+            "stage": settings.zero,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+    if settings.deepspeed is None:
+        return config
+    try:
+        given = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{settings.deepspeed} cannot be read as JSON: {error}", "see --deepspeed"
+        ) from error
+    own = ("optimizer", "scheduler", *config)
+    if clashing := [name for name in own[:5] if name in given]:
+        raise UserError(
+            f"{settings.deepspeed} sets {', '.join(clashing)}, which fpo sets from its flags",
+            "leave it out of the file and use the flags",
+        )
+    return _merge(config, given)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _merge(base[name], value) if both else value
+    return merged
+
+
+def take_step(engine: Any, lr: float) -> float:
+    """Tell the engine that a micro-batch is done; after the step's last one it updates the weights.
+
+    Args:
+        engine: after the backward pass of a micro-batch.
+        lr: learning rate of this step.
+
+    Returns:
+        norm of the step's gradient before clipping; 0 before its last micro-batch.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return 0.0
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    # Without ZeRO and bf16 DeepSpeed computes no norm.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return float(own if norm is None else norm)
+
+
+def add_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Sums over all ranks, which must hold the same names."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
+    """Write a checkpoint of all ranks, then drop the older ones."""
+    tag = f"step-{step}"
+    with contextlib.redirect_stdout(sys.stderr):
+        # DeepSpeed points to the new one only when it is whole.
+        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step})
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        for old in folder.glob("step-*"):
+            if old.name != tag:
+                shutil.rmtree(old)
+
+
+def load_checkpoint(engine: Any, folder: Path) -> int:
+    """Go back to the newest checkpoint.
+
+    Returns:
+        the number of steps done; 0 when there is no checkpoint.
+    """
+    if not (folder / "latest").is_file():
+        return 0
+    with contextlib.redirect_stdout(sys.stderr):
+        path, client_state = engine.load_checkpoint(str(folder))
+    if path is None:
+        raise UserError(
+            f"the checkpoint in {folder} cannot be loaded", "start anew with --overwrite"
+        )
+    return int(client_state[_STEP])
+
+
+def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The network's whole state dict on rank 0, None elsewhere. All ranks must call it."""
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    if torch.distributed.get_rank() != 0:
+        return None
+    return {name.removeprefix("network."): value for name, value in state.items()}

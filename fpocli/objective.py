@@ -1,0 +1,99 @@
+"""Scores of the policy and rows of the store -> loss and metrics of each pair.
+
+Shapes: P pairs; column 0 is chosen, column 1 rejected.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fpocli.config import TrainConfig
+from fpocli.distance import StoredFeatures, candidates, feature_distance, policy_features
+from fpocli.losses import METHODS, Terms, constraint
+from fpocli.scoring import PairScores
+from fpocli.sparse import SparseEncoder
+
+
+@dataclass(frozen=True)
+class ReferenceRows:
+    """The store's rows of P pairs.
+
+    Args:
+        logp: float32 [P, 2], S_ref in nats.
+        margin: float32 [P], nats per token.
+        features: by site.
+    """
+
+    logp: Tensor
+    margin: Tensor
+    features: dict[str, StoredFeatures]
+
+
+def objective(
+    scores: PairScores,
+    reference: ReferenceRows,
+    encoders: dict[str, SparseEncoder],
+    settings: TrainConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each pair and everything that is logged about it.
+
+    Args:
+        scores: the policy's.
+        reference: rows of the same pairs.
+        encoders: the SAE of each site the method constrains; none for the other methods.
+        settings: the method and its weights.
+
+    Returns:
+        loss float32 [P] with gradient, and metrics by name, each float32 [P] without.
+    """
+    compared = {
+        site: candidates(scores.pooled[site], reference.features[site], settings.k)
+        for site in encoders
+    }
+    distances = [
+        feature_distance(
+            policy_features(encoder, scores.states[site], compared[site]),
+            compared[site],
+            settings.k,
+        )
+        for site, encoder in encoders.items()
+    ]
+    # The mean over sites of D gives the mean over sites of delta, which is linear in D.
+    distance = torch.stack(distances).mean(0) if distances else torch.zeros_like(scores.logp)
+    terms = Terms(
+        logp=scores.logp,
+        count=scores.count,
+        ref_logp=reference.logp,
+        ref_margin=reference.margin,
+        distance=distance,
+    )
+    loss, (u, rewards) = METHODS[settings.method].loss(terms, settings)
+    chosen, rejected = rewards.unbind(1)
+    metrics = {
+        "loss": loss,
+        "u": u,
+        "reward_chosen": chosen,
+        "reward_rejected": rejected,
+        "margin": chosen - rejected,
+        "accuracy": (scores.average[:, 0] > scores.average[:, 1]).float(),
+        "reward_accuracy": (chosen > rejected).float(),
+        "logp_chosen": scores.logp[:, 0],
+        "logp_rejected": scores.logp[:, 1],
+        "average_logp_chosen": scores.average[:, 0],
+        "average_logp_rejected": scores.average[:, 1],
+    }
+    if compared:
+        metrics |= {
+            "distance_chosen": distance[:, 0],
+            "distance_rejected": distance[:, 1],
+            "delta": constraint(distance, settings),
+            "missing": torch.stack(
+                [
+                    ((~c.stored & c.used).sum(-1) / c.used.sum(-1).clamp(min=1)).mean(1)
+                    for c in compared.values()
+                ]
+            ).mean(0),
+            "overlap": torch.stack([c.overlap.mean(1) for c in compared.values()]).mean(0),
+        }
+    return loss, {name: value.detach().float() for name, value in metrics.items()}

@@ -1,0 +1,233 @@
+"""Preference data in its usual layouts -> Pair.
+
+Layouts, told apart row by row:
+    text            prompt, chosen, rejected are strings
+    messages        prompt is a list of messages; chosen, rejected are the assistant's messages
+    UltraFeedback   chosen, rejected are whole conversations, with or without a prompt column
+    HH-RLHF         chosen, rejected are transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..."
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fpocli.catalog import hub_errors
+from fpocli.config import DEFAULT_DATA
+from fpocli.errors import UserError
+
+Message = dict[str, str]
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_ROLE = {"Human": "user", "Assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair.
+
+    Args:
+        prompt: the conversation up to the answer, as chat messages.
+        chosen: the preferred answer.
+        rejected: the other answer.
+        row: its row in the source, from 0.
+    """
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: `rows` yields its raw rows, `identity` says what they are."""
+
+    rows: Iterator[tuple[str, dict[str, Any]]]
+    identity: dict[str, Any]
+
+
+def open_source(data: str, split: str | None, limit: int | None) -> Source:
+    """Open preference data.
+
+    Args:
+        data: a JSON, JSONL or Parquet file, a folder of datasets' save_to_disk, or a hub id.
+        split: the split of a data set; None takes its default.
+        limit: read only the first so many rows.
+
+    Returns:
+        The rows, each with a name for messages ("pairs.jsonl, line 3"), and their identity.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    path = Path(data)
+    if path.is_file():
+        rows, revision, split = _file_rows(path), None, None
+        with path.open("rb") as stream:
+            fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
+    elif path.suffix in (".json", ".jsonl", ".parquet") and not path.is_dir():
+        raise UserError(f"the data file {data} does not exist", "check the path given to --data")
+    else:
+        split = split or ("train_prefs" if data == DEFAULT_DATA else "train")
+        table = _load_dataset(data, path, split)
+        rows = ((f"{data}, row {i}", row) for i, row in enumerate(table))
+        fingerprint = table._fingerprint
+        checksums = table.info.download_checksums or {}
+        revision = next((url.split("@")[1].split("/")[0] for url in checksums if "@" in url), None)
+    identity = {
+        "source": data,
+        "split": split,
+        "revision": revision,
+        "limit": limit,
+        "fingerprint": fingerprint,
+    }
+    return Source(islice(rows, limit), identity)
+
+
+def read_pairs(source: Source) -> Iterator[Pair]:
+    """The pairs of a source, in order.
+
+    Raises:
+        UserError: a row has none of the layouts; the sentence names it.
+    """
+    for number, (name, row) in enumerate(source.rows):
+        try:
+            yield _parse(row, number)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{name}: {_reason(error)}",
+                "a row needs prompt, chosen and rejected as text or messages, UltraFeedback's or "
+                "HH-RLHF's layout; see docs/data.md",
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _parse(row: dict[str, Any], number: int) -> Pair:
+    if not isinstance(row, dict):
+        raise ValueError("the row is not an object with named fields")
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise ValueError("chosen is text and rejected is not, or the other way round")
+    if isinstance(chosen, str):
+        if prompt is None:
+            chosen, rejected = _transcript(chosen), _transcript(rejected)
+        else:
+            messages = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
+            return Pair(messages, chosen, rejected, number)
+    chosen, rejected = _messages(chosen), _messages(rejected)
+    if isinstance(prompt, list):
+        head = _messages(prompt)
+        chosen, rejected = _without(head, chosen), _without(head, rejected)
+    else:
+        # The conversations share all turns but the last.
+        head = chosen[:-1]
+        if rejected[:-1] != head:
+            raise ValueError("chosen and rejected do not share their turns before the last")
+        chosen, rejected = chosen[-1:], rejected[-1:]
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise ValueError("chosen and rejected must each end in one answer after the prompt")
+    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
+        raise ValueError("chosen and rejected must end in an assistant message")
+    if not head:
+        raise ValueError("the prompt is empty")
+    return Pair(head, chosen[0]["content"], rejected[0]["content"], number)
+
+
+def _without(head: list[Message], conversation: list[Message]) -> list[Message]:
+    return conversation[len(head) :] if conversation[: len(head)] == head else conversation
+
+
+def _message(role: Any, content: Any) -> Message:
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError("a message's role and content must be text")
+    return {"role": role, "content": content}
+
+
+def _messages(value: Any) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("messages must be a list that is not empty")
+    return [_message(item["role"], item["content"]) for item in value]
+
+
+def _transcript(text: str) -> list[Message]:
+    """HH-RLHF's transcript as messages."""
+    head, *parts = _TURN.split(text)
+    if head.strip() or not parts:
+        raise ValueError("there is no prompt, and the text is no Human/Assistant transcript")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return [_message(_ROLE[speaker], content) for speaker, content in turns]
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+        from pyarrow import ArrowException
+
+        try:
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+        except ArrowException as error:
+            raise UserError(f"{path} is not readable Parquet: {error}") from error
+    elif path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}, line {error.lineno}: {error.msg}",
+                "one JSON object per line goes into a file named .jsonl",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text: {error}") from error
+        if not isinstance(rows, list):
+            raise UserError(f"{path} does not hold a list of pairs", "write [{...}, {...}]")
+        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
+    elif path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield f"{path}, line {number}", json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise UserError(f"{path}, line {number}: {error}", "mend the line") from error
+    else:
+        raise UserError(
+            f"{path} is of no known kind", "data files end in .json, .jsonl or .parquet"
+        )
+
+
+def _load_dataset(data: str, path: Path, split: str) -> Any:
+    import datasets
+
+    if path.is_dir():
+        try:
+            saved = datasets.load_from_disk(data)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"the folder {data} holds no saved data set", "write it with save_to_disk"
+            ) from error
+        if not isinstance(saved, datasets.DatasetDict):
+            return saved
+        if split not in saved:
+            raise UserError(f"{data} has no split {split}", f"it has {', '.join(saved)}")
+        return saved[split]
+    with hub_errors(f"the data set {data}"):
+        try:
+            return datasets.load_dataset(data, split=split)
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise UserError(
+                f"the data set {data} is neither a local path nor on the hub",
+                "check the spelling; a private one needs `hf auth login`",
+            ) from error
+        except ValueError as error:
+            raise UserError(
+                f"the data set {data} cannot be read: {error}", "name another --split"
+            ) from error

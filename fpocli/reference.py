@@ -1,0 +1,319 @@
+"""The cache stage: tokenise, run the frozen reference and its SAEs once, write the store.
+
+Shapes: P pairs of a batch, b pairs of a block, K kept features, m features.
+"""
+
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fpocli import store as format
+from fpocli.batches import TokenRuns, pack
+from fpocli.catalog import ModelFolder, default_sae, find_model
+from fpocli.config import CacheConfig
+from fpocli.console import Bar, console, progress
+from fpocli.errors import UserError
+from fpocli.model import (
+    LanguageModel,
+    Site,
+    attention_kernel,
+    check_layers,
+    choose_device,
+    load_model,
+    read_config,
+)
+from fpocli.pairs import open_source, read_pairs
+from fpocli.scoring import PairScores, score
+from fpocli.sparse import SparseEncoder, check_encoder, load_encoder, top_k
+from fpocli.store import Features, Reference, Store, Tokens, Totals
+from fpocli.tokens import PairTokenizer
+
+# Padded slots of one forward pass; a longer pair goes alone.
+_SLOTS_PER_BATCH = 8192
+
+
+def cache(config: CacheConfig) -> Store:
+    """Write the store of a reference model, or go on with one that was stopped.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        The complete store.
+
+    Raises:
+        UserError: the model, SAE, data or store cannot be used; see its hint.
+    """
+    device = choose_device(config.device)
+    folder = find_model(config.model)
+    model_config = read_config(folder)
+    sites = [Site(layer, kind) for layer, kind in config.sites]
+    if len(set(sites)) < len(sites):
+        raise UserError("a site is given twice", "give each --layer once, or with another --site")
+    check_layers(model_config, sites)
+    encoders = _load_encoders(config, sites, model_config.hidden_size, device)
+    store = _open_or_tokenise(config, folder, model_config, encoders)
+    todo = store.missing_blocks()
+    if todo:
+        model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
+        _check_attention_rule(model, store.tokens(todo[0]), device)
+        with progress("Scoring pairs with the reference", store.pairs) as bar:
+            bar.advance(store.pairs - sum(len(store.tokens(block)) for block in todo))
+            for block in todo:
+                tokens = store.tokens(block)
+                store.write_block(block, *_score_block(model, encoders, store, tokens, device, bar))
+    if store.meta["state"] != "complete":
+        store.finish()
+    console.print(
+        f"{store.path} is complete: {store.pairs:,} pairs. Look at it: fpo inspect {store.path}"
+    )
+    return store
+
+
+def _load_encoders(
+    config: CacheConfig, sites: list[Site], width: int, device: torch.device
+) -> dict[str, SparseEncoder]:
+    sources = _sae_sources(config)
+    encoders = {}
+    with progress("Loading SAEs", len(sites)) as bar:
+        for site, source in zip(sites, sources, strict=True):
+            encoders[str(site)] = encoder = load_encoder(source, device)
+            check_encoder(encoder, source, site, width)
+            bar.advance()
+    return encoders
+
+
+def _sae_sources(config: CacheConfig) -> list[str]:
+    return config.sae or [default_sae(config.model, layer, kind) for layer, kind in config.sites]
+
+
+# -- the plan: what determines the store's content -----------------------------------------------
+
+
+def _open_or_tokenise(
+    config: CacheConfig,
+    folder: ModelFolder,
+    model_config: Any,
+    encoders: dict[str, SparseEncoder],
+) -> Store:
+    """The store this command means: the one it began earlier, or a new one."""
+    path = Path(config.out)
+    tokenizer = PairTokenizer(
+        folder, config.chat_template, config.max_length, config.max_prompt_length
+    )
+    source = open_source(config.data, config.split, config.limit)
+    identity = {
+        "data": source.identity,
+        "tokenizer": tokenizer.identity,
+        "limits": {
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "truncation_side": "right",
+        },
+        "model": {
+            "source": folder.source,
+            "revision": folder.revision,
+            "architecture": model_config.architectures[0],
+            "hash": folder.weights_hash(),
+            "dtype": config.dtype,
+            "attention": attention_kernel(model_config),
+        },
+        "sites": _describe_sites(config, encoders),
+        "block": config.block,
+    }
+    if config.overwrite or Store.unfinished(path):
+        Store.remove(path)
+    if path.exists():
+        store = Store.open(path, writable=True)
+        if differing := [name for name in identity if identity[name] != store.meta.get(name)]:
+            raise UserError(
+                f"{path} was made with another {', '.join(differing)}",
+                "give the flags it was made with, another --out, or --overwrite",
+            )
+        done = store.blocks - len(store.missing_blocks())
+        console.print(f"{path}: {done} of {store.blocks} blocks are there already")
+        return store
+    tokens = _tokenise(tokenizer, read_pairs(source))
+    meta = identity | {
+        "writer": {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__},
+        "pairs": {
+            "read": tokenizer.read,
+            "kept": len(tokens),
+            "dropped": dict(tokenizer.dropped),
+        },
+    }
+    _print_plan(path, meta, tokens, config.value_dtype)
+    return Store.create(path, meta, tokens, config.value_dtype)
+
+
+def _describe_sites(
+    config: CacheConfig, encoders: dict[str, SparseEncoder]
+) -> dict[str, dict[str, Any]]:
+    described = {}
+    for (layer, kind), source, (name, encoder) in zip(
+        config.sites, _sae_sources(config), encoders.items(), strict=True
+    ):
+        k = encoder.features if config.top_k == "all" else int(config.top_k)
+        described[name] = {
+            "layer": layer,
+            "kind": kind,
+            "sae": {
+                "source": source,
+                "architecture": encoder.architecture,
+                "hash": encoder.hash(),
+            },
+            "d_sae": encoder.features,
+            "k": min(k, encoder.features),
+            "pooling": "mean over the positions that predict the response",
+        }
+    return described
+
+
+def _tokenise(tokenizer: PairTokenizer, pairs: Iterator[Any]) -> Tokens:
+    runs: list[np.ndarray] = []
+    rows: list[int] = []
+    with progress("Tokenising pairs", None) as bar:
+        for pair in tokenizer(pairs):
+            for run in (pair.prompt, pair.chosen, pair.rejected):
+                runs.append(np.asarray(run, np.uint32))
+            rows.append(pair.row)
+            bar.advance()
+    if not rows:
+        reasons = ", ".join(f"{count} {why}" for why, count in tokenizer.dropped.items())
+        raise UserError(
+            f"no pair is left of {tokenizer.read}" + (f": {reasons}" if reasons else ""),
+            "check the data, --max-length and --max-prompt-length",
+        )
+    ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
+    starts = np.concatenate([[0], ends[:-1, 2]])
+    return Tokens(
+        ids=np.concatenate(runs),
+        spans=np.column_stack([starts, ends]),
+        source_row=np.asarray(rows, np.int64),
+    )
+
+
+def _print_plan(path: Path, meta: dict[str, Any], tokens: Tokens, value_dtype: str) -> None:
+    pairs = meta["pairs"]
+    dropped = "".join(f", {count:,} {reason}" for reason, count in pairs["dropped"].items())
+    size = format.raw_bytes(
+        len(tokens.ids), len(tokens), meta["sites"], np.dtype(value_dtype).itemsize
+    )
+    parent = path.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    console.print(
+        f"{pairs['kept']:,} pairs of {pairs['read']:,} read{dropped}\n"
+        f"{len(tokens.ids):,} tokens; sites {', '.join(meta['sites'])}\n"
+        f"{path} takes at most {size / 1e9:.3f} GB; {free / 1e9:.1f} GB are free"
+    )
+    if size > free:
+        raise UserError(
+            f"{path} may take {size / 1e9:.1f} GB and only {free / 1e9:.1f} GB are free",
+            "give --out on another disk, a smaller --top-k, or a --limit",
+        )
+
+
+# -- scoring one block -----------------------------------------------------------------------------
+
+
+def _score_block(
+    model: LanguageModel,
+    encoders: dict[str, SparseEncoder],
+    store: Store,
+    tokens: Tokens,
+    device: torch.device,
+    bar: Bar,
+) -> tuple[Reference, dict[str, Totals]]:
+    """Reference rows of a block's pairs. They depend on nothing outside the block."""
+    b = len(tokens)
+    logp = np.empty((b, 2), np.float32)
+    features = {
+        site: Features(
+            index=np.empty((b, 2, about["k"]), format.index_dtype(about["d_sae"])),
+            value=np.empty((b, 2, about["k"]), store.value_dtype(site)),
+            nonzero=np.empty((b, 2), np.int32),
+        )
+        for site, about in store.sites.items()
+    }
+    totals = {
+        site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
+        for site, encoder in encoders.items()
+    }
+    for pairs in _batches(tokens):
+        batch = pack([TokenRuns(*tokens.runs(pair)) for pair in pairs]).to(device)
+        with torch.inference_mode():
+            scores = score(model, encoders, batch)
+        _check_finite(scores, tokens.source_row[pairs])
+        logp[pairs] = scores.logp.cpu().numpy()
+        for site, pooled in scores.pooled.items():
+            _keep_largest(pooled, features[site], pairs)
+            totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
+            totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
+        bar.advance(len(pairs))
+    average = logp / tokens.counts.astype(np.float32)
+    return Reference(logp, average[:, 0] - average[:, 1], features), totals
+
+
+def _batches(tokens: Tokens) -> Iterator[list[int]]:
+    """A block's pairs in groups of like length, so that little is padding."""
+    lengths = tokens.spans[:, 3] - tokens.spans[:, 0]
+    group: list[int] = []
+    for pair in np.argsort(-lengths, kind="stable").tolist():
+        if group and lengths[group[0]] * (len(group) + 1) > _SLOTS_PER_BATCH:
+            yield group
+            group = []
+        group.append(pair)
+    yield group
+
+
+def _keep_largest(pooled: torch.Tensor, into: Features, pairs: list[int]) -> None:
+    k = into.index.shape[-1]
+    index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
+    into.index[pairs] = np.where(value > 0, index, np.iinfo(into.index.dtype).max)
+    with np.errstate(over="ignore"):
+        into.value[pairs] = value
+    if not np.isfinite(into.value[pairs]).all():
+        raise UserError(
+            f"a pooled feature of {value.max():.3g} does not fit into float16",
+            "give --value-dtype float32",
+        )
+    into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
+
+
+def _check_finite(scores: PairScores, source_rows: np.ndarray) -> None:
+    finite = scores.logp.isfinite().all(1)
+    for pooled in scores.pooled.values():
+        finite &= pooled.isfinite().all(-1).all(1)
+    if not finite.all():
+        row = source_rows[int((~finite).nonzero()[0, 0])]
+        raise UserError(
+            f"the log-probability or a feature of the pair in row {row} is not finite",
+            "try --dtype float32, or leave the pair out of the data",
+        )
+
+
+def _check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
+    """Refuse a model that does not follow the attention rule of packed rows.
+
+    Model families are many and a mask that one ignores makes every number wrong. So the first
+    pair is scored as it is and with its chosen response in both places: the chosen response's
+    score must not change with its neighbour.
+    """
+    prompt, chosen, rejected = tokens.runs(0)
+    with torch.inference_mode():
+        pair = score(model, {}, pack([TokenRuns(prompt, chosen, rejected)]).to(device))
+        swapped = score(model, {}, pack([TokenRuns(prompt, rejected, chosen)]).to(device))
+    difference = (pair.average[0] - swapped.average[0].flip(0)).abs().max().item()
+    # Rounding alone stays far below this in every dtype; a wrong mask goes far above.
+    if difference > 0.05:
+        raise UserError(
+            f"{type(model.network).__name__} does not follow the attention rule of packed rows: "
+            f"scores of one response differ by {difference:.3g} nats per token with its neighbour",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )

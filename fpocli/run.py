@@ -1,0 +1,127 @@
+"""The folder of a training run: config.yaml, metrics.jsonl, checkpoints/ and final/."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fpocli.config import TrainConfig
+from fpocli.errors import UserError
+from fpocli.store import Store
+
+
+class RunFolder:
+    """Opens the folder of a new run, or of the same run that was stopped.
+
+    Args:
+        settings: of the run.
+        fingerprint: of the store, so that a run is not resumed on another one.
+        first: whether this is the process that writes.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+
+    def __init__(self, settings: TrainConfig, fingerprint: str, *, first: bool) -> None:
+        self.folder = Path(settings.out)
+        self.checkpoints = self.folder / "checkpoints"
+        self.final = self.folder / "final"
+        self.settings, self._first = settings, first
+        self._metrics = self.folder / "metrics.jsonl"
+        config = dataclasses.asdict(settings)
+        identity = {name: value for name, value in config.items() if name not in _PLACE}
+        identity["store"] = fingerprint
+        # On one process, before any other looks; its error is everybody's.
+        failure: list[UserError | None] = [None]
+        if first:
+            try:
+                self._claim(config, identity)
+            except UserError as error:
+                failure = [error]
+        torch.distributed.broadcast_object_list(failure)
+        if failure[0] is not None:
+            raise failure[0]
+        self.finished = (self.final / "config.json").is_file()
+
+    def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
+        known = self.folder / "run.json"
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if not known.is_file():
+                raise UserError(
+                    f"{self.folder} exists and is no run of fpo", "give another folder with --out"
+                )
+            if self.settings.overwrite:
+                shutil.rmtree(self.folder)
+            else:
+                held = json.loads(known.read_text())
+                if differing := [name for name in identity if held.get(name) != identity[name]]:
+                    raise UserError(
+                        f"{self.folder} holds a run with another {', '.join(differing)}",
+                        "give the settings of that run to go on with it, another --out, or "
+                        "--overwrite",
+                    )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(identity, indent=1))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def resume_at(self, step: int) -> None:
+        """Forget what was logged after the checkpoint that training goes on from."""
+        if not self._first:
+            return
+        lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
+        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
+        self._metrics.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._first:
+            with self._metrics.open("a") as metrics:
+                metrics.write(json.dumps(record) + "\n")
+
+    def save_model(
+        self, network: Any, weights: dict[str, torch.Tensor], tokenizer: Any, store: Store
+    ) -> None:
+        """Write final/ as a plain transformers folder, whole or not at all."""
+        partial = self.folder / "final.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        network.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(_model_card(self.settings, store))
+        partial.rename(self.final)
+
+
+# Where things are, which a resumed run may change.
+_PLACE = ("cache", "out", "overwrite", "sae", "device", "save_every", "deepspeed")
+
+
+def _model_card(settings: TrainConfig, store: Store) -> str:
+    base = settings.model or store.meta["model"]["source"]
+    data = store.meta["data"]
+    rows = "\n".join(
+        f"| {name} | {value} |"
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in _PLACE
+    )
+    sites = ", ".join(f"{site} ({about['sae']['source']})" for site, about in store.sites.items())
+    return f"""---
+library_name: transformers
+base_model: {base}
+tags: [fpo, preference-optimization, {settings.method}]
+---
+
+# {Path(base).name} trained with {settings.method}
+
+Trained with fpo (Feature-level Preference Optimization, arXiv 2411.07618) from `{base}` on
+{store.pairs:,} preference pairs of `{data["source"]}`, against a cached reference
+`{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}).
+
+Sites and SAEs: {sites}.
+
+| setting | value |
+|---|---|
+{rows}
+"""

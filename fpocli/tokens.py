@@ -1,0 +1,202 @@
+"""Pair -> three runs of token ids: prompt, chosen, rejected.
+
+The prompt is the chat template with its generation prompt; each response is tokenised on its own
+and joined as ids, so no token boundary moves. Responses end with the template's end-of-turn
+token, unless they were cut.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from fpocli.catalog import ModelFolder
+from fpocli.errors import UserError
+from fpocli.pairs import Message, Pair
+
+# `{{ bos_token }}` renders as nothing where the tokeniser has none.
+CHAT_TEMPLATES = {
+    "gemma": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) "
+        "+ '\n' + message['content'] + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    ),
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "halos": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
+        "{{ eos_token if message['role'] == 'assistant' }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    ),
+}
+DEFAULT_TEMPLATE = "halos"
+_ANSWER = "the answer stands here"
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """The token runs of a pair and its row in the source. No run is empty."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    row: int
+
+
+class PairTokenizer:
+    """Tokenises pairs and counts why some are dropped.
+
+    Args:
+        folder: where the tokeniser's files are.
+        chat_template: a name of CHAT_TEMPLATES, a Jinja file, or None for the tokeniser's own.
+        max_length: tokens of prompt plus response; a longer response loses its end.
+        max_prompt_length: a pair with a longer prompt is dropped.
+
+    Raises:
+        UserError: there is no tokeniser, or the template cannot be read or rendered.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        chat_template: str | None,
+        max_length: int,
+        max_prompt_length: int,
+    ) -> None:
+        self.tokenizer = load_tokenizer(folder)
+        self.max_length = max_length
+        self.max_prompt_length = min(max_prompt_length, max_length - 1)
+        self.read = 0
+        self.dropped: Counter[str] = Counter()
+        self.template_name = self._set_template(chat_template)
+        self.end_of_turn = self._end_of_turn()
+        self.bos = self._bos()
+        self.identity = {
+            "source": folder.source,
+            "revision": folder.revision,
+            "vocabulary": vocabulary_hash(self.tokenizer),
+            "chat_template": {
+                "name": self.template_name,
+                "hash": hashlib.sha256(self.tokenizer.chat_template.encode()).hexdigest(),
+                "text": self.tokenizer.chat_template,
+            },
+            "special_tokens": {"bos": self.bos, "end_of_turn": self.end_of_turn},
+        }
+
+    def __call__(self, pairs: Iterable[Pair]) -> Iterator[TokenPair]:
+        """The pairs that can be scored, in order; the others are counted in `dropped`."""
+        pairs = iter(pairs)
+        while group := list(islice(pairs, 512)):
+            prompts = self._encode([self._render(pair.prompt, pair.row) for pair in group])
+            responses = self._encode(list(chain(*((p.chosen, p.rejected) for p in group))))
+            chosen, rejected = responses[::2], responses[1::2]
+            for pair, prompt, good, bad in zip(group, prompts, chosen, rejected, strict=True):
+                self.read += 1
+                tokens, reason = self._assemble(pair, prompt, good, bad)
+                if tokens is None:
+                    self.dropped[reason] += 1
+                else:
+                    yield tokens
+
+    def _assemble(
+        self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
+    ) -> tuple[TokenPair | None, str]:
+        if self.bos is not None and prompt[:1] != [self.bos]:
+            prompt = [self.bos, *prompt]
+        if len(prompt) > self.max_prompt_length:
+            return None, "prompt too long"
+        if not chosen or not rejected:
+            return None, "empty response"
+        room = self.max_length - len(prompt)
+        good, bad = ([*ids, *self.end_of_turn][:room] for ids in (chosen, rejected))
+        if good == bad:
+            return None, "equal responses"
+        return TokenPair(prompt, good, bad, pair.row), ""
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False).input_ids
+
+    def _render(self, messages: list[Message], row: int | None = None, answer: str = "") -> str:
+        from jinja2 import TemplateError
+
+        if answer:
+            messages = [*messages, {"role": "assistant", "content": answer}]
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=not answer
+            )
+        except (TemplateError, TypeError) as error:
+            where = "" if row is None else f"row {row}: "
+            raise UserError(
+                f"{where}the chat template {self.template_name} refuses the messages: {error}",
+                "give another one with --chat-template",
+            ) from error
+
+    def _set_template(self, choice: str | None) -> str:
+        if choice is None and self.tokenizer.chat_template:
+            if not isinstance(self.tokenizer.chat_template, str):
+                self.tokenizer.chat_template = self.tokenizer.chat_template["default"]
+            return "tokenizer"
+        name = choice or DEFAULT_TEMPLATE
+        if name in CHAT_TEMPLATES:
+            self.tokenizer.chat_template = CHAT_TEMPLATES[name]
+        elif Path(name).is_file():
+            self.tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+        else:
+            raise UserError(
+                f"--chat-template {name} is neither a known name nor a file",
+                f"known names: {', '.join(CHAT_TEMPLATES)}",
+            )
+        return name
+
+    def _end_of_turn(self) -> list[int]:
+        """What the template puts after an answer, without the white space that follows it."""
+        whole = self._render([{"role": "user", "content": "a question"}], answer=_ANSWER)
+        end = whole.rpartition(_ANSWER)[2].strip()
+        if ids := self._encode([end])[0]:
+            return ids
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "neither the chat template nor the tokeniser has an end-of-turn token",
+                "give a template that ends a turn with --chat-template",
+            )
+        return [self.tokenizer.eos_token_id]
+
+    def _bos(self) -> int | None:
+        """The id every prompt starts with, or None for a tokeniser that uses none.
+
+        A template that writes the token has written it already; one that does not relies on the
+        tokeniser to add it.
+        """
+        bos = self.tokenizer.bos_token_id
+        prompt = self._encode([self._render([{"role": "user", "content": "a question"}])])[0]
+        adds = self.tokenizer("a").input_ids[:1] == [bos]
+        return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    """transformers' tokeniser of a model folder, with no clean-up of white space."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder.path, clean_up_tokenization_spaces=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder.source} has no tokeniser that transformers can load: {error}",
+            "the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """sha256 over the sorted vocabulary, tokens and ids."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,231 @@
+"""The training stage: stream the store, score with the policy, step, log, save."""
+
+import math
+import resource
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpocli.catalog import find_model
+from fpocli.config import TrainConfig
+from fpocli.console import console, progress
+from fpocli.engine import (
+    add_over_ranks,
+    gather_weights,
+    load_checkpoint,
+    make_engine,
+    save_checkpoint,
+    start_processes,
+    take_step,
+)
+from fpocli.errors import UserError
+from fpocli.evaluation import evaluate
+from fpocli.losses import METHODS
+from fpocli.model import LanguageModel, Site, choose_device, load_model
+from fpocli.objective import objective
+from fpocli.run import RunFolder
+from fpocli.scoring import score
+from fpocli.sparse import SparseEncoder, check_encoder, load_encoder
+from fpocli.store import Store
+from fpocli.stream import Stream
+from fpocli.tokens import load_tokenizer, vocabulary_hash
+
+
+def train(settings: TrainConfig) -> Path:
+    """Train a policy against a store, or go on with a run that was stopped.
+
+    Args:
+        settings: of the run.
+
+    Returns:
+        The folder of the trained model, in transformers' format.
+
+    Raises:
+        UserError: the store, model, SAE or run folder cannot be used; see its hint.
+    """
+    # -- what is to be done, checked before any model is loaded --------------------------------
+    store = Store.open(settings.cache)
+    check_served(store, settings)
+    device = choose_device(settings.device)
+    rank, world = start_processes(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    stream = Stream(
+        store,
+        batch_size=settings.batch_size,
+        micro_batch=settings.micro_batch,
+        eval_fraction=settings.eval_fraction,
+        seed=settings.seed,
+        rank=rank,
+        world=world,
+    )
+    steps = settings.epochs * stream.steps_per_epoch
+    run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
+    if run.finished:
+        console.print(f"{run.final} is there already; --overwrite trains anew")
+        return run.final
+
+    # -- the policy, its SAEs and the engine -----------------------------------------------------
+    constrained = "features" in METHODS[settings.method].needs
+    model, tokenizer = _load_policy(store, settings, device)
+    encoders = _load_encoders(store, settings, model, device) if constrained else {}
+    engine = make_engine(model, settings, stream.accumulation)
+    done = load_checkpoint(engine, run.checkpoints)
+    run.resume_at(done)
+    if rank == 0:
+        console.print(
+            f"{settings.method} on {store.pairs - len(stream.held_out):,} pairs, "
+            f"{len(stream.held_out):,} held out; steps {done} to {steps} of {settings.batch_size} "
+            f"pairs on {world} {device.type} process{'es' if world > 1 else ''}, "
+            f"ZeRO {settings.zero}"
+        )
+
+    def measure(step: int) -> None:
+        if len(stream.held_out):
+            sums = evaluate(engine, encoders, stream.evaluation(device), settings)
+            run.log({"step": step, "split": "eval"} | add_over_ranks(sums, device))
+
+    # -- the loop ----------------------------------------------------------------------------------
+    if done == 0:
+        measure(0)
+    with progress("Training", steps, show=rank == 0) as bar:
+        bar.advance(done)
+        for step in range(done, steps):
+            began = time.perf_counter()
+            lr = learning_rate(step, steps, settings)
+            sums: dict[str, float] = defaultdict(float)
+            engine.train()
+            for micro in stream.step(step, device):
+                scores = score(engine, encoders, micro.batch)
+                loss, metrics = objective(scores, micro.reference, encoders, settings)
+                # DeepSpeed divides by the micro-batches and averages over ranks; the weights
+                # already make this the mean over the step's pairs.
+                engine.backward((micro.weights * loss).sum() * stream.accumulation * world)
+                norm = take_step(engine, lr)
+                for name, value in metrics.items():
+                    sums[name] += float((micro.weights * value).sum())
+                sums["tokens"] += float((micro.batch.pair >= 0).sum() * bool(micro.weights[0]))
+            totals = add_over_ranks(sums, device)
+            seconds = time.perf_counter() - began
+            tokens = totals.pop("tokens")
+            run.log(
+                {"step": step + 1, "split": "train"}
+                | totals
+                | {
+                    "gradient_norm": norm,
+                    "lr": lr,
+                    "tokens_per_second": tokens / seconds,
+                    "peak_memory_gb": peak_memory(device) / 1e9,
+                }
+            )
+            check_finite(totals["loss"], norm, step + 1)
+            bar.advance(1, f"loss {totals['loss']:.4f}")
+            if (step + 1) % settings.save_every == 0 and step + 1 < steps:
+                save_checkpoint(engine, run.checkpoints, step + 1)
+    measure(steps)
+
+    # -- the result -----------------------------------------------------------------------------
+    weights = gather_weights(engine)
+    if weights is not None:
+        run.save_model(model.network, weights, tokenizer, store)
+        console.print(f"The trained model is in {run.final}")
+    torch.distributed.barrier()
+    return run.final
+
+
+def check_served(store: Store, settings: TrainConfig) -> None:
+    """Refuse a method that the store cannot serve.
+
+    Raises:
+        UserError: the store is not complete, or lacks what the method reads.
+    """
+    store.require_complete()
+    if "features" not in METHODS[settings.method].needs:
+        return
+    if not store.sites:
+        raise UserError(
+            f"{settings.method} needs features and {store.path} holds none",
+            "write the store again with --layer, or train with --method dpo_norm",
+        )
+    for site, about in store.sites.items():
+        if settings.k > about["k"] < about["d_sae"]:
+            raise UserError(
+                f"--k {settings.k} compares more features than the {about['k']} that "
+                f"{store.path} holds at {site}",
+                f"give --k {about['k']} or less, or cache again with a larger --top-k",
+            )
+
+
+def _load_policy(
+    store: Store, settings: TrainConfig, device: torch.device
+) -> tuple[LanguageModel, Any]:
+    """The starting weights, and the tokeniser with the store's template for the result."""
+    folder = find_model(settings.model or store.meta["model"]["source"])
+    tokenizer = load_tokenizer(folder)
+    if vocabulary_hash(tokenizer) != store.meta["tokenizer"]["vocabulary"]:
+        raise UserError(
+            f"the tokeniser of {folder.source} is not the one {store.path} was made with",
+            "start from weights of the same tokeniser, or cache again with this model",
+        )
+    tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
+    sites = [Site.parse(name) for name in store.sites]
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    model = load_model(folder, sites, dtype, device)
+    if settings.activation_checkpointing:
+        model.network.activation_checkpointing_enable()
+    return model, tokenizer
+
+
+def _load_encoders(
+    store: Store, settings: TrainConfig, model: LanguageModel, device: torch.device
+) -> dict[str, SparseEncoder]:
+    sources = settings.sae or [about["sae"]["source"] for about in store.sites.values()]
+    if len(sources) != len(store.sites):
+        raise UserError(
+            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
+            f"give one --sae for each of {', '.join(store.sites)}",
+        )
+    encoders = {}
+    for (site, about), source in zip(store.sites.items(), sources, strict=True):
+        encoder = load_encoder(source, device)
+        check_encoder(encoder, source, Site.parse(site), model.network.config.hidden_size)
+        if encoder.hash() != about["sae"]["hash"]:
+            raise UserError(
+                f"the SAE {source} is not the one {store.path} was made with at {site}",
+                "name the right one with --sae, or cache again",
+            )
+        encoders[site] = encoder
+    return encoders
+
+
+def learning_rate(step: int, steps: int, settings: TrainConfig) -> float:
+    """The rate of a step counted from 0: linear warm-up, then constant, cosine or linear to 0."""
+    warmup = round(settings.warmup * steps) if settings.warmup < 1 else round(settings.warmup)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    rest = (step - warmup) / max(1, steps - warmup)
+    factor = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * rest)),
+        "linear": 1 - rest,
+    }[settings.schedule]
+    return settings.lr * factor
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process held on the GPU, or in memory without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def check_finite(loss: float, norm: float, step: int) -> None:
+    """Stop a run whose numbers are no longer numbers."""
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}",
+            "lower --lr or --grad-clip; the newest checkpoint is from before",
+        )
