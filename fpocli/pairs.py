@@ -74,6 +74,7 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
     else:
         split = split or ("train_prefs" if data == DEFAULT_DATA else "train")
         table = _load_dataset(data, path, split)
+        split = str(table.split or split)
         rows = ((f"{data}, row {i}", row) for i, row in enumerate(table))
         fingerprint = table._fingerprint
         checksums = table.info.download_checksums or {}
@@ -122,6 +123,8 @@ def _parse(row: dict[str, Any], number: int) -> Pair:
             messages = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
             return Pair(messages, chosen, rejected, number)
     chosen, rejected = _messages(chosen), _messages(rejected)
+    if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
+        prompt = [_message("user", prompt)]
     if isinstance(prompt, list):
         head = _messages(prompt)
         chosen, rejected = _without(head, chosen), _without(head, rejected)
@@ -174,7 +177,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-        except ArrowException as error:
+        except (ArrowException, OSError) as error:
             raise UserError(f"{path} is not readable Parquet: {error}") from error
     elif path.suffix == ".json":
         try:
@@ -210,9 +213,10 @@ def _load_dataset(data: str, path: Path, split: str) -> Any:
     if path.is_dir():
         try:
             saved = datasets.load_from_disk(data)
-        except FileNotFoundError as error:
+        except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"the folder {data} holds no saved data set", "write it with save_to_disk"
+                f"the folder {data} holds no readable data set: {error}",
+                "write it with save_to_disk",
             ) from error
         if not isinstance(saved, datasets.DatasetDict):
             return saved

@@ -326,6 +326,10 @@ class Store:
             raise self._damaged("a block record", block, "its content is not what was written")
         return reference
 
+    def whole(self, name: str) -> np.ndarray:
+        """All rows of one small array: spans, source_row, ref/logp or ref/margin."""
+        return self._read(name, slice(None))
+
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all 2N responses: float32 [m]."""
         return self._read(f"features/{site}/mean", slice(None))

@@ -112,29 +112,33 @@ class PairTokenizer:
     ) -> tuple[TokenPair | None, str]:
         if self.bos is not None and prompt[:1] != [self.bos]:
             prompt = [self.bos, *prompt]
+        if not prompt:
+            return None, "empty prompt"
         if len(prompt) > self.max_prompt_length:
             return None, "prompt too long"
         if not chosen or not rejected:
             return None, "empty response"
-        room = self.max_length - len(prompt)
-        good, bad = ([*ids, *self.end_of_turn][:room] for ids in (chosen, rejected))
+        good, bad = (self._end(ids, self.max_length - len(prompt)) for ids in (chosen, rejected))
         if good == bad:
             return None, "equal responses"
         return TokenPair(prompt, good, bad, pair.row), ""
+
+    def _end(self, response: list[int], room: int) -> list[int]:
+        """The response with its end of turn; cut, and then without it, if there is no room."""
+        whole = [*response, *self.end_of_turn]
+        return whole if len(whole) <= room else response[:room]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False).input_ids
 
     def _render(self, messages: list[Message], row: int | None = None, answer: str = "") -> str:
-        from jinja2 import TemplateError
-
         if answer:
             messages = [*messages, {"role": "assistant", "content": answer}]
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not answer
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program of the user's and may raise anything
             where = "" if row is None else f"row {row}: "
             raise UserError(
                 f"{where}the chat template {self.template_name} refuses the messages: {error}",
@@ -150,7 +154,7 @@ class PairTokenizer:
         if name in CHAT_TEMPLATES:
             self.tokenizer.chat_template = CHAT_TEMPLATES[name]
         elif Path(name).is_file():
-            self.tokenizer.chat_template = Path(name).read_text(encoding="utf-8")
+            self.tokenizer.chat_template = Path(name).read_text(encoding="utf-8", errors="replace")
         else:
             raise UserError(
                 f"--chat-template {name} is neither a known name nor a file",
@@ -161,7 +165,13 @@ class PairTokenizer:
     def _end_of_turn(self) -> list[int]:
         """What the template puts after an answer, without the white space that follows it."""
         whole = self._render([{"role": "user", "content": "a question"}], answer=_ANSWER)
-        end = whole.rpartition(_ANSWER)[2].strip()
+        _, found, end = whole.rpartition(_ANSWER)
+        if not found:
+            raise UserError(
+                f"the chat template {self.template_name} leaves the answer out",
+                "give another one with --chat-template",
+            )
+        end = end.strip()
         if ids := self._encode([end])[0]:
             return ids
         if self.tokenizer.eos_token_id is None:
@@ -197,6 +207,10 @@ def load_tokenizer(folder: ModelFolder) -> Any:
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """sha256 over the sorted vocabulary, tokens and ids."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    return hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 over all that makes ids of a text: vocabulary, merges, normaliser, pre-tokeniser."""
+    about: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        about |= {name: state[name] for name in ("model", "normalizer", "pre_tokenizer")}
+    text = json.dumps(about, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

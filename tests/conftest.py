@@ -1,0 +1,91 @@
+"""Every test runs offline, on one thread, in a folder of its own where it writes."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)
+
+_WORDS = [
+    "the",
+    "cat",
+    "and",
+    "a",
+    "hat",
+    "rat",
+    "sat",
+    "on",
+    "one",
+    "mat",
+    "code",
+    ":",
+    "x",
+    "=",
+    "y",
+    "with",
+    "some",
+    "more",
+    "to",
+    "say",
+]
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Random pairs of very different lengths, as JSONL."""
+    rng = random.Random(seed)
+
+    def text(most: int) -> str:
+        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(1, most)))
+
+    rows = [
+        {"prompt": text(15), "chosen": text(25), "rejected": text(25) + "!"} for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory) -> Path:
+    """A folder with a tiny Gemma-2 (model), other weights of it (policy), a SAE and 21 pairs."""
+    folder = tmp_path_factory.mktemp("material")
+    tiny.model_folder(folder / "model")
+    tiny.model_folder(folder / "policy", seed=1)
+    tiny.sae_folder(folder / "sae")
+    write_pairs(folder / "pairs.jsonl", 21)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_path(material) -> Path:
+    """A complete store made from the material."""
+    from fpocli import cache
+
+    path = material / "ref.zarr"
+    cache(cache_config(material, path))
+    return path
+
+
+def cache_config(material: Path, out: Path, **changes):
+    """The settings of the store above, with changes."""
+    from fpocli import CacheConfig
+
+    settings = {
+        "model": str(material / "model"),
+        "layer": [tiny.LAYERS - 1],
+        "sae": [str(material / "sae")],
+        "data": str(material / "pairs.jsonl"),
+        "dtype": "float32",
+        "device": "cpu",
+        "block": 8,
+        "top_k": "64",
+        "out": str(out),
+    }
+    return CacheConfig(**(settings | changes))
