@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from fpocli.console import progress
 from fpocli.errors import UserError
 
@@ -35,13 +37,13 @@ class ModelFolder:
         """sha256 over the bytes of the weight files, in the order of their names."""
         files = sorted(self.path.glob("*.safetensors"))
         digest = hashlib.sha256()
-        total = sum(file.stat().st_size for file in files)
-        with progress(f"Hashing the weights of {self.source}", total // 2**20) as bar:
+        size = sum(file.stat().st_size for file in files) / 1e6
+        with progress(f"Hashing the weights of {self.source} (MB)", size) as bar:
             for file in files:
                 with file.open("rb") as stream:
-                    while chunk := stream.read(16 * 2**20):
+                    while chunk := stream.read(2**24):
                         digest.update(chunk)
-                        bar.advance(len(chunk) // 2**20)
+                        bar.advance(len(chunk) / 1e6)
         return digest.hexdigest()
 
 
@@ -70,11 +72,20 @@ def find_model(name: str) -> ModelFolder:
         revision = path.name
     if not (path / "config.json").is_file():
         raise UserError(f"{source} has no config.json", "name a transformers model folder")
-    if not any(path.glob("*.safetensors")):
+    files = list(path.glob("*.safetensors"))
+    if not files:
         raise UserError(
             f"{source} has no *.safetensors weights",
             "convert it with transformers' save_pretrained; pickled weights are not read",
         )
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise UserError(
+                f"the weights {file} are damaged: {error}", "fetch them anew"
+            ) from error
     return ModelFolder(source, path, revision)
 
 

@@ -35,9 +35,15 @@ def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
         if not isinstance(values, dict):
             raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
         names = {str(name).replace("-", "_"): value for name, value in values.items()}
-        known = {parameter.name for parameter in context.command.params}
-        if unknown := sorted(names.keys() - known):
+        flags = {flag.name: flag for flag in context.command.params if flag.name != "config"}
+        if unknown := sorted(names.keys() - flags.keys()):
             raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is no flag")
+        for name, value in names.items():
+            several = getattr(flags[name], "multiple", False)
+            if isinstance(value, dict) or (isinstance(value, list) and not several):
+                raise typer.BadParameter(f"{path} gives '--{name}' more than one value")
+            if several and not isinstance(value, list):
+                names[name] = [value]
         _add_defaults(context, names, win=True)
     return path
 
@@ -87,9 +93,11 @@ def _command(name: str, config: type, extra: dict[str, Any]) -> None:
         except UserError as error:
             _fail(str(error), error.hint)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno == errno.ENOSPC:
+                _fail("the disk is full", "free some space and give the same command again")
+            if error.filename is None:
                 raise
-            _fail("the disk is full", "free some space and give the same command again: it goes on")
+            _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
     flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)} | {
         extra_name: (kind, None) for extra_name, kind in extra.items()

@@ -18,7 +18,7 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(description: str, total: int | None, *, show: bool = True) -> Iterator["Bar"]:
+def progress(description: str, total: float | None, *, show: bool = True) -> Iterator["Bar"]:
     """A progress bar for work that can take more than two seconds.
 
     Args:
@@ -43,10 +43,10 @@ def progress(description: str, total: int | None, *, show: bool = True) -> Itera
 class Bar:
     """One line of progress."""
 
-    def __init__(self, bars: Progress, description: str, total: int | None) -> None:
+    def __init__(self, bars: Progress, description: str, total: float | None) -> None:
         self._bars = bars
         self._task = bars.add_task(description, total=total, note="")
 
-    def advance(self, amount: int = 1, note: str = "") -> None:
+    def advance(self, amount: float = 1, note: str = "") -> None:
         """Move on by `amount` units; `note` stands at the end of the line."""
         self._bars.update(self._task, advance=amount, note=note)

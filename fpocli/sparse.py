@@ -8,13 +8,17 @@ import hashlib
 import re
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fpocli.catalog import hub_errors
 from fpocli.errors import UserError
 
+# What reading a file that is cut or of another kind raises.
+_BROKEN = (OSError, ValueError, EOFError, BadZipFile, SafetensorError)
 # Features of this many positions are held at once.
 _POSITIONS = 512
 
@@ -149,7 +153,7 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
             release, sae_id = _split_release(source)
             with hub_errors(f"the SAE {source}"):
                 sae = SAE.from_pretrained(release, sae_id, device=name)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (*_BROKEN, KeyError, RuntimeError, TypeError) as error:
         raise UserError(
             f"the SAE {source} cannot be loaded: {error}",
             "give a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors, or a "
@@ -206,10 +210,12 @@ def _read_gemma_scope(
     """sae-lens's disk loader for a local Gemma Scope params.npz."""
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as arrays:
+    with Path(path).open("rb") as file:
+        arrays = np.load(file, allow_pickle=False)
+        # Some releases write w_enc and w_dec.
         state = {
             re.sub("^w_", "W_", name): torch.tensor(arrays[name]).float().to(device)
-            for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+            for name in arrays
         }
     d_in, d_sae = state["W_enc"].shape
     config = {

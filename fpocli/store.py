@@ -159,10 +159,9 @@ class Store:
         try:
             group = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
             meta = group.attrs.get("fpo")
-        except (FileNotFoundError, KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"there is no store at {path}", "write one with `fpo cache --out`"
-            ) from error
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            what = "is no Zarr group" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}", "write a store with `fpo cache --out`") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             raise UserError(
                 f"{path} is not an fpo store, or writing its tokens was interrupted",
@@ -174,8 +173,13 @@ class Store:
                 f"{path} is a store of version {version}, this fpo reads version 1",
                 "write the store again, or install the fpo that wrote it",
             )
-        store = cls(path, group)
-        store._check_arrays()
+        try:
+            store = cls(path, group)
+            store._check_arrays()
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the metadata of {path} lacks {error}", "write the store again"
+            ) from error
         return store
 
     @staticmethod
@@ -188,34 +192,33 @@ class Store:
 
     @staticmethod
     def unfinished(path: Path) -> bool:
-        """Whether an interrupted `create` left something at `path`."""
+        """Whether `path` is an empty folder or what an interrupted `create` left."""
+        if path.is_dir() and not any(path.iterdir()):
+            return True
         return _is_ours(path) and "fpo" not in zarr.open_group(path, mode="r").attrs
 
     def _check_arrays(self) -> None:
-        try:
-            n, blocks = self.pairs, self.blocks
-            expected: dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]] = {
-                "tokens": (None, ("uint32",)),
-                "spans": ((n, 4), ("int64",)),
-                "source_row": ((n,), ("int64",)),
-                "ref/logp": ((n, 2), ("float32",)),
-                "ref/margin": ((n,), ("float32",)),
-                "blocks/digest": ((blocks,), ("uint64",)),
+        n, blocks = self.pairs, self.blocks
+        if self.meta["state"] not in ("tokenised", "partial", "complete"):
+            raise KeyError("a known state")
+        expected: dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]] = {
+            "tokens": (None, ("uint32",)),
+            "spans": ((n, 4), ("int64",)),
+            "source_row": ((n,), ("int64",)),
+            "ref/logp": ((n, 2), ("float32",)),
+            "ref/margin": ((n,), ("float32",)),
+            "blocks/digest": ((blocks,), ("uint64",)),
+        }
+        for site, about in self.sites.items():
+            k, m = about["k"], about["d_sae"]
+            root = f"features/{site}"
+            expected |= {
+                f"{root}/index": ((n, 2, k), (index_dtype(m),)),
+                f"{root}/value": ((n, 2, k), ("float32", "float16")),
+                f"{root}/nonzero": ((n, 2), ("int32",)),
+                f"{root}/mean": ((m,), ("float32",)),
+                f"{root}/frequency": ((2, m), ("int64",)),
             }
-            for site, about in self.sites.items():
-                k, m = about["k"], about["d_sae"]
-                root = f"features/{site}"
-                expected |= {
-                    f"{root}/index": ((n, 2, k), (index_dtype(m),)),
-                    f"{root}/value": ((n, 2, k), ("float32", "float16")),
-                    f"{root}/nonzero": ((n, 2), ("int32",)),
-                    f"{root}/mean": ((m,), ("float32",)),
-                    f"{root}/frequency": ((2, m), ("int64",)),
-                }
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"the metadata of {self.path} lacks {error}", "write the store again"
-            ) from error
         for name, (shape, dtypes) in expected.items():
             array = self._group.get(name)
             if not isinstance(array, zarr.Array):
@@ -276,7 +279,7 @@ class Store:
 
     def missing_blocks(self) -> list[int]:
         """The blocks that have no reference rows yet."""
-        return np.flatnonzero(self._array("blocks/digest")[:] == 0).tolist()
+        return np.flatnonzero(self.whole("blocks/digest") == 0).tolist()
 
     def require_complete(self) -> None:
         """Refuse a store that still has gaps.
@@ -327,7 +330,7 @@ class Store:
         return reference
 
     def whole(self, name: str) -> np.ndarray:
-        """All rows of one small array: spans, source_row, ref/logp or ref/margin."""
+        """All rows of one small array, such as spans or ref/margin."""
         return self._read(name, slice(None))
 
     def mean(self, site: str) -> np.ndarray:
@@ -430,7 +433,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a folder is a store or the beginning of one."""
     try:
         group = zarr.open_group(path, mode="r", zarr_format=3)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     about = group.attrs.get("fpo")
     known = _TOKEN_ARRAYS | {"ref", "features", "blocks"}

@@ -3,6 +3,7 @@
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import random

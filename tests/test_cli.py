@@ -139,8 +139,8 @@ def test_flags_win_over_file_and_file_over_preset(resolve, flags):
         ("- cache", "c.yaml must hold one flag per line, name: value"),
         ("cache: s\nbatch_size: many", "'--batch-size': Input should be a valid integer"),
         ("cache: s\nbatch_size: 2.5", "'--batch-size': Input should be a valid integer"),
-        ("cache: s\nbf16: [1]", "'--bf16': Input should be a valid boolean"),
-        ("cache: s\nlr: [1, 2]", "'--lr': Input should be a valid number"),
+        ("cache: s\nbf16: many", "'--bf16': Input should be a valid boolean"),
+        ("cache: s\nlr: [1, 2]", "'--lr' more than one value"),
         ("cache: s\nout: [a, b]", "'--out'"),
         ("cache: s\nzero: 4", "'--zero': Input should be less than or equal to 3"),
         ("cache: s\nmethod: ppo", "'ppo' is not one of"),
@@ -263,7 +263,7 @@ def set_attribute(store, **values):
 @pytest.mark.parametrize("command", ["train --cache", "inspect"])
 def test_a_store_that_cannot_be_read_is_told(work, command):
     command = command.split()
-    assert error(*command, "none.zarr") == "there is no store at none.zarr"
+    assert error(*command, "none.zarr") == "none.zarr does not exist"
     assert "notes" in error(*command, "notes")
     set_attribute("ref.zarr", version="2.0")
     assert "ref.zarr is a store of version 2.0" in error(*command, "ref.zarr")

@@ -246,4 +246,4 @@ def test_an_unknown_split(tmp_path):
 
 def test_a_folder_that_is_no_data_set(tmp_path):
     write_jsonl(tmp_path / "data", texts("a"))
-    assert refusal(tmp_path) == f"the folder {tmp_path} holds no saved data set"
+    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no readable data set")

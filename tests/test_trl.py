@@ -17,6 +17,9 @@ from fpocli.scoring import score
 
 BETA = 0.3
 
+# TRL still calls names that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
+
 
 def trainer(material, tmp_path, loss_type: str) -> DPOTrainer:
     rows = [json.loads(line) for line in (material / "pairs.jsonl").read_text().splitlines()[:6]]

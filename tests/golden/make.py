@@ -1,0 +1,55 @@
+"""How ref-1.0.zarr was written. It is run once per version of the format, not again:
+
+cd tests/golden && python make.py
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import zarr
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import tiny  # noqa: E402
+from conftest import write_pairs  # noqa: E402
+
+from fpocli import CacheConfig, cache  # noqa: E402
+
+
+def main() -> None:
+    """Cache seven pairs in three blocks at two sites, and note every value beside the store."""
+    import os
+
+    os.chdir(tempfile.mkdtemp())
+    tiny.model_folder(Path("model"))
+    tiny.sae_folder(Path("sae"))
+    write_pairs(Path("pairs.jsonl"), 7)
+    path = HERE / "ref-1.0.zarr"
+    cache(
+        CacheConfig(
+            model="model",
+            layer=[1, 3],
+            sae=["sae", "sae"],
+            data="pairs.jsonl",
+            dtype="float32",
+            device="cpu",
+            block=3,
+            top_k="20",
+            out="ref.zarr",
+        )
+    )
+    Path("ref.zarr").rename(path)
+    group = zarr.open_group(path, mode="r")
+    arrays = {
+        name: {"dtype": str(item.dtype), "shape": item.shape, "data": item[:].ravel().tolist()}
+        for name, item in group.members(max_depth=None)
+        if isinstance(item, zarr.Array)
+    }
+    about = {"fpo": group.attrs["fpo"], "arrays": arrays}
+    (HERE / "ref-1.0.json").write_text(json.dumps(about))
+
+
+main()

@@ -1,0 +1,311 @@
+"""The cache stage end to end: right numbers, resumed, refused, independent of blocks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import cache_config, write_pairs
+from test_store import contents
+
+from fpocli import CacheConfig, UserError, cache, reference
+from fpocli.batches import TokenRuns, pack
+from fpocli.catalog import find_model
+from fpocli.model import LanguageModel, Site, load_model
+from fpocli.scoring import score
+from fpocli.sparse import SparseEncoder
+from fpocli.store import Store
+
+SITE = "layer_3.resid_post"
+
+
+def test_stored_numbers_equal_plain_transformers_and_sae_lens(store_path):
+    """Every pair, each sequence on its own, in float32, to 1e-4 nats."""
+    network, sae = tiny.network("gemma2"), tiny.sae()
+    arrays = contents(store_path)
+    ids, spans = arrays["tokens"].astype(np.int64), arrays["spans"]
+    index, value = (arrays[f"features/{SITE}/{name}"] for name in ("index", "value"))
+    pooled_all = []
+    for pair, (start, chosen, rejected, end) in enumerate(spans.tolist()):
+        for side, (first, last) in enumerate(((chosen, rejected), (rejected, end))):
+            sequence = torch.tensor(np.concatenate([ids[start:chosen], ids[first:last]]))[None]
+            seen = []
+            hook = network.model.norm.register_forward_pre_hook(lambda m, x, s=seen: s.append(x[0]))
+            with torch.no_grad():
+                logp = network(sequence, use_cache=False).logits.float().log_softmax(-1)
+            hook.remove()
+            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+            targets = sequence[0, chosen - start :, None]
+            total = logp[0, predictors].gather(-1, targets).sum().item()
+            assert arrays["ref/logp"][pair, side] == pytest.approx(total, abs=1e-4)
+            pooled = sae.encode(seen[0][0, predictors]).double().mean(0).detach().numpy()
+            pooled_all.append(pooled)
+            used = value[pair, side] > 0
+            own = np.sort(pooled)[::-1][: used.sum()]
+            np.testing.assert_allclose(value[pair, side][used], own, atol=1e-3)
+            np.testing.assert_allclose(
+                value[pair, side][used], pooled[index[pair, side][used]], atol=1e-3
+            )
+            nonzero = arrays[f"features/{SITE}/nonzero"][pair, side]
+            assert abs(int(nonzero) - (pooled > 0).sum()) <= 1
+    mean = np.mean(pooled_all, 0)
+    np.testing.assert_allclose(arrays[f"features/{SITE}/mean"], mean, atol=1e-4)
+    frequency = (np.stack(pooled_all).reshape(-1, 2, tiny.FEATURES) > 0).sum(0)
+    assert (np.abs(arrays[f"features/{SITE}/frequency"] - frequency) <= 1).all()
+
+
+def test_cached_scores_equal_scores_online(store_path, material):
+    """method.md 5, whatever the grouping."""
+    store = Store.open(store_path)
+    folder = find_model(str(material / "model"))
+    model = load_model(folder, [Site.parse(SITE)], torch.float32, torch.device("cpu")).eval()
+    encoders = {SITE: SparseEncoder(tiny.sae())}
+    for block in range(store.blocks):
+        tokens = store.tokens(block)
+        rows = store.reference(block, tokens)
+        for pair in range(len(tokens)):
+            with torch.inference_mode():
+                scores = score(model, encoders, pack([TokenRuns(*tokens.runs(pair))]))
+            np.testing.assert_allclose(rows.logp[pair], scores.logp[0], atol=5e-5)
+            pooled = scores.pooled[SITE][0].sort(-1, descending=True).values[:, :64]
+            np.testing.assert_allclose(rows.features[SITE].value[pair], pooled, atol=1e-4)
+
+
+def test_content_is_the_same_for_any_block_size_and_slot_budget(material, tmp_path, monkeypatch):
+    results = []
+    for number, (block, slots) in enumerate(((8, 8192), (21, 8192), (4, 300), (1, 1))):
+        monkeypatch.setattr(reference, "_SLOTS_PER_BATCH", slots)
+        path = tmp_path / f"{number}.zarr"
+        cache(cache_config(material, path, block=block))
+        results.append(contents(path))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other["tokens"], results[0]["tokens"])
+        np.testing.assert_allclose(other["ref/logp"], results[0]["ref/logp"], atol=1e-4)
+        name = f"features/{SITE}/value"
+        np.testing.assert_allclose(other[name], results[0][name], atol=1e-3)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_a_stopped_run_goes_on_with_the_same_command(
+    material, tmp_path, store_path, stop_after, monkeypatch
+):
+    """Content equal to the bit, and the blocks that were done are not scored again."""
+    path = tmp_path / "ref.zarr"
+    scored = []
+    real = reference._score_block
+
+    def stopping(*arguments):
+        if len(scored) == stop_after:
+            raise KeyboardInterrupt
+        scored.append(arguments[3].source_row[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(reference, "_score_block", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        cache(cache_config(material, path))
+    assert Store.open(path).meta["state"] == ("partial" if stop_after else "tokenised")
+    stop_after = 99
+    cache(cache_config(material, path))
+    assert scored == [0, 8, 16]
+    whole, resumed = contents(store_path), contents(path)
+    assert whole.keys() == resumed.keys()
+    for name, values in whole.items():
+        np.testing.assert_array_equal(resumed[name], values, err_msg=name)
+
+
+def test_a_run_stopped_while_it_writes_tokens_starts_over(material, tmp_path, monkeypatch):
+    path = tmp_path / "ref.zarr"
+    import zarr
+
+    real = zarr.Group.create_array
+
+    def stopping(group, name, **settings):
+        if name == "ref/margin":
+            raise KeyboardInterrupt
+        return real(group, name, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zarr.Group, "create_array", stopping)
+        cache(cache_config(material, path))
+    with pytest.raises(UserError, match="interrupted"):
+        Store.open(path)
+    assert cache(cache_config(material, path)).meta["state"] == "complete"
+
+
+def test_kill_9_loses_at_most_the_block_in_work(material, tmp_path, store_path):
+    """A real process, killed without warning in the middle of its blocks."""
+    write_pairs(tmp_path / "many.jsonl", 400, seed=1)
+    config = cache_config(material, tmp_path / "ref.zarr", data=str(tmp_path / "many.jsonl"))
+    command = [sys.executable, "-m", "fpocli", "cache", *flags(config)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    digests = tmp_path / "ref.zarr" / "blocks" / "digest" / "c"
+    deadline = time.monotonic() + 120
+    while not (digests.is_dir() and len(list(digests.iterdir())) >= 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < len(Store.open(tmp_path / "ref.zarr").missing_blocks()) < 50
+    subprocess.run(command, check=True, capture_output=True)
+    unbroken = tmp_path / "unbroken.zarr"
+    cache(cache_config(material, unbroken, data=str(tmp_path / "many.jsonl")))
+    one, other = contents(tmp_path / "ref.zarr"), contents(unbroken)
+    for name, values in other.items():
+        np.testing.assert_array_equal(one[name], values, err_msg=name)
+
+
+def flags(config: CacheConfig) -> list[str]:
+    return [
+        *("--model", config.model, "--layer", str(config.layer[0]), "--sae", config.sae[0]),
+        *("--data", config.data, "--dtype", config.dtype, "--block", str(config.block)),
+        *("--top-k", config.top_k, "--out", config.out, "--device", "cpu"),
+    ]
+
+
+def test_the_same_command_twice_changes_nothing(material, store_path):
+    before = contents(store_path)
+    cache(cache_config(material, store_path))
+    after = contents(store_path)
+    for name, values in before.items():
+        np.testing.assert_array_equal(after[name], values)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"top_k": "32"}, "sites"),
+        ({"max_length": 30}, "limits"),
+        ({"dtype": "bfloat16"}, "model"),
+        ({"chat_template": "gemma"}, "tokenizer"),
+        ({"limit": 20}, "data"),
+        ({"block": 4}, "block"),
+        ({"model": "policy"}, "model"),
+    ],
+)
+def test_other_settings_are_not_mixed_into_a_store(material, store_path, change, named):
+    """The trap of a cache keyed too loosely."""
+    if "model" in change:
+        change = {"model": str(material / change["model"])}
+    with pytest.raises(UserError, match=f"made with another .*{named}"):
+        cache(cache_config(material, store_path, **change))
+
+
+def test_changed_data_under_the_same_name_is_noticed(material, store_path, tmp_path):
+    data = shutil.copy(material / "pairs.jsonl", tmp_path)
+    path = shutil.copytree(store_path, tmp_path / "ref.zarr")
+    cache(cache_config(material, path.with_name("own.zarr"), data=data))
+    write_pairs(tmp_path / "pairs.jsonl", 21, seed=9)
+    with pytest.raises(UserError, match="another data"):
+        cache(cache_config(material, path.with_name("own.zarr"), data=data))
+
+
+def test_all_features_and_float16_values(material, tmp_path, store_path):
+    whole = cache(cache_config(material, tmp_path / "all.zarr", top_k="all"))
+    half = cache(cache_config(material, tmp_path / "half.zarr", value_dtype="float16"))
+    assert whole.sites[SITE]["k"] == tiny.FEATURES
+    name = f"features/{SITE}/value"
+    kept, every = contents(store_path)[name], contents(whole.path)[name]
+    np.testing.assert_array_equal(every[..., :64], kept)
+    short = contents(half.path)[name]
+    assert short.dtype == np.float16
+    np.testing.assert_array_equal(short, kept.astype(np.float16))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_several_sites_of_both_kinds(material, tmp_path, family):
+    model = tiny.model_folder(tmp_path / "model", family)
+    config = cache_config(
+        material,
+        tmp_path / "ref.zarr",
+        model=str(model),
+        layer=[0, 3, 3],
+        site=["resid_post", "resid_post", "mlp_out"],
+        sae=[str(material / "sae")] * 3,
+        limit=4,
+    )
+    store = cache(config)
+    assert list(store.sites) == ["layer_0.resid_post", "layer_3.resid_post", "layer_3.mlp_out"]
+    tokens = store.tokens(0)
+    features = store.reference(0, tokens).features
+    network = LanguageModel(tiny.network(family), [Site.parse(site) for site in store.sites])
+    encoders = {site: SparseEncoder(tiny.sae()) for site in store.sites}
+    with torch.inference_mode():
+        scores = score(network, encoders, pack([TokenRuns(*tokens.runs(2))]))
+    for site, pooled in scores.pooled.items():
+        largest = pooled[0].sort(-1, descending=True).values[:, :64]
+        np.testing.assert_allclose(features[site].value[2], largest, atol=1e-3)
+
+
+def test_numbers_that_are_not_finite_name_the_row(material, tmp_path):
+    network = tiny.network("gemma2")
+    with torch.no_grad():
+        network.model.embed_tokens.weight[ord("!")] = torch.nan
+    model = tmp_path / "model"
+    network.save_pretrained(model)
+    tiny.tokenizer().save_pretrained(model)
+    with pytest.raises(UserError, match=r"row \d+ is not finite"):
+        cache(cache_config(material, tmp_path / "ref.zarr", model=str(model)))
+
+
+def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, monkeypatch):
+    """Scores that hang on a response's neighbour are worse than none."""
+
+    def causal_only(batch, window=None):
+        return torch.ones(*batch.ids.shape, batch.ids.shape[1]).tril().bool()
+
+    monkeypatch.setattr("fpocli.batches.Batch.attends", causal_only)
+    with pytest.raises(UserError, match="does not follow the attention rule"):
+        cache(cache_config(material, tmp_path / "ref.zarr"))
+
+
+def test_a_store_larger_than_the_free_disk_is_not_begun(material, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="are free"):
+        cache(cache_config(material, tmp_path / "ref.zarr"))
+    assert not (tmp_path / "ref.zarr").exists()
+
+
+def test_dropped_pairs_are_counted_and_rows_keep_their_numbers(material, tmp_path):
+    rows = [json.loads(line) for line in (material / "pairs.jsonl").read_text().splitlines()[:5]]
+    rows[1]["chosen"] = ""
+    rows[3]["rejected"] = rows[3]["chosen"]
+    data = tmp_path / "pairs.json"
+    data.write_text(json.dumps(rows))
+    store = cache(cache_config(material, tmp_path / "ref.zarr", data=str(data)))
+    assert store.meta["pairs"] == {
+        "read": 5,
+        "kept": 3,
+        "dropped": {"empty response": 1, "equal responses": 1},
+    }
+    assert contents(store.path)["source_row"].tolist() == [0, 2, 4]
+
+
+def test_no_disk_left_is_a_sentence(material, tmp_path):
+    """In a process of its own, the system refuses every write of the store."""
+    path = tmp_path / "ref.zarr"
+    config = cache_config(material, path)
+    (tmp_path / "run.py").write_text(
+        "import os, sys, errno, zarr\n"
+        "from fpocli.cli import main\n"
+        "def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
+        "import zarr.storage._local as local\n"
+        "local._put = full\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), "cache", *flags(config)],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
+    assert done.returncode == 2
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr

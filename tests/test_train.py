@@ -1,0 +1,318 @@
+"""The training stage end to end, in processes of its own, against a naive loop in plain PyTorch."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+from test_store import contents
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fpocli.store import Store
+from fpocli.stream import Stream
+
+SITE = "layer_3.resid_post"
+# The wall-clock and memory of a step are no part of its result.
+MEASURED = ("tokens_per_second", "peak_memory_gb")
+STEPS = 5
+
+
+def command(material: Path, out: Path, *flags: object, processes: int = 1, **settings: object):
+    """fpo train on the material: 17 training pairs, batches of 4, 5 steps."""
+    settings = {
+        "cache": material / "ref.zarr",
+        "out": out,
+        "batch_size": 4,
+        "micro_batch": 2,
+        "lr": 1e-3,
+        "warmup": 0,
+        "eval_fraction": 0.2,
+        "device": "cpu",
+    } | settings
+    launch = ["-m"]
+    if processes > 1:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+        launch.insert(2, "--standalone")
+    words = [sys.executable, *launch, "fpocli", "train", *map(str, flags)]
+    for name, value in settings.items():
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words
+
+
+def run(*arguments, **settings) -> list[dict]:
+    """Train and return the lines of metrics.jsonl."""
+    words = command(*arguments, **settings)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == ""
+    return read(arguments[1])
+
+
+def read(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(one: list[dict], other: list[dict], tolerance: float) -> None:
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert left.keys() == right.keys()
+        for name in left.keys() - {*MEASURED, "split"}:
+            assert left[name] == pytest.approx(right[name], rel=tolerance, abs=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def baseline(material, store_path, tmp_path_factory) -> Path:
+    """A float32 run, ZeRO 2, one process."""
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    run(material, out, "--no-bf16")
+    return out
+
+
+def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
+    """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
+    but the order of the pairs."""
+    stream = Stream(
+        Store.open(store_path),
+        batch_size=4,
+        micro_batch=1,
+        eval_fraction=0.2,
+        seed=0,
+        rank=0,
+        world=1,
+    )
+    order = stream._epoch_order(0)
+    arrays = contents(store_path)
+    network, sae = tiny.network("gemma2"), tiny.sae().requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
+    for line in read(baseline)[1:-1]:
+        step = line["step"] - 1
+        pairs = order[4 * step : 4 * step + 4]
+        results = [naive_pair(network, sae, arrays, int(pair)) for pair in pairs]
+        loss = torch.stack([result[0] for result in results]).mean()
+        assert line["loss"] == pytest.approx(loss.item(), abs=2e-6)
+        for place, name in enumerate(("u", "distance_chosen", "distance_rejected"), start=1):
+            mean = np.mean([result[place] for result in results])
+            assert line[name] == pytest.approx(mean, rel=2e-3, abs=2e-5), name
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
+        optimizer.step()
+    assert step == STEPS - 1 and len(pairs) == 1, "the last step is a partial batch"
+
+
+def naive_pair(network, sae, arrays, pair: int, k: int = 50, beta: float = 0.1, alpha: float = 0.5):
+    """Loss, u, D_w and D_l of one pair, as method.md writes them."""
+    start, chosen, rejected, end = arrays["spans"][pair].tolist()
+    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    averages, distances = [], []
+    for side, (first, last) in enumerate(((chosen, rejected), (rejected, end))):
+        sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
+        seen = []
+        hook = network.model.norm.register_forward_pre_hook(lambda m, x, s=seen: s.append(x[0]))
+        logits = network(sequence, use_cache=False).logits
+        hook.remove()
+        predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+        targets = sequence[0, chosen - start :, None]
+        averages.append(logits.log_softmax(-1)[0, predictors].gather(-1, targets).mean())
+        pooled = sae.encode(seen[0][0, predictors]).mean(0)
+        index, value = (
+            arrays[f"features/{SITE}/{name}"][pair, side].tolist() for name in ("index", "value")
+        )
+        known = {i: v for i, v in zip(index, value, strict=True) if v > 0}
+        everything = arrays[f"features/{SITE}/nonzero"][pair, side] <= len(index)
+        floor = 0.0 if everything else value[-1]
+        own = [i for i in pooled.argsort(descending=True).tolist()[:k] if pooled[i] > 0]
+        union = {*own, *list(known)[:k]}
+        squares = [
+            (pooled[i] - known.get(i, min(pooled[i].item(), floor))) ** 2 for i in sorted(union)
+        ]
+        distances.append(torch.stack(squares).sum() / k)
+    margin = arrays["ref/margin"][pair]
+    u = beta * (averages[0] - averages[1] - margin)
+    u = u - alpha * beta * (distances[1] - distances[0].detach())
+    loss = -torch.nn.functional.logsigmoid(u)
+    return loss, u.item(), distances[0].item(), distances[1].item()
+
+
+def test_step_0_is_ln_2_whatever_the_batch(baseline):
+    """method.md 1: the policy is the reference, in the same dtype."""
+    before, first = read(baseline)[:2]
+    for line in (before, first):
+        assert line["loss"] == pytest.approx(np.log(2), abs=1e-7)
+        assert abs(line["u"]) < 1e-6
+        assert line["distance_chosen"] < 1e-9 and line["distance_rejected"] < 1e-9
+        assert line["overlap"] == pytest.approx(1, abs=1e-6)
+    assert first["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_same_curve_for_every_zero_stage_and_number_of_processes(
+    baseline, material, tmp_path, zero, processes
+):
+    lines = run(material, tmp_path / "run", "--no-bf16", processes=processes, zero=zero)
+    same(lines, read(baseline), 2e-5)
+    one, other = (
+        load_file(out / "final/model.safetensors") for out in (tmp_path / "run", baseline)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, tmp_path, zero):
+    one = run(material, tmp_path / "one", zero=2)
+    other = run(material, tmp_path / "other", zero=zero)
+    same(one, other, 1e-4)
+
+
+def test_micro_batches_and_recomputation_change_nothing(baseline, material, tmp_path):
+    flags = ("--no-bf16", "--no-activation-checkpointing")
+    same(run(material, tmp_path / "run", *flags, micro_batch=4), read(baseline), 2e-5)
+
+
+def test_a_killed_run_goes_on_with_the_same_command(baseline, material, tmp_path):
+    """SIGKILL after step 3, with a checkpoint at step 2: the curve and weights of an unbroken run."""
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", save_every=2)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    latest = out / "checkpoints" / "latest"
+    while not latest.is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    stale = {"step": 99, "split": "train", "loss": 0}
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(stale) + "\n")
+    same(run(material, out, "--no-bf16", save_every=2), read(baseline), 1e-6)
+    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_final_is_the_trained_model_in_transformers_format(baseline, store_path):
+    """Its scores of the held-out pairs, by plain transformers, are those logged at the end."""
+    final = baseline / "final"
+    network = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
+    network.set_attn_implementation("eager")
+    last = read(baseline)[-1]
+    stream = Stream(
+        Store.open(store_path),
+        batch_size=4,
+        micro_batch=1,
+        eval_fraction=0.2,
+        seed=0,
+        rank=0,
+        world=1,
+    )
+    arrays, sae = contents(store_path), tiny.sae()
+    with torch.no_grad():
+        results = [naive_pair(network, sae, arrays, int(pair)) for pair in stream.held_out]
+    assert last["loss"] == pytest.approx(np.mean([r[0].item() for r in results]), abs=2e-6)
+    assert last["distance_rejected"] == pytest.approx(np.mean([r[3] for r in results]), rel=2e-3)
+    start = tiny.network("gemma2").state_dict()
+    assert not torch.equal(start["model.norm.weight"], network.state_dict()["model.norm.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert "<|assistant|>" in tokenizer.chat_template
+    assert "base_model:" in (final / "README.md").read_text()
+    assert yaml.safe_load((baseline / "config.yaml").read_text())["beta"] == 0.1
+
+
+def test_config_yaml_of_a_run_makes_the_same_run(baseline, material, tmp_path):
+    config = yaml.safe_load((baseline / "config.yaml").read_text()) | {"out": str(tmp_path / "run")}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-m", "fpocli", "train", "--config", str(tmp_path / "again.yaml")]
+    subprocess.run(words, check=True, capture_output=True)
+    same(read(tmp_path / "run"), read(baseline), 1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_small_steps_are_not_lost_in_bfloat16(material, store_path, tmp_path, optimizer):
+    """85 steps far smaller than a bfloat16 weight can move: float32 master weights add them up,
+    a pure bfloat16 optimiser moves hardly anything."""
+    lr = 2e-6
+    run(
+        material,
+        tmp_path / "run",
+        lr=lr,
+        epochs=17,
+        batch_size=4,
+        eval_fraction=0,
+        optimizer=optimizer,
+        method="simpo",
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    start = tiny.network("gemma2").state_dict()[name].bfloat16()
+    end = load_file(tmp_path / "run/final/model.safetensors")[name]
+    assert end.dtype == torch.bfloat16
+    moved = (start != end).float().mean().item()
+    lost = start.clone()
+    for _ in range(85):
+        lost -= lr  # what every single step of Adam amounts to
+    assert moved > 5 * (start != lost).float().mean().item()
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo_norm", "simpo", "sft"])
+def test_methods_without_features_load_no_sae(material, store_path, tmp_path, method):
+    lines = run(material, tmp_path / "run", "--no-bf16", method=method, sae="is-not-there")
+    train = [line for line in lines if line["split"] == "train"]
+    assert "distance_chosen" not in train[0]
+    if method in ("dpo", "dpo_norm"):
+        assert train[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    if method == "sft":
+        assert train[0]["loss"] == pytest.approx(-train[0]["average_logp_chosen"], abs=1e-6)
+    assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_other_starting_weights(material, store_path, tmp_path):
+    """An SFT checkpoint, say: step 0 is no longer ln 2, and the reference stays the store's."""
+    lines = run(material, tmp_path / "run", "--no-bf16", model=material / "policy")
+    assert abs(lines[0]["u"]) > 1e-3 and lines[0]["distance_chosen"] > 1e-3
+
+
+def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
+    out = shutil.copytree(baseline, tmp_path / "run")
+    shutil.rmtree(out / "final")
+    done = subprocess.run(
+        command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert f"error: {out} holds a run with another lr" in done.stderr
+    assert done.stderr.count("error: ") == 1, "told once, not by every process"
+
+
+def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, store_path, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}}))
+    run(material, tmp_path / "run", "--no-bf16", deepspeed=file)
+    file.write_text(json.dumps({"gradient_clipping": 1}))
+    words = command(material, tmp_path / "other", "--no-bf16", deepspeed=file)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "sets gradient_clipping" in done.stderr
+
+
+def test_deepspeed_needs_no_compiler(material, store_path, tmp_path):
+    """With nothing on PATH but Python."""
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CC": "", "CXX": ""}
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    words = command(material, tmp_path / "run", "--no-bf16")
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "extensions").exists()
