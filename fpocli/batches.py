@@ -15,21 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpocli.tokens import TokenPair
+
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 _PADDING = -1
-
-
-@dataclass(frozen=True)
-class TokenRuns:
-    """The three runs of one pair, each a 1-D integer array that is not empty."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-
-    def __len__(self) -> int:
-        """Slots of the pair in a row."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack(pairs: Sequence[TokenRuns]) -> Batch:
+def pack(pairs: Sequence[TokenPair]) -> Batch:
     """Lay pairs out in rows.
 
     Args:

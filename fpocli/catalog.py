@@ -107,7 +107,6 @@ def default_sae(model: str, layer: int, kind: str) -> str:
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
     """Turn what huggingface_hub and datasets raise into a sentence about `what`."""
-    import httpx
     from huggingface_hub import errors
 
     offline = (
@@ -131,9 +130,10 @@ def hub_errors(what: str) -> Iterator[None]:
                 f"{what} is not on this machine and the hub cannot be reached", offline
             ) from error
         raise UserError(f"{what} lacks a file: {error}", "check the name") from error
-    except (errors.OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
+    except errors.HfHubHTTPError as error:
+        raise UserError(f"the hub refused {what}: {error}", "try again later") from error
+    # HTTPError is the HTTP client's own: a connection that broke.
+    except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError) as error:
         raise UserError(
             f"{what} is not on this machine and the hub cannot be reached", offline
         ) from error
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"the hub refused {what}: {error}", "try again later") from error

@@ -101,20 +101,28 @@ def _deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any
         raise UserError(
             f"{settings.deepspeed} cannot be read as JSON: {error}", "see --deepspeed"
         ) from error
-    own = ("optimizer", "scheduler", *config)
-    if clashing := [name for name in own[:5] if name in given]:
+    merged = _merge(config, given)
+    # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
+    decided = (*config, "optimizer", "scheduler", "train_batch_size", "fp16")
+    changed = [name for name in decided if merged.get(name) != config.get(name)]
+    if merged["zero_optimization"]["stage"] == settings.zero and "zero_optimization" in changed:
+        changed.remove("zero_optimization")
+    if changed:
         raise UserError(
-            f"{settings.deepspeed} sets {', '.join(clashing)}, which fpo sets from its flags",
-            "leave it out of the file and use the flags",
+            f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
+            'leave it out of the file, or write "auto" there, and use the flags',
         )
-    return _merge(config, given)
+    return merged
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `base`; "auto" stands for what is there."""
     merged = dict(base)
     for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merge(base[name], value) if both else value
+        if isinstance(value, dict):
+            merged[name] = _merge(base.get(name) or {}, value)
+        elif value != "auto":
+            merged[name] = value
     return merged
 
 
@@ -139,13 +147,6 @@ def take_step(engine: Any, lr: float) -> float:
     engine.step()
     norm = engine.get_global_grad_norm()
     return float(own if norm is None else norm)
-
-
-def add_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Sums over all ranks, which must hold the same names."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return dict(zip(values, total.tolist(), strict=True))
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int) -> None:

@@ -1,6 +1,5 @@
 """Measurements of a policy on pairs of a store. Shapes: P pairs, M scored tokens, V vocabulary."""
 
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 from fpocli.batches import Batch
 from fpocli.config import TrainConfig
 from fpocli.model import LanguageModel
-from fpocli.objective import objective
+from fpocli.objective import Means, objective
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
 from fpocli.stream import MicroBatch
@@ -25,7 +24,7 @@ def evaluate(
     settings: TrainConfig,
     reference: LanguageModel | None = None,
 ) -> dict[str, float]:
-    """Weighted sums of the training metrics over batches: means, once ranks are added up.
+    """Means of the training metrics over batches, of all ranks together.
 
     Args:
         model: the policy, or an engine around it.
@@ -34,7 +33,8 @@ def evaluate(
         settings: the method and its weights.
         reference: the frozen reference; with it, the sequential KL is measured too.
     """
-    sums: dict[str, float] = defaultdict(float)
+    model.eval()
+    means = Means()
     for micro in batches:
         _, metrics = objective(
             score(model, encoders, micro.batch), micro.reference, encoders, settings
@@ -42,9 +42,8 @@ def evaluate(
         if reference is not None:
             kl = sequential_kl(reference, model, micro.batch)
             metrics |= {"kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
-        for name, value in metrics.items():
-            sums[name] += float((micro.weights * value).sum())
-    return dict(sums)
+        means.add(metrics, micro.weights)
+    return means.result()
 
 
 @torch.no_grad()

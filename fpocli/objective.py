@@ -30,6 +30,33 @@ class ReferenceRows:
     features: dict[str, StoredFeatures]
 
 
+class Means:
+    """Means of metrics over the pairs of a step, gathered from micro-batches and ranks."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, metrics: dict[str, Tensor], weights: Tensor) -> None:
+        """Add P pairs.
+
+        Args:
+            metrics: float32 [P] each; the same names every time.
+            weights: float32 [P], what each pair counts in the mean.
+        """
+        self._names = list(metrics)
+        sums = torch.stack(list(metrics.values())).double() @ weights.double()
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def result(self) -> dict[str, float]:
+        """The means. Every rank must ask for them, as often as the others."""
+        if self._sums is None:
+            return {}
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self._sums)
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
+
+
 def objective(
     scores: PairScores,
     reference: ReferenceRows,

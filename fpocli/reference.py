@@ -3,8 +3,10 @@
 Shapes: P pairs of a batch, b pairs of a block, K kept features, m features.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from fpocli import store as format
-from fpocli.batches import TokenRuns, pack
+from fpocli.batches import pack
 from fpocli.catalog import ModelFolder, default_sae, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import Bar, console, progress
@@ -49,6 +51,10 @@ def cache(config: CacheConfig) -> Store:
     Raises:
         UserError: the model, SAE, data or store cannot be used; see its hint.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "fpo cache runs in one process", "start it without torchrun; training takes several"
+        )
     device = choose_device(config.device)
     folder = find_model(config.model)
     model_config = read_config(folder)
@@ -246,7 +252,7 @@ def _score_block(
         for site, encoder in encoders.items()
     }
     for pairs in _batches(tokens):
-        batch = pack([TokenRuns(*tokens.runs(pair)) for pair in pairs]).to(device)
+        batch = pack([tokens.pair(pair) for pair in pairs]).to(device)
         with torch.inference_mode():
             scores = score(model, encoders, batch)
         _check_finite(scores, tokens.source_row[pairs])
@@ -302,14 +308,14 @@ def _check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.de
     """Refuse a model that does not follow the attention rule of packed rows.
 
     Model families are many and a mask that one ignores makes every number wrong. So the first
-    pair is scored as it is and with its chosen response in both places: the chosen response's
-    score must not change with its neighbour.
+    pair is scored as it is and with its responses in each other's place: what stands before a
+    response must not change its score.
     """
-    prompt, chosen, rejected = tokens.runs(0)
+    pair = tokens.pair(0)
+    swapped = replace(pair, chosen=pair.rejected, rejected=pair.chosen)
     with torch.inference_mode():
-        pair = score(model, {}, pack([TokenRuns(prompt, chosen, rejected)]).to(device))
-        swapped = score(model, {}, pack([TokenRuns(prompt, rejected, chosen)]).to(device))
-    difference = (pair.average[0] - swapped.average[0].flip(0)).abs().max().item()
+        one, other = (score(model, {}, pack([each]).to(device)) for each in (pair, swapped))
+    difference = (one.average[0] - other.average[0].flip(0)).abs().max().item()
     # Rounding alone stays far below this in every dtype; a wrong mask goes far above.
     if difference > 0.05:
         raise UserError(

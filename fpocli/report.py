@@ -135,12 +135,13 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
     block, row = divmod(pair, store.block_size)
     tokens = store.tokens(block)
     tokenizer = load_tokenizer(find_model(store.meta["tokenizer"]["source"]))
-    runs = dict(zip(("prompt", "chosen", "rejected"), tokens.runs(row), strict=True))
+    ids = tokens.pair(row)
+    runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     shown: dict[str, Any] = {
         "pair": pair,
-        "source_row": int(tokens.source_row[row]),
-        "tokens": {name: len(ids) for name, ids in runs.items()},
-        "text": {name: tokenizer.decode(ids.tolist()) for name, ids in runs.items()},
+        "source_row": ids.row,
+        "tokens": {name: len(run) for name, run in runs.items()},
+        "text": {name: tokenizer.decode(list(run)) for name, run in runs.items()},
     }
     if block in store.missing_blocks():
         return shown

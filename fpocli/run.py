@@ -44,7 +44,8 @@ class RunFolder:
                 failure = [error]
         torch.distributed.broadcast_object_list(failure)
         if failure[0] is not None:
-            raise failure[0]
+            # Told once: the other processes just end.
+            raise failure[0] if first else SystemExit(2)
         self.finished = (self.final / "config.json").is_file()
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:

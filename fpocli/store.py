@@ -17,6 +17,7 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.errors import UserError
+from fpocli.tokens import TokenPair
 
 FORMAT, VERSION = "fpo-store", "1.0"
 _TOKENS_PER_CHUNK = 2**18
@@ -83,9 +84,10 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def runs(self, pair: int) -> list[np.ndarray]:
-        """Prompt, chosen and rejected of one pair."""
-        return [self.ids[start:end] for start, end in pairwise(self.spans[pair])]
+    def pair(self, number: int) -> TokenPair:
+        """One of the b pairs."""
+        prompt, chosen, rejected = (self.ids[a:b] for a, b in pairwise(self.spans[number]))
+        return TokenPair(prompt, chosen, rejected, int(self.source_row[number]))
 
     @property
     def counts(self) -> np.ndarray:

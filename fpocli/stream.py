@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpocli.batches import Batch, TokenRuns, pack
+from fpocli.batches import Batch, pack
 from fpocli.distance import StoredFeatures
 from fpocli.objective import ReferenceRows
 from fpocli.store import Reference, Store, Tokens
@@ -32,11 +32,13 @@ class MicroBatch:
         reference: the store's rows of the same pairs.
         weights: float32 [P], what each pair counts in the mean of the whole step; 0 for a pair
             that only keeps a rank without work in step with the others.
+        tokens: float32 [P], tokens of each pair, the prompt once.
     """
 
     batch: Batch
     reference: ReferenceRows
     weights: Tensor
+    tokens: Tensor
 
 
 class Stream:
@@ -75,10 +77,13 @@ class Stream:
 
     def step(self, step: int, device: torch.device) -> Iterator[MicroBatch]:
         """This rank's micro-batches of an optimiser step, always `accumulation` of them."""
+        yield from self._share(self.pairs(step), self.accumulation, device)
+
+    def pairs(self, step: int) -> np.ndarray:
+        """The pairs of an optimiser step, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        pairs = self._order(epoch)[start : start + self.batch_size]
-        yield from self._share(pairs, self.accumulation, device)
+        return self._order(epoch)[start : start + self.batch_size]
 
     def evaluation(self, device: torch.device) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the held-out pairs, as many on every rank."""
@@ -111,15 +116,16 @@ class Stream:
 
     def _load(self, pairs: np.ndarray, weight: float, device: torch.device) -> MicroBatch:
         places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
-        runs, rows = [], []
+        token_pairs, rows = [], []
         for block, row in places:
             tokens, reference = self._block(block)
-            runs.append(TokenRuns(*tokens.runs(row)))
+            token_pairs.append(tokens.pair(row))
             rows.append((reference, row))
         return MicroBatch(
-            batch=pack(runs).to(device),
+            batch=pack(token_pairs).to(device),
             reference=_reference_rows(rows, device),
             weights=torch.full((len(pairs),), weight, device=device),
+            tokens=torch.tensor([float(len(pair)) for pair in token_pairs], device=device),
         )
 
 

@@ -8,11 +8,13 @@ token, unless they were cut.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fpocli.catalog import ModelFolder
 from fpocli.errors import UserError
@@ -44,12 +46,21 @@ _ANSWER = "the answer stands here"
 
 @dataclass(frozen=True)
 class TokenPair:
-    """The token runs of a pair and its row in the source. No run is empty."""
+    """The three token runs of a pair, none of them empty.
 
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-    row: int
+    Args:
+        prompt, chosen, rejected: token ids.
+        row: the pair's row in the source; -1 where it has none.
+    """
+
+    prompt: Sequence[int] | np.ndarray
+    chosen: Sequence[int] | np.ndarray
+    rejected: Sequence[int] | np.ndarray
+    row: int = -1
+
+    def __len__(self) -> int:
+        """Tokens of the pair, the prompt once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 class PairTokenizer:

@@ -3,7 +3,6 @@
 import math
 import resource
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.console import console, progress
 from fpocli.engine import (
-    add_over_ranks,
     gather_weights,
     load_checkpoint,
     make_engine,
@@ -25,7 +23,7 @@ from fpocli.errors import UserError
 from fpocli.evaluation import evaluate
 from fpocli.losses import METHODS
 from fpocli.model import LanguageModel, Site, choose_device, load_model
-from fpocli.objective import objective
+from fpocli.objective import Means, objective
 from fpocli.run import RunFolder
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder, check_encoder, load_encoder
@@ -85,8 +83,8 @@ def train(settings: TrainConfig) -> Path:
 
     def measure(step: int) -> None:
         if len(stream.held_out):
-            sums = evaluate(engine, encoders, stream.evaluation(device), settings)
-            run.log({"step": step, "split": "eval"} | add_over_ranks(sums, device))
+            means = evaluate(engine, encoders, stream.evaluation(device), settings)
+            run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
@@ -96,7 +94,7 @@ def train(settings: TrainConfig) -> Path:
         for step in range(done, steps):
             began = time.perf_counter()
             lr = learning_rate(step, steps, settings)
-            sums: dict[str, float] = defaultdict(float)
+            means = Means()
             engine.train()
             for micro in stream.step(step, device):
                 scores = score(engine, encoders, micro.batch)
@@ -105,24 +103,18 @@ def train(settings: TrainConfig) -> Path:
                 # already make this the mean over the step's pairs.
                 engine.backward((micro.weights * loss).sum() * stream.accumulation * world)
                 norm = take_step(engine, lr)
-                for name, value in metrics.items():
-                    sums[name] += float((micro.weights * value).sum())
-                sums["tokens"] += float((micro.batch.pair >= 0).sum() * bool(micro.weights[0]))
-            totals = add_over_ranks(sums, device)
-            seconds = time.perf_counter() - began
-            tokens = totals.pop("tokens")
-            run.log(
-                {"step": step + 1, "split": "train"}
-                | totals
-                | {
-                    "gradient_norm": norm,
-                    "lr": lr,
-                    "tokens_per_second": tokens / seconds,
-                    "peak_memory_gb": peak_memory(device) / 1e9,
-                }
-            )
-            check_finite(totals["loss"], norm, step + 1)
-            bar.advance(1, f"loss {totals['loss']:.4f}")
+                means.add(metrics | {"tokens": micro.tokens}, micro.weights)
+            line = means.result()
+            tokens = line["tokens"] * len(stream.pairs(step))
+            line |= {
+                "gradient_norm": norm,
+                "lr": lr,
+                "tokens_per_second": tokens / (time.perf_counter() - began),
+                "peak_memory_gb": peak_memory(device) / 1e9,
+            }
+            run.log({"step": step + 1, "split": "train"} | line)
+            check_finite(line["loss"], norm, step + 1)
+            bar.advance(1, f"loss {line['loss']:.4f}")
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1)
     measure(steps)

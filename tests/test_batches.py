@@ -5,10 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpocli.batches import CHOSEN, PROMPT, REJECTED, Batch, TokenRuns, pack
+from fpocli.batches import CHOSEN, PROMPT, REJECTED, Batch, pack
+from fpocli.tokens import TokenPair
 
 runs = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(np.array)
-pairs = st.lists(st.builds(TokenRuns, runs, runs, runs), min_size=1, max_size=4)
+pairs = st.lists(st.builds(TokenPair, runs, runs, runs), min_size=1, max_size=4)
 
 
 @given(pairs)
@@ -60,8 +61,8 @@ def test_pairs_of_one_row_do_not_see_each_other():
 
 
 def test_padding_sees_itself_alone():
-    short = TokenRuns(np.array([1]), np.array([2]), np.array([3]))
-    long = TokenRuns(np.array([1, 1]), np.array([2, 2]), np.array([3, 3]))
+    short = TokenPair(np.array([1]), np.array([2]), np.array([3]))
+    long = TokenPair(np.array([1, 1]), np.array([2, 2]), np.array([3, 3]))
     batch = pack([short, long])
     assert torch.equal(batch.attends()[0, 3:], torch.eye(6, dtype=torch.bool)[3:])
     assert batch.pair[0].tolist() == [0, 0, 0, -1, -1, -1]

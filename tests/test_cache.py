@@ -16,7 +16,7 @@ from conftest import cache_config, write_pairs
 from test_store import contents
 
 from fpocli import CacheConfig, UserError, cache, reference
-from fpocli.batches import TokenRuns, pack
+from fpocli.batches import pack
 from fpocli.catalog import find_model
 from fpocli.model import LanguageModel, Site, load_model
 from fpocli.scoring import score
@@ -72,7 +72,7 @@ def test_cached_scores_equal_scores_online(store_path, material):
         rows = store.reference(block, tokens)
         for pair in range(len(tokens)):
             with torch.inference_mode():
-                scores = score(model, encoders, pack([TokenRuns(*tokens.runs(pair))]))
+                scores = score(model, encoders, pack([tokens.pair(pair)]))
             np.testing.assert_allclose(rows.logp[pair], scores.logp[0], atol=5e-5)
             pooled = scores.pooled[SITE][0].sort(-1, descending=True).values[:, :64]
             np.testing.assert_allclose(rows.features[SITE].value[pair], pooled, atol=1e-4)
@@ -237,7 +237,7 @@ def test_several_sites_of_both_kinds(material, tmp_path, family):
     network = LanguageModel(tiny.network(family), [Site.parse(site) for site in store.sites])
     encoders = {site: SparseEncoder(tiny.sae()) for site in store.sites}
     with torch.inference_mode():
-        scores = score(network, encoders, pack([TokenRuns(*tokens.runs(2))]))
+        scores = score(network, encoders, pack([tokens.pair(2)]))
     for site, pooled in scores.pooled.items():
         largest = pooled[0].sort(-1, descending=True).values[:, :64]
         np.testing.assert_allclose(features[site].value[2], largest, atol=1e-3)

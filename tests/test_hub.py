@@ -109,7 +109,9 @@ def check_features(store, model, npz, layer):
     tokens = store.tokens(0)
     stored = store.reference(0, tokens).features[f"layer_{layer}.resid_post"]
     for pair in range(len(tokens)):
-        prompt, *responses = (torch.from_numpy(run.astype(np.int64)) for run in tokens.runs(pair))
+        prompt, *responses = (
+            torch.from_numpy(run.astype(np.int64)) for run in runs(tokens.pair(pair))
+        )
         for side, response in enumerate(responses):
             network(torch.cat([prompt, response])[None])
             states = seen.pop()[0, len(prompt) - 1 : -1]
@@ -233,3 +235,7 @@ def test_default_sae_of_a_site():
     )
     with pytest.raises(UserError, match="no SAE is known for llama"):
         default_sae("llama", 1, "resid_post")
+
+
+def runs(pair):
+    return pair.prompt, pair.chosen, pair.rejected

@@ -10,19 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from fpocli import model as model_module
-from fpocli.batches import TokenRuns, pack
+from fpocli.batches import pack
 from fpocli.errors import UserError
 from fpocli.model import LanguageModel, Site, check_kernel, check_layers
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
+from fpocli.tokens import TokenPair
 
 SITES = [Site(layer, kind) for layer in (1, tiny.LAYERS - 1) for kind in ("resid_post", "mlp_out")]
 
 
-def random_pairs(count: int, seed: int = 0, most: int = 12) -> list[TokenRuns]:
+def random_pairs(count: int, seed: int = 0, most: int = 12) -> list[TokenPair]:
     rng = np.random.default_rng(seed)
     return [
-        TokenRuns(*(rng.integers(3, tiny.VOCABULARY, rng.integers(1, most)) for _ in range(3)))
+        TokenPair(*(rng.integers(3, tiny.VOCABULARY, rng.integers(1, most)) for _ in range(3)))
         for _ in range(count)
     ]
 

@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from fpocli.batches import TokenRuns, pack
+from fpocli.batches import pack
 from fpocli.config import TrainConfig
 from fpocli.model import LanguageModel
 from fpocli.objective import ReferenceRows, objective
 from fpocli.scoring import score
+from fpocli.tokens import TokenPair
 
 BETA = 0.3
 
@@ -54,7 +55,7 @@ def test_references_and_losses_agree(peer):
     rows = list(theirs.train_dataset)
     batch = pack(
         [
-            TokenRuns(*(np.array(row[f"{run}_ids"]) for run in ("prompt", "chosen", "rejected")))
+            TokenPair(*(np.array(row[f"{run}_ids"]) for run in ("prompt", "chosen", "rejected")))
             for row in rows
         ]
     )
