@@ -6,6 +6,7 @@ commands of fpo run as a user would type them, and held-out pairs are scored bef
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from rich.table import Table
 from fpocli.config import TrainConfig
 from fpocli.console import progress
 
-PAIRS = Path(__file__).parent / "preferences.jsonl"
+PAIRS = Path("examples/preferences.jsonl")
 WORK = Path("demo")
 MODEL, SAE, STORE, RUN = (
     WORK / name for name in ("SmolLM2-135M-Instruct", "sae", "ref.zarr", "run")
@@ -31,6 +32,8 @@ MODEL, SAE, STORE, RUN = (
 LAYER, FEATURES, ACTIVE = 24, 2048, 32
 SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
 
+# Says so before DeepSpeed looks for a GPU and complains.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
@@ -43,20 +46,23 @@ def main() -> None:
         convert_model()
     if not SAE.is_dir():
         train_sae(collect_activations())
-    fpo("cache", "--model", MODEL, "--layer", LAYER, "--sae", SAE, "--data", PAIRS, "--limit", 112,
-        "--block", 64, "--out", STORE)  # fmt: skip
-    fpo("inspect", STORE)
-    fpo("train", "--cache", STORE, "--out", RUN, "--lr", "1e-5", "--warmup", 2, "--batch-size", 8,
-        "--micro-batch", 2, "--eval-fraction", 0.2)  # fmt: skip
+    fpo(
+        f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 60 --block 32 "
+        f"--out {STORE}"
+    )
+    fpo(f"inspect {STORE}")
+    fpo(
+        f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 --micro-batch 2 "
+        f"--no-activation-checkpointing --eval-fraction 0.2 --out {RUN}"
+    )
     show_result()
     out.print(f"\nAll of it took {time.perf_counter() - began:.0f} seconds.")
 
 
-def fpo(*arguments: object) -> None:
+def fpo(command: str) -> None:
     """Run a command of fpo as a user would."""
-    words = [str(argument) for argument in arguments]
-    out.print(f"\n$ fpo {shlex.join(words)}", style="bold")
-    subprocess.run([sys.executable, "-m", "fpocli", *words], check=True)
+    out.print(f"\n$ fpo {command}", style="bold")
+    subprocess.run([sys.executable, "-m", "fpocli", *shlex.split(command)], check=True)
 
 
 def convert_model() -> None:
