@@ -7,7 +7,7 @@ response; both attend to the prompt and not to each other, and both take up the 
 after it. Today a row holds one pair; only this file knows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -72,6 +72,22 @@ class Batch:
             name: value.to(device) for name, value in vars(self).items() if name != "counts"
         }
         return replace(self, **moved)
+
+
+def group(lengths: np.ndarray, slots: int) -> Iterator[list[int]]:
+    """Pairs in groups that each make one batch, alike in length, so that little is padding.
+
+    Args:
+        lengths: tokens of each pair, the prompt once.
+        slots: how many slots a batch may have; a longer pair is a group of its own.
+    """
+    members: list[int] = []
+    for pair in np.argsort(-lengths, kind="stable").tolist():
+        if members and lengths[members[0]] * (len(members) + 1) > slots:
+            yield members
+            members = []
+        members.append(pair)
+    yield members
 
 
 def pack(pairs: Sequence[TokenPair]) -> Batch:

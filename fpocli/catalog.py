@@ -47,11 +47,12 @@ class ModelFolder:
         return digest.hexdigest()
 
 
-def find_model(name: str) -> ModelFolder:
+def find_model(name: str, *, weights: bool = True) -> ModelFolder:
     """The files of a model, fetched from the hub if they are not here yet.
 
     Args:
         name: a short name, a hub id or a local folder.
+        weights: False where configuration and tokeniser are enough.
 
     Raises:
         UserError: there is no such model, it may not be read, or the hub cannot be reached.
@@ -63,17 +64,13 @@ def find_model(name: str) -> ModelFolder:
         from huggingface_hub import snapshot_download
 
         with hub_errors(f"the model {source}"):
-            path = Path(
-                snapshot_download(
-                    source,
-                    allow_patterns=["*.json", "*.jinja", "model*.safetensors", "*.model"],
-                )
-            )
+            patterns = ["*.json", "*.jinja", "*.model", *(["model*.safetensors"] * weights)]
+            path = Path(snapshot_download(source, allow_patterns=patterns))
         revision = path.name
     if not (path / "config.json").is_file():
         raise UserError(f"{source} has no config.json", "name a transformers model folder")
     files = list(path.glob("*.safetensors"))
-    if not files:
+    if weights and not files:
         raise UserError(
             f"{source} has no *.safetensors weights",
             "convert it with transformers' save_pretrained; pickled weights are not read",

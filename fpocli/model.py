@@ -60,8 +60,9 @@ class LanguageModel(nn.Module):
     def __init__(self, network: Any, sites: list[Site]) -> None:
         super().__init__()
         self.network = network
+        self.config = network.config.get_text_config()
         self.sites = sites
-        check_layers(network.config, sites)
+        check_layers(self.config, sites)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Score a batch.
@@ -121,26 +122,24 @@ class LanguageModel(nn.Module):
         # The head is called as a module, so that ZeRO-3's hooks gather its weight, and gather it
         # again when a checkpointed chunk is recomputed.
         logits = self.network.get_output_embeddings()(final).float()
-        cap = getattr(self.network.config, "final_logit_softcapping", None)
+        cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property
     def chunk_size(self) -> int:
         """Predictors per chunk of the head."""
-        return max(1, _CHUNK_BYTES // (4 * self.network.config.vocab_size))
+        return max(1, _CHUNK_BYTES // (4 * self.config.vocab_size))
 
     def _masks(self, batch: Batch) -> Any:
         """The attention rule in the form transformers takes: one 4-D additive mask, or one for
         every kind of layer."""
-        config = self.network.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         masks = {
             kind: self._additive(
-                batch, config.sliding_window if kind == "sliding_attention" else None
+                batch, self.config.sliding_window if kind == "sliding_attention" else None
             )
-            for kind in kinds
+            for kind in layer_kinds(self.config)
         }
-        return masks if len(masks) > 1 or hasattr(config, "layer_types") else masks.popitem()[1]
+        return masks if hasattr(self.config, "layer_types") else masks.popitem()[1]
 
     def _additive(self, batch: Batch, window: int | None) -> Tensor:
         dtype = self.network.dtype
@@ -204,6 +203,13 @@ def check_layers(config: Any, sites: list[Site]) -> None:
             )
 
 
+def layer_kinds(config: Any) -> set[str]:
+    """The kinds of attention layers of a model: full_attention, sliding_attention."""
+    window = getattr(config, "sliding_window", None)
+    only = "sliding_attention" if window else "full_attention"
+    return set(getattr(config, "layer_types", None) or [only])
+
+
 def attention_kernel(config: Any) -> str:
     """The kernel that applies a dense mask, and attention soft-capping where the model has it.
 
@@ -213,9 +219,16 @@ def attention_kernel(config: Any) -> str:
 
 
 def check_kernel(network: Any) -> None:
-    """Refuse an attention kernel that would silently drop the model's soft-capping."""
-    kernel = network.config._attn_implementation
-    capped = getattr(network.config, "attn_logit_softcapping", None)
+    """Refuse what would silently drop the model's soft-capping or the rule of packed rows."""
+    config = network.config.get_text_config()
+    if other := layer_kinds(config) - {"full_attention", "sliding_attention"}:
+        raise UserError(
+            f"{type(network).__name__} has layers of the kind {', '.join(sorted(other))}, which "
+            "cannot follow the attention rule of packed rows",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )
+    kernel = config._attn_implementation
+    capped = getattr(config, "attn_logit_softcapping", None)
     if kernel not in (("eager",) if capped else ("eager", "sdpa")):
         raise UserError(
             f"the attention kernel {kernel} would drop the model's soft-capping or the attention "

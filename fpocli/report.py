@@ -53,16 +53,17 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 def describe(store: Store) -> dict[str, Any]:
     """Everything about a store but its pairs."""
-    spans, margins = store.whole("spans"), store.whole("ref/margin")
+    spans, missing = store.whole("spans"), store.missing_blocks()
     lengths = np.diff(spans)
-    margins = margins[np.isfinite(margins)]
+    done = ~np.isin(np.arange(store.pairs) // store.block_size, missing)
+    margins = store.whole("ref/margin")[done]
     total = spans[:, [2, 3]] - spans[:, [1, 2]] + (spans[:, 1] - spans[:, 0])[:, None]
     return {
         "path": str(store.path),
         **{name: store.meta[name] for name in ("format", "version", "state", "created", "writer")},
         "fingerprint": store.meta["fingerprint"],
         "blocks": {
-            "done": store.blocks - len(store.missing_blocks()),
+            "done": store.blocks - len(missing),
             "all": store.blocks,
             "pairs_per_block": store.block_size,
         },
@@ -72,7 +73,7 @@ def describe(store: Store) -> dict[str, Any]:
             name: _spread(lengths[:, column])
             for column, name in enumerate(("prompt", "chosen", "rejected"))
         }
-        | {"cut_responses": int((total == store.meta["limits"]["max_length"]).sum())},
+        | {"responses_at_limit": int((total == store.meta["limits"]["max_length"]).sum())},
         "margin": _margin(margins),
         "features": {site: _features(store, site) for site in store.sites}
         if store.meta["state"] == "complete"
@@ -134,7 +135,7 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
         raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
     block, row = divmod(pair, store.block_size)
     tokens = store.tokens(block)
-    tokenizer = load_tokenizer(find_model(store.meta["tokenizer"]["source"]))
+    tokenizer = load_tokenizer(find_model(store.meta["tokenizer"]["source"], weights=False))
     ids = tokens.pair(row)
     runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     shown: dict[str, Any] = {
@@ -188,6 +189,7 @@ def verify(store: Store) -> dict[str, Any]:
                 damaged.append(str(error))
             bar.advance()
     if store.meta["state"] == "complete":
+        damaged += [f"block {block} of {store.path} has no record" for block in missing]
         for site in store.sites:
             for read in (store.mean, store.frequency):
                 try:
@@ -226,8 +228,8 @@ def _show_store(shown: dict[str, Any], out: Console) -> None:
     out.print(head)
 
     lengths = dict(shown["lengths"])
-    cut = lengths.pop("cut_responses")
-    out.print(f"\nLengths in tokens ({cut:,} responses were cut at the limit)")
+    full = lengths.pop("responses_at_limit")
+    out.print(f"\nLengths in tokens ({full:,} responses reach the limit)")
     columns = list(lengths["prompt"])
     table = Table("", *columns, box=None, header_style="")
     for name, spread in lengths.items():

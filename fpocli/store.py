@@ -111,7 +111,7 @@ class Store:
     # -- making one --------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: Path, meta: dict[str, Any], tokens: Tokens, value_dtype: str) -> "Store":
+    def create(cls, path: Path, meta: dict[str, Any], tokens: Tokens) -> "Store":
         """Write the token runs and lay out the rest, filled with gaps.
 
         Args:
@@ -119,7 +119,6 @@ class Store:
             meta: the attributes of docs/format.md but those this module owns (format, version,
                 state, created, fingerprint).
             tokens: all pairs; spans count from the first token of the store.
-            value_dtype: float32 or float16.
         """
         group = zarr.create_group(path, zarr_format=3)
         block, n = meta["block"], len(tokens)
@@ -132,7 +131,7 @@ class Store:
         for site, about in meta["sites"].items():
             k, m = about["k"], about["d_sae"]
             _add(group, f"features/{site}/index", (n, 2, k), index_dtype(m), (block, 2, k))
-            _add(group, f"features/{site}/value", (n, 2, k), value_dtype, (block, 2, k))
+            _add(group, f"features/{site}/value", (n, 2, k), about["value_dtype"], (block, 2, k))
             _add(group, f"features/{site}/nonzero", (n, 2), "int32", (block, 2))
             _add(group, f"features/{site}/mean", (m,), "float32", (m,))
             _add(group, f"features/{site}/frequency", (2, m), "int64", (2, m))
@@ -216,7 +215,7 @@ class Store:
             root = f"features/{site}"
             expected |= {
                 f"{root}/index": ((n, 2, k), (index_dtype(m),)),
-                f"{root}/value": ((n, 2, k), ("float32", "float16")),
+                f"{root}/value": ((n, 2, k), (about["value_dtype"],)),
                 f"{root}/nonzero": ((n, 2), ("int32",)),
                 f"{root}/mean": ((m,), ("float32",)),
                 f"{root}/frequency": ((2, m), ("int64",)),
@@ -279,6 +278,11 @@ class Store:
         """The pairs of a block."""
         return slice(block * self.block_size, min((block + 1) * self.block_size, self.pairs))
 
+    def length(self, block: int) -> int:
+        """b, the number of pairs in a block."""
+        rows = self.rows(block)
+        return rows.stop - rows.start
+
     def missing_blocks(self) -> list[int]:
         """The blocks that have no reference rows yet."""
         return np.flatnonzero(self.whole("blocks/digest") == 0).tolist()
@@ -337,15 +341,17 @@ class Store:
 
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all 2N responses: float32 [m]."""
-        return self._read(f"features/{site}/mean", slice(None))
+        return self._total(f"features/{site}/mean")
 
     def frequency(self, site: str) -> np.ndarray:
         """How many chosen / rejected responses have each feature: int64 [2, m]."""
-        return self._read(f"features/{site}/frequency", slice(None))
+        return self._total(f"features/{site}/frequency")
 
-    def value_dtype(self, site: str) -> np.dtype:
-        """How the site's feature values are stored."""
-        return self._array(f"features/{site}/value").dtype
+    def _total(self, name: str) -> np.ndarray:
+        values = self.whole(name)
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise self._damaged(f"the array {name}", None, "a chunk is missing")
+        return values
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes per array: in memory and on disk."""
@@ -396,11 +402,12 @@ def fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def raw_bytes(tokens: int, pairs: int, sites: dict[str, dict[str, Any]], value_bytes: int) -> int:
+def raw_bytes(tokens: int, pairs: int, sites: dict[str, dict[str, Any]]) -> int:
     """Size of a store before compression."""
     per_pair = 4 * 8 + 8 + 3 * 4
     for about in sites.values():
         index_bytes = np.dtype(index_dtype(about["d_sae"])).itemsize
+        value_bytes = np.dtype(about["value_dtype"]).itemsize
         per_pair += 2 * about["k"] * (index_bytes + value_bytes) + 8
     fixed = sum(about["d_sae"] * (4 + 16) for about in sites.values())
     return 4 * tokens + pairs * per_pair + fixed
@@ -416,7 +423,7 @@ def _add(
         fill = np.nan
     elif name.endswith("/index"):
         fill = np.iinfo(kind).max
-    elif name.endswith("/nonzero"):
+    elif name.endswith(("/nonzero", "/frequency")):
         fill = -1
     return group.create_array(
         name,

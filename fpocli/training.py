@@ -156,6 +156,11 @@ def _load_policy(
 ) -> tuple[LanguageModel, Any]:
     """The starting weights, and the tokeniser with the store's template for the result."""
     folder = find_model(settings.model or store.meta["model"]["source"])
+    if settings.model is None and folder.weights_hash() != store.meta["model"]["hash"]:
+        raise UserError(
+            f"the weights of {folder.source} are no longer those {store.path} was made with",
+            f"cache again, or start from these with --model {folder.source}",
+        )
     tokenizer = load_tokenizer(folder)
     if vocabulary_hash(tokenizer) != store.meta["tokenizer"]["vocabulary"]:
         raise UserError(
@@ -183,7 +188,7 @@ def _load_encoders(
     encoders = {}
     for (site, about), source in zip(store.sites.items(), sources, strict=True):
         encoder = load_encoder(source, device)
-        check_encoder(encoder, source, Site.parse(site), model.network.config.hidden_size)
+        check_encoder(encoder, source, Site.parse(site), model.config.hidden_size)
         if encoder.hash() != about["sae"]["hash"]:
             raise UserError(
                 f"the SAE {source} is not the one {store.path} was made with at {site}",

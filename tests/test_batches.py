@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpocli.batches import CHOSEN, PROMPT, REJECTED, Batch, pack
+from fpocli.batches import CHOSEN, PROMPT, REJECTED, Batch, group, pack
 from fpocli.tokens import TokenPair
 
 runs = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(np.array)
@@ -66,3 +66,11 @@ def test_padding_sees_itself_alone():
     batch = pack([short, long])
     assert torch.equal(batch.attends()[0, 3:], torch.eye(6, dtype=torch.bool)[3:])
     assert batch.pair[0].tolist() == [0, 0, 0, -1, -1, -1]
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 100))
+def test_groups_hold_every_pair_once_and_fit_their_slots(lengths, slots):
+    groups = list(group(np.array(lengths), slots))
+    assert sorted(pair for members in groups for pair in members) == list(range(len(lengths)))
+    for members in groups:
+        assert len(members) == 1 or len(members) * max(lengths[i] for i in members) <= slots

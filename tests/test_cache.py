@@ -181,6 +181,7 @@ def test_the_same_command_twice_changes_nothing(material, store_path):
     ("change", "named"),
     [
         ({"top_k": "32"}, "sites"),
+        ({"value_dtype": "float16"}, "sites"),
         ({"max_length": 30}, "limits"),
         ({"dtype": "bfloat16"}, "model"),
         ({"chat_template": "gemma"}, "tokenizer"),

@@ -15,6 +15,7 @@ from fpocli.store import Features, Reference, Store, Tokens, Totals, fingerprint
 
 GOLDEN = Path(__file__).parent / "golden" / "ref-1.0.zarr"
 SITE = "layer_3.resid_post"
+ABOUT = {"k": 5, "d_sae": 12, "value_dtype": "float32"}
 
 
 def contents(path: Path) -> dict[str, np.ndarray]:
@@ -173,7 +174,7 @@ def test_remove_deletes_stores_alone(store, tmp_path):
 
 # -- writing in any order ----------------------------------------------------------------------
 
-M, K = 12, 5
+M, K = ABOUT["d_sae"], ABOUT["k"]
 
 
 def made_up(pairs: int, seed: int) -> tuple[Tokens, list]:
@@ -208,13 +209,13 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
     meta = {
         "block": block,
         "pairs": {"kept": pairs},
-        "sites": {SITE: {"k": K, "d_sae": M}},
+        "sites": {SITE: ABOUT},
         "writer": {},
     }
     results = []
     for shuffled in (False, True):
         path = tmp_path_factory.mktemp("store") / "s.zarr"
-        store = Store.create(path, meta, tokens, "float32")
+        store = Store.create(path, meta, tokens)
         assert Store.open(path).meta["state"] == "tokenised"
         order = list(range(store.blocks))
         if shuffled:
@@ -238,8 +239,13 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
 
 def test_gaps_are_not_numbers(tmp_path):
     tokens, _ = made_up(5, 2)
-    meta = {"block": 2, "pairs": {"kept": 5}, "sites": {SITE: {"k": K, "d_sae": M}}, "writer": {}}
-    Store.create(tmp_path / "s.zarr", meta, tokens, "float32")
+    meta = {
+        "block": 2,
+        "pairs": {"kept": 5},
+        "sites": {SITE: ABOUT},
+        "writer": {},
+    }
+    Store.create(tmp_path / "s.zarr", meta, tokens)
     arrays = contents(tmp_path / "s.zarr")
     for name in ("ref/logp", "ref/margin", f"features/{SITE}/value", f"features/{SITE}/mean"):
         assert np.isnan(arrays[name]).all()

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
+import zarr
 from safetensors.torch import load_file
 from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -318,3 +319,17 @@ def test_deepspeed_needs_no_compiler(material, store_path, tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not (tmp_path / "extensions").exists()
+
+
+def test_changed_weights_under_the_same_name_are_noticed(material, store_path, tmp_path):
+    """A policy that is silently not the reference would make every number of the run wrong."""
+    folder = shutil.copytree(material, tmp_path / "material")
+    shutil.copytree(folder / "policy", folder / "model", dirs_exist_ok=True)
+    group = zarr.open_group(folder / "ref.zarr", mode="r+")
+    about = group.attrs["fpo"]
+    about["model"]["source"] = str(folder / "model")
+    group.attrs["fpo"] = about
+    words = command(folder, tmp_path / "run", "--no-bf16")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "are no longer those" in done.stderr
