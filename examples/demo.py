@@ -47,7 +47,7 @@ def main() -> None:
     if not SAE.is_dir():
         train_sae(collect_activations())
     fpo(
-        f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 60 --block 32 "
+        f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 50 --block 25 "
         f"--out {STORE}"
     )
     fpo(f"inspect {STORE}")

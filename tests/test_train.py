@@ -15,10 +15,12 @@ import tiny
 import torch
 import yaml
 import zarr
+from conftest import cache_config
 from safetensors.torch import load_file
 from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fpocli import cache
 from fpocli.store import Store
 from fpocli.stream import Stream
 
@@ -333,3 +335,20 @@ def test_changed_weights_under_the_same_name_are_noticed(material, store_path, t
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
     assert "are no longer those" in done.stderr
+
+
+def test_several_sites_inside_recomputed_layers(material, tmp_path):
+    """mlp_out is taken inside what activation checkpointing recomputes and ZeRO-3 partitions."""
+    config = cache_config(
+        material,
+        tmp_path / "ref.zarr",
+        layer=[1, 3],
+        site=["mlp_out", "resid_post"],
+        sae=[str(material / "sae")] * 2,
+    )
+    cache(config)
+    store = {"cache": tmp_path / "ref.zarr"}
+    plain = run(material, tmp_path / "a", "--no-bf16", "--no-activation-checkpointing", **store)
+    recomputed = run(material, tmp_path / "b", "--no-bf16", zero=3, **store)
+    same(recomputed, plain, 2e-5)
+    assert plain[-1]["distance_rejected"] > 1e-4
