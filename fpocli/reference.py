@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.filesize import decimal
 
 from fpocli.batches import group, pack
 from fpocli.catalog import ModelFolder, default_sae, find_model
@@ -214,11 +215,11 @@ def _print_plan(path: Path, meta: dict[str, Any], tokens: Tokens) -> None:
     console.print(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} read{dropped}\n"
         f"{len(tokens.ids):,} tokens; sites {', '.join(meta['sites'])}\n"
-        f"{path} takes at most {size / 1e9:.3f} GB; {free / 1e9:.1f} GB are free"
+        f"{path} takes at most {decimal(size)}; {decimal(free)} are free"
     )
     if size > free:
         raise UserError(
-            f"{path} may take {size / 1e9:.1f} GB and only {free / 1e9:.1f} GB are free",
+            f"{path} may take {decimal(size)} and only {decimal(free)} are free",
             "give --out on another disk, a smaller --top-k, or a --limit",
         )
 
