@@ -103,10 +103,11 @@ def _deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any
         ) from error
     merged = _merge(config, given)
     # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
-    decided = (*config, "optimizer", "scheduler", "train_batch_size", "fp16")
-    changed = [name for name in decided if merged.get(name) != config.get(name)]
-    if merged["zero_optimization"]["stage"] == settings.zero and "zero_optimization" in changed:
-        changed.remove("zero_optimization")
+    own = config.keys() - {"zero_optimization"}
+    decided = (*own, "optimizer", "scheduler", "train_batch_size", "fp16")
+    changed = sorted(name for name in decided if merged.get(name) != config.get(name))
+    if merged["zero_optimization"]["stage"] != settings.zero:
+        changed.append("the ZeRO stage")
     if changed:
         raise UserError(
             f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
@@ -141,12 +142,14 @@ def take_step(engine: Any, lr: float) -> float:
         return 0.0
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    # Without ZeRO and bf16 DeepSpeed computes no norm.
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # Here DeepSpeed computes no norm.
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return float(own if norm is None else norm)
+    return float(norm)
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int) -> None:

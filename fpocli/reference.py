@@ -30,9 +30,10 @@ from fpocli.model import (
     read_config,
 )
 from fpocli.pairs import open_source, read_pairs
+from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, check_encoder, load_encoder, top_k
-from fpocli.store import Features, Reference, Store, Tokens, Totals, index_dtype, raw_bytes
+from fpocli.store import Store, index_dtype, raw_bytes
 from fpocli.tokens import PairTokenizer
 
 # Slots of one forward pass, padding included; a longer pair goes alone.
@@ -208,7 +209,7 @@ def _tokenise(tokenizer: PairTokenizer, pairs: Iterator[Any]) -> Tokens:
 def _print_plan(path: Path, meta: dict[str, Any], tokens: Tokens) -> None:
     pairs = meta["pairs"]
     dropped = "".join(f", {count:,} {reason}" for reason, count in pairs["dropped"].items())
-    size = raw_bytes(len(tokens.ids), len(tokens), meta["sites"])
+    size = raw_bytes(meta, len(tokens.ids))
     parent = path.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free

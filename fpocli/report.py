@@ -1,17 +1,18 @@
-"""What `fpo inspect` shows: the data first, then as JSON or for a terminal."""
+"""What `fpo inspect` shows, as data; terminal.py lays it out for people."""
 
 import json
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from fpocli.catalog import find_model
 from fpocli.config import InspectConfig
 from fpocli.console import console, progress
 from fpocli.errors import UserError
-from fpocli.store import Features, Store
+from fpocli.rows import Features
+from fpocli.store import Store
+from fpocli.terminal import show_pair, show_store
 
 # The paper's Figure 2 shows the 50 largest mean activations.
 _FIGURE_2 = 50
@@ -31,10 +32,10 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     store = Store.open(config.store)
     if config.pair is not None:
         shown = describe_pair(store, config.pair)
-        show = _show_pair
+        show = show_pair
     else:
         shown = describe(store)
-        show = _show_store
+        show = show_store
     if config.verify:
         shown["verified"] = verify(store)
     if config.json:
@@ -46,9 +47,6 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             console.print(problem)
         raise UserError(f"{store.path} is damaged in {len(damaged)} places", "write it again")
     return shown
-
-
-# -- the data --------------------------------------------------------------------------------------
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -197,138 +195,3 @@ def verify(store: Store) -> dict[str, Any]:
                 except UserError as error:
                     damaged.append(str(error))
     return {"blocks": store.blocks - len(missing), "gaps": len(missing), "damaged": damaged}
-
-
-# -- for a terminal ----------------------------------------------------------------------------
-
-
-def _show_store(shown: dict[str, Any], out: Console) -> None:
-    model, data, tokenizer = shown["model"], shown["data"], shown["tokenizer"]
-    blocks, pairs, limits = shown["blocks"], shown["pairs"], shown["limits"]
-    head = _grid()
-    for name, value in (
-        ("store", f"{shown['path']}  ({shown['format']} {shown['version']})"),
-        ("state", f"{shown['state']}, {blocks['done']} of {blocks['all']} blocks"),
-        ("created", f"{shown['created']} by {_join(shown['writer'])}"),
-        ("model", f"{model['source']}{_at(model['revision'])}, {model['architecture']}"),
-        ("", f"{model['dtype']}, {model['attention']} attention, weights {model['hash'][:12]}"),
-        ("data", f"{data['source']}{_at(data['revision'])} {data['split'] or ''}"),
-        ("template", f"{tokenizer['chat_template']['name']}"),
-        ("limits", _join(limits)),
-        ("pairs", f"{pairs['kept']:,} kept of {pairs['read']:,} read"),
-        *((" ", f"{count:,} dropped: {why}") for why, count in pairs["dropped"].items()),
-        *(
-            (f"site {number}", f"{site}: {about['sae']['source']}, {about['sae']['architecture']}, "
-             f"{about['d_sae']:,} features, the largest {about['k']} kept")
-            for number, (site, about) in enumerate(shown["sites"].items())
-        ),
-        ("fingerprint", shown["fingerprint"][:16]),
-    ):  # fmt: skip
-        head.add_row(name, value)
-    out.print(head)
-
-    lengths = dict(shown["lengths"])
-    full = lengths.pop("responses_at_limit")
-    out.print(f"\nLengths in tokens ({full:,} responses reach the limit)")
-    columns = list(lengths["prompt"])
-    table = Table("", *columns, box=None, header_style="")
-    for name, spread in lengths.items():
-        table.add_row(name, *(f"{spread[column]:g}" for column in columns))
-    out.print(table)
-
-    if margin := shown["margin"]:
-        out.print(
-            f"\nMargin of the reference, nats per token: mean {margin['mean']:.4f}, "
-            f"std {margin['std']:.4f}, above 0 in {margin['above_0']:.1%}"
-        )
-        counts, edges = margin["histogram"]["counts"], margin["histogram"]["edges"]
-        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
-            out.print(f"  {low:8.3f} to {high:7.3f} {count:7,} {_bar(count / max(counts), 40)}")
-
-    for site, about in shown["features"].items():
-        _show_features(site, about, out)
-
-    out.print("\nSize per array")
-    table = Table("array", "raw", "on disk", box=None, header_style="")
-    for name, size in shown["arrays"].items():
-        table.add_row(name, f"{size['bytes']:,}", f"{size['stored_bytes']:,}")
-    table.add_row("all", *(f"{sum(s[k] for s in shown['arrays'].values()):,}"
-                           for k in ("bytes", "stored_bytes")))  # fmt: skip
-    out.print(table)
-    _show_verified(shown, out)
-
-
-def _show_features(site: str, about: dict[str, Any], out: Console) -> None:
-    largest = about["largest_mean"]
-    out.print(
-        f"\n{site}: {about['active']:,} features are active somewhere.\n"
-        f"Mean activation of the {len(largest)} largest, sorted (the paper's Figure 2)"
-    )
-    top = largest[0]["mean"] or 1.0
-    height = 8
-    for level in range(height, 0, -1):
-        columns = "".join(
-            " ▁▂▃▄▅▆▇█"[round(8 * min(1, max(0, item["mean"] / top * height - level + 1)))]
-            for item in largest
-        )
-        label = f"{top * level / height:9.3f}" if level in (height, height // 2) else " " * 9
-        out.print(f"{label} ┤{columns}")
-    out.print(f"{' ' * 10}└{'─' * len(largest)}")
-    out.print("The first: " + ", ".join(f"{i['feature']} ({i['mean']:.3f})" for i in largest[:8]))
-    out.print("Most frequent (share of chosen, of rejected responses):")
-    out.print(
-        "  "
-        + ", ".join(
-            f"{item['feature']} ({item['chosen']:.0%}, {item['rejected']:.0%})"
-            for item in about["most_frequent"]
-        )
-    )
-
-
-def _show_pair(shown: dict[str, Any], out: Console) -> None:
-    out.print(f"Pair {shown['pair']} (row {shown['source_row']} of the data)")
-    for name, text in shown["text"].items():
-        out.print(f"\n── {name}, {shown['tokens'][name]} tokens " + "─" * 40)
-        out.print(text)
-    if "logp" not in shown:
-        out.print("\nIts block has not been scored yet.")
-        return
-    out.print()
-    table = Table("", "chosen", "rejected", box=None, header_style="")
-    for title, name in (("log-probability, nats", "logp"), ("per token", "average_logp")):
-        table.add_row(title, *(f"{shown[name][side]:.4f}" for side in ("chosen", "rejected")))
-    out.print(table)
-    out.print(f"margin {shown['margin']:.4f} nats per token")
-    for site, sides in shown["features"].items():
-        out.print(f"\n{site}")
-        for side, about in sides.items():
-            top = ", ".join(f"{item['feature']} ({item['value']:.3f})" for item in about["top"])
-            out.print(f"  {side}: {about['nonzero']} features above 0; largest {top}")
-    _show_verified(shown, out)
-
-
-def _show_verified(shown: dict[str, Any], out: Console) -> None:
-    if verified := shown.get("verified"):
-        found = f"{len(verified['damaged'])} damaged" if verified["damaged"] else "nothing wrong"
-        out.print(
-            f"\nVerified {verified['blocks']} blocks ({verified['gaps']} not written yet): {found}"
-        )
-
-
-def _grid() -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold")
-    grid.add_column(overflow="fold")
-    return grid
-
-
-def _bar(share: float, width: int) -> str:
-    return "█" * round(share * width) or ("▏" if share > 0 else "")
-
-
-def _join(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _at(revision: str | None) -> str:
-    return f" at {revision[:12]}" if revision else ""

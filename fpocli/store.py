@@ -5,10 +5,9 @@ Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pa
 
 import hashlib
 import json
+import math
 import shutil
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +16,11 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.errors import UserError
-from fpocli.tokens import TokenPair
+from fpocli.rows import Features, Reference, Tokens, Totals
 
 FORMAT, VERSION = "fpo-store", "1.0"
 _TOKENS_PER_CHUNK = 2**18
-_TOKEN_ARRAYS = {"tokens", "spans", "source_row"}
-
-
-@dataclass(frozen=True)
-class Features:
-    """Pooled features of b pairs at one site; column 0 is chosen, column 1 rejected.
-
-    Args:
-        index: [b, 2, K] the K largest, by falling value.
-        value: [b, 2, K] their values.
-        nonzero: int32 [b, 2], how many of the m features are > 0.
-    """
-
-    index: np.ndarray
-    value: np.ndarray
-    nonzero: np.ndarray
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over the 2b responses of a block, from which mean and frequency are made.
-
-    Args:
-        value: float64 [m], sum of the pooled vectors.
-        frequency: int64 [2, m], how many chosen / rejected responses have the feature > 0.
-    """
-
-    value: np.ndarray
-    frequency: np.ndarray
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the reference says of b pairs.
-
-    Args:
-        logp: float32 [b, 2], S_ref in nats.
-        margin: float32 [b], a_ref(chosen) - a_ref(rejected), nats per token.
-        features: by site.
-    """
-
-    logp: np.ndarray
-    margin: np.ndarray
-    features: dict[str, Features]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The token runs of b pairs.
-
-    Args:
-        ids: uint32, pair after pair: prompt, chosen, rejected.
-        spans: int64 [b, 4], start of prompt, of chosen, of rejected and end, as offsets into ids.
-        source_row: int64 [b].
-    """
-
-    ids: np.ndarray
-    spans: np.ndarray
-    source_row: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.spans)
-
-    def pair(self, number: int) -> TokenPair:
-        """One of the b pairs."""
-        prompt, chosen, rejected = (self.ids[a:b] for a, b in pairwise(self.spans[number]))
-        return TokenPair(prompt, chosen, rejected, int(self.source_row[number]))
-
-    @property
-    def counts(self) -> np.ndarray:
-        """n of chosen and rejected: int64 [b, 2]."""
-        return np.diff(self.spans[:, 1:])
+_STATES = ("tokenised", "partial", "complete")
 
 
 class Store:
@@ -120,24 +48,14 @@ class Store:
                 state, created, fingerprint).
             tokens: all pairs; spans count from the first token of the store.
         """
-        group = zarr.create_group(path, zarr_format=3)
-        block, n = meta["block"], len(tokens)
-        blocks = -(-n // block)
-        _add(group, "tokens", tokens.ids.shape, "uint32", (_TOKENS_PER_CHUNK,))[:] = tokens.ids
-        _add(group, "spans", (n, 4), "int64", (block, 4))[:] = tokens.spans
-        _add(group, "source_row", (n,), "int64", (block,))[:] = tokens.source_row
-        _add(group, "ref/logp", (n, 2), "float32", (block, 2))
-        _add(group, "ref/margin", (n,), "float32", (block,))
-        for site, about in meta["sites"].items():
-            k, m = about["k"], about["d_sae"]
-            _add(group, f"features/{site}/index", (n, 2, k), index_dtype(m), (block, 2, k))
-            _add(group, f"features/{site}/value", (n, 2, k), about["value_dtype"], (block, 2, k))
-            _add(group, f"features/{site}/nonzero", (n, 2), "int32", (block, 2))
-            _add(group, f"features/{site}/mean", (m,), "float32", (m,))
-            _add(group, f"features/{site}/frequency", (2, m), "int64", (2, m))
-            _add(group, f"blocks/{site}/sum", (blocks, m), "float64", (1, m))
-            _add(group, f"blocks/{site}/frequency", (blocks, 2, m), "int64", (1, 2, m))
-        _add(group, "blocks/digest", (blocks,), "uint64", (1,))
+        begun = {"fpo": {"format": FORMAT}}
+        group = zarr.create_group(path, zarr_format=3, attributes=begun)
+        for name, (shape, dtype, chunks) in _layout(meta, len(tokens.ids)).items():
+            _add(group, name, shape, dtype, chunks)
+        arrays: Any = group
+        arrays["tokens"][:] = tokens.ids
+        arrays["spans"][:] = tokens.spans
+        arrays["source_row"][:] = tokens.source_row
         own = {
             "format": FORMAT,
             "version": VERSION,
@@ -145,7 +63,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "fingerprint": fingerprint(meta),
         }
-        # Written last: a folder without it was stopped on the way here and starts over.
+        # Written last: a store without a state was stopped on the way here and starts over.
         group.attrs["fpo"] = own | meta
         return cls(path, group)
 
@@ -164,8 +82,10 @@ class Store:
             what = "is no Zarr group" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}", "write a store with `fpo cache --out`") from error
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+            raise UserError(f"{path} is not an fpo store", "write one with `fpo cache --out`")
+        if meta.keys() == {"format"}:
             raise UserError(
-                f"{path} is not an fpo store, or writing its tokens was interrupted",
+                f"writing the tokens of {path} was interrupted",
                 "run `fpo cache` again with the same flags",
             )
         version = str(meta.get("version"))
@@ -186,7 +106,7 @@ class Store:
     @staticmethod
     def remove(path: Path) -> None:
         """Delete a store, or what an interrupted `create` left; never anything else."""
-        if path.is_dir() and (not any(path.iterdir()) or _is_ours(path)):
+        if path.is_dir() and (not any(path.iterdir()) or _attributes(path)):
             shutil.rmtree(path)
         elif path.exists():
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
@@ -196,38 +116,22 @@ class Store:
         """Whether `path` is an empty folder or what an interrupted `create` left."""
         if path.is_dir() and not any(path.iterdir()):
             return True
-        return _is_ours(path) and "fpo" not in zarr.open_group(path, mode="r").attrs
+        return _attributes(path).keys() == {"format"}
 
     def _check_arrays(self) -> None:
-        n, blocks = self.pairs, self.blocks
-        if self.meta["state"] not in ("tokenised", "partial", "complete"):
+        if self.meta["state"] not in _STATES:
             raise KeyError("a known state")
-        expected: dict[str, tuple[tuple[int, ...] | None, tuple[str, ...]]] = {
-            "tokens": (None, ("uint32",)),
-            "spans": ((n, 4), ("int64",)),
-            "source_row": ((n,), ("int64",)),
-            "ref/logp": ((n, 2), ("float32",)),
-            "ref/margin": ((n,), ("float32",)),
-            "blocks/digest": ((blocks,), ("uint64",)),
-        }
-        for site, about in self.sites.items():
-            k, m = about["k"], about["d_sae"]
-            root = f"features/{site}"
-            expected |= {
-                f"{root}/index": ((n, 2, k), (index_dtype(m),)),
-                f"{root}/value": ((n, 2, k), (about["value_dtype"],)),
-                f"{root}/nonzero": ((n, 2), ("int32",)),
-                f"{root}/mean": ((m,), ("float32",)),
-                f"{root}/frequency": ((2, m), ("int64",)),
-            }
-        for name, (shape, dtypes) in expected.items():
+        for name, (shape, dtype, _) in _layout(self.meta).items():
+            # The blocks' totals are gone once mean and frequency are made of them.
+            if name.startswith("blocks/") and name != "blocks/digest":
+                continue
             array = self._group.get(name)
             if not isinstance(array, zarr.Array):
                 raise UserError(f"{self.path} lacks the array {name}", "write the store again")
-            if str(array.dtype) not in dtypes or (shape and array.shape != shape):
+            if str(array.dtype) != dtype or array.shape != (shape or array.shape):
                 raise UserError(
                     f"the array {name} of {self.path} is {array.dtype} {array.shape}, expected "
-                    f"{' or '.join(dtypes)} {shape or ''}",
+                    f"{dtype} {shape}",
                     "write the store again",
                 )
 
@@ -402,15 +306,46 @@ def fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def raw_bytes(tokens: int, pairs: int, sites: dict[str, dict[str, Any]]) -> int:
+def raw_bytes(meta: dict[str, Any], tokens: int) -> int:
     """Size of a store before compression."""
-    per_pair = 4 * 8 + 8 + 3 * 4
-    for about in sites.values():
-        index_bytes = np.dtype(index_dtype(about["d_sae"])).itemsize
-        value_bytes = np.dtype(about["value_dtype"]).itemsize
-        per_pair += 2 * about["k"] * (index_bytes + value_bytes) + 8
-    fixed = sum(about["d_sae"] * (4 + 16) for about in sites.values())
-    return 4 * tokens + pairs * per_pair + fixed
+    return sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for shape, dtype, _ in _layout(meta, tokens).values()
+    )
+
+
+def _layout(
+    meta: dict[str, Any], tokens: int | None = None
+) -> dict[str, tuple[tuple[int, ...], str, tuple[int, ...]]]:
+    """Shape, dtype and chunks of every array.
+
+    Args:
+        meta: the store's attributes.
+        tokens: T; without it the shape of `tokens` is left open, as ().
+    """
+    n, block = meta["pairs"]["kept"], meta["block"]
+    blocks = -(-n // block)
+    arrays: dict[str, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
+        "tokens": (() if tokens is None else (tokens,), "uint32", (_TOKENS_PER_CHUNK,)),
+        "spans": ((n, 4), "int64", (block, 4)),
+        "source_row": ((n,), "int64", (block,)),
+        "ref/logp": ((n, 2), "float32", (block, 2)),
+        "ref/margin": ((n,), "float32", (block,)),
+        "blocks/digest": ((blocks,), "uint64", (1,)),
+    }
+    for site, about in meta["sites"].items():
+        k, m = about["k"], about["d_sae"]
+        features, parts = f"features/{site}", f"blocks/{site}"
+        arrays |= {
+            f"{features}/index": ((n, 2, k), index_dtype(m), (block, 2, k)),
+            f"{features}/value": ((n, 2, k), about["value_dtype"], (block, 2, k)),
+            f"{features}/nonzero": ((n, 2), "int32", (block, 2)),
+            f"{features}/mean": ((m,), "float32", (m,)),
+            f"{features}/frequency": ((2, m), "int64", (2, m)),
+            f"{parts}/sum": ((blocks, m), "float64", (1, m)),
+            f"{parts}/frequency": ((blocks, 2, m), "int64", (1, 2, m)),
+        }
+    return arrays
 
 
 def _add(
@@ -438,14 +373,10 @@ def _add(
     )
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a folder is a store or the beginning of one."""
+def _attributes(path: Path) -> dict[str, Any]:
+    """What a folder's group says under `fpo`, if it is a store or the beginning of one; else {}."""
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
+        about: Any = zarr.open_group(path, mode="r", zarr_format=3).attrs.get("fpo")
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    about = group.attrs.get("fpo")
-    known = _TOKEN_ARRAYS | {"ref", "features", "blocks"}
-    if about is None:
-        return all(item.name in known | {"zarr.json"} for item in path.iterdir())
-    return isinstance(about, dict) and about.get("format") == FORMAT
+        return {}
+    return about if isinstance(about, dict) and about.get("format") == FORMAT else {}

@@ -15,7 +15,8 @@ from torch import Tensor
 from fpocli.batches import Batch, pack
 from fpocli.distance import StoredFeatures
 from fpocli.objective import ReferenceRows
-from fpocli.store import Reference, Store, Tokens
+from fpocli.rows import Reference, Tokens
+from fpocli.store import Store
 
 # Blocks whose pairs are shuffled together; twice as many are held in memory.
 _WINDOW = 4

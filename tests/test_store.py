@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpocli.errors import UserError
-from fpocli.store import Features, Reference, Store, Tokens, Totals, fingerprint, index_dtype
+from fpocli.rows import Features, Reference, Tokens, Totals
+from fpocli.store import Store, fingerprint, index_dtype
 
 GOLDEN = Path(__file__).parent / "golden" / "ref-1.0.zarr"
 SITE = "layer_3.resid_post"
