@@ -1,0 +1,138 @@
+"""method.md 1: where the policy is the reference, u and D are 0 for every pair."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+from conftest import cache_config
+
+from fpocli import cache
+from fpocli.catalog import find_model
+from fpocli.config import TrainConfig
+from fpocli.evaluation import evaluate, sequential_kl
+from fpocli.model import LanguageModel, Site, load_model
+from fpocli.objective import objective
+from fpocli.scoring import score
+from fpocli.sparse import load_encoder
+from fpocli.store import Store
+from fpocli.stream import Stream
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def stage(request, material, tmp_path):
+    """A store of two sites, and its model and SAEs loaded anew."""
+    path = tiny.model_folder(tmp_path / "model", request.param)
+    config = cache_config(
+        material,
+        tmp_path / "ref.zarr",
+        model=str(path),
+        layer=[1, 3],
+        site=["mlp_out", "resid_post"],
+        sae=[str(material / "sae")] * 2,
+        top_k="55",
+    )
+    store = cache(config)
+    sites = [Site.parse(name) for name in store.sites]
+    model = load_model(find_model(str(path)), sites, torch.float32, CPU).eval()
+    return store, model, {name: load_encoder(str(material / "sae"), CPU) for name in store.sites}
+
+
+def stream(store, micro_batch: int, **changes) -> Stream:
+    settings = {
+        "batch_size": 21,
+        "micro_batch": micro_batch,
+        "eval_fraction": 0.0,
+        "seed": micro_batch,
+        "rank": 0,
+        "world": 1,
+    }
+    return Stream(store, **(settings | changes))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 21])
+def test_step_0_whatever_batch_order_padding(stage, micro_batch):
+    store, model, encoders = stage
+    settings = TrainConfig(cache="unused")
+    seen = 0
+    for micro in stream(store, micro_batch).step(0, CPU):
+        with torch.no_grad():
+            loss, metrics = objective(
+                score(model, encoders, micro.batch), micro.reference, encoders, settings
+            )
+        assert metrics["u"].abs().max() < 1e-6
+        assert metrics["distance_chosen"].max() < 1e-8
+        assert metrics["distance_rejected"].max() < 1e-8
+        assert torch.allclose(loss, torch.full_like(loss, math.log(2)), atol=1e-6)
+        seen += len(loss)
+    assert seen == 21
+
+
+def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
+    store, model, encoders = stage
+    policy = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    settings = TrainConfig(cache="unused")
+    results = [
+        evaluate(
+            policy,
+            encoders,
+            stream(store, size, eval_fraction=0.4).evaluation(CPU),
+            settings,
+            reference=model,
+        )
+        for size in (1, 5)
+    ]
+    for name in results[0]:
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
+    assert results[0]["kl_chosen"] > 0.01
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_sequential_kl_equals_the_whole_vocabulary_computation(family, material, store_path):
+    one, other = (tiny.network(family, seed) for seed in (0, 1))
+
+    micro = next(iter(stream(Store.open(store_path), 3).step(0, CPU)))
+    actual = sequential_kl(LanguageModel(one, []), LanguageModel(other, []), micro.batch)
+    place = 0
+    flat = []
+    with torch.no_grad():
+        for network in (one, other):
+            final, _ = LanguageModel(network, []).states(micro.batch)
+            logits = final.double() @ network.get_output_embeddings().weight.double().T
+            if cap := getattr(network.config, "final_logit_softcapping", None):
+                logits = cap * (logits / cap).tanh()
+            flat.append(logits.softmax(-1))
+    per_token = (flat[0] * (flat[0] / flat[1]).log()).sum(-1)
+    for number, count in enumerate(micro.batch.counts):
+        expected = per_token[place : place + count].sum()
+        assert actual.flatten()[number].item() == pytest.approx(expected.item(), rel=1e-5)
+        place += count
+
+
+def test_every_pair_once_per_epoch_and_as_many_micro_batches_on_every_rank(store_path):
+
+    store = Store.open(store_path)
+    for world, micro_batch, batch_size in ((1, 2, 4), (2, 2, 5), (3, 4, 4), (4, 8, 32)):
+        ranks = [
+            stream(store, micro_batch, batch_size=batch_size, world=world, rank=rank,
+                   eval_fraction=0.2, seed=0)
+            for rank in range(world)
+        ]  # fmt: skip
+        pairs = []
+        for step in range(ranks[0].steps_per_epoch):
+            work = [list(rank.step(step, CPU)) for rank in ranks]
+            assert {len(micros) for micros in work} == {ranks[0].accumulation}
+            weights = torch.cat([m.weights for micros in work for m in micros])
+            assert weights.sum().item() == pytest.approx(1)
+            assert (weights > 0).sum() == len(ranks[0].pairs(step))
+            pairs += ranks[0].pairs(step).tolist()
+        assert sorted([*pairs, *ranks[0].held_out.tolist()]) == list(range(store.pairs))
+        second = [ranks[0].pairs(ranks[0].steps_per_epoch + s).tolist() for s in (0, 1)]
+        assert second[0] != ranks[0].pairs(0).tolist(), "another order in the second epoch"
