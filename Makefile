@@ -2,16 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long check lint clean
+.PHONY: demo test check lint clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
 test: .venv/dev
 	$(BIN)/pytest
-
-test-long: .venv/dev
-	$(BIN)/pytest -m long
 
 check: lint test
 
