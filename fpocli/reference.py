@@ -125,7 +125,7 @@ def _open_or_tokenise(
         "model": {
             "source": folder.source,
             "revision": folder.revision,
-            "architecture": model_config.architectures[0],
+            "architecture": (model_config.architectures or [model_config.model_type])[0],
             "hash": folder.weights_hash(),
             "dtype": config.dtype,
             "attention": attention_kernel(model_config),
@@ -133,9 +133,8 @@ def _open_or_tokenise(
         "sites": _describe_sites(config, encoders),
         "block": config.block,
     }
-    if config.overwrite or Store.unfinished(path):
-        Store.remove(path)
-    if path.exists():
+    Store.require_replaceable(path)
+    if path.exists() and not (config.overwrite or Store.unfinished(path)):
         store = Store.open(path, writable=True)
         if differing := [name for name in identity if identity[name] != store.meta.get(name)]:
             raise UserError(
@@ -155,6 +154,7 @@ def _open_or_tokenise(
         },
     }
     _print_plan(path, meta, tokens)
+    Store.remove(path)
     return Store.create(path, meta, tokens)
 
 

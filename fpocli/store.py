@@ -104,12 +104,18 @@ class Store:
         return store
 
     @staticmethod
+    def require_replaceable(path: Path) -> None:
+        """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
+        nothing = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        if not (nothing or _attributes(path)):
+            raise UserError(f"{path} exists and is not an fpo store", "give another --out")
+
+    @staticmethod
     def remove(path: Path) -> None:
         """Delete a store, or what an interrupted `create` left; never anything else."""
-        if path.is_dir() and (not any(path.iterdir()) or _attributes(path)):
+        Store.require_replaceable(path)
+        if path.exists():
             shutil.rmtree(path)
-        elif path.exists():
-            raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
     def unfinished(path: Path) -> bool:
