@@ -38,7 +38,7 @@ class ModelFolder:
         files = sorted(self.path.glob("*.safetensors"))
         digest = hashlib.sha256()
         size = sum(file.stat().st_size for file in files) / 1e6
-        with progress(f"Hashing the weights of {self.source} (MB)", size) as bar:
+        with progress("Hashing the weights (MB)", size) as bar:
             for file in files:
                 with file.open("rb") as stream:
                     while chunk := stream.read(2**24):

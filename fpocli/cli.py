@@ -3,6 +3,10 @@
 import dataclasses
 import errno
 import inspect
+import io
+import os
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +65,12 @@ def _add_defaults(context: typer.Context, values: dict[str, Any], *, win: bool) 
     context.default_map = held | values if win else values | held
 
 
+def _print_version(value: bool) -> None:
+    if value:
+        print(metadata.version("fpocli"))
+        raise typer.Exit
+
+
 _CONFIG = Annotated[
     Path | None,
     typer.Option(
@@ -92,6 +102,9 @@ def _command(name: str, config: type, extra: dict[str, Any]) -> None:
             getattr(fpocli, name)(config(**settings))
         except UserError as error:
             _fail(str(error), error.hint)
+        except KeyboardInterrupt:
+            console.print("stopped; the same command goes on from what was last saved")
+            raise typer.Exit(130) from None
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 _fail("the disk is full", "free some space and give the same command again")
@@ -132,6 +145,25 @@ _command("train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
 _command("inspect", InspectConfig, {})
 
 
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
 def main() -> None:
     """The program `fpo`."""
+    # A terminal of another encoding gets "?" for a bar, not an error.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if not sys.stderr.isatty():
+        # In a log file the bars of transformers are one long line.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app()

@@ -5,7 +5,7 @@ nothing is listed twice. A field's type is what the flag accepts.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
@@ -13,6 +13,23 @@ from fpocli.errors import UserError
 
 Method = Literal["fpo", "dpo_norm", "dpo", "simpo", "sft"]
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+
+
+def _check(config: Any) -> None:
+    """Hold a config made in Python to what its flags would accept."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value, (kind, *flags) = getattr(config, name), get_args(hint)
+        if value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(f"{flag} {value} is unknown", f"take {', '.join(get_args(kind))}")
+        if get_origin(kind) is list and not isinstance(value, (list, tuple)):
+            raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
+        for bound in flags:
+            low, high = bound.min, bound.max
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise UserError(f"{flag} {value} is out of range", f"see `fpo --help` for {flag}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +96,7 @@ class CacheConfig:
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
 
     def __post_init__(self) -> None:
+        _check(self)
         if not self.layer:
             raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
@@ -173,6 +191,7 @@ class TrainConfig:
     overwrite: Annotated[bool, Option("--overwrite", help="Start the run anew.")] = False
 
     def __post_init__(self) -> None:
+        _check(self)
         if self.beta is None:
             object.__setattr__(self, "beta", 2.0 if self.method == "simpo" else 0.1)
 

@@ -1,5 +1,6 @@
 """Messages and progress for people, on stderr; stdout is left to data."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,13 +19,14 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
-def progress(description: str, total: float | None, *, show: bool = True) -> Iterator["Bar"]:
+def progress(description: str, total: float | None) -> Iterator["Bar"]:
     """A progress bar for work that can take more than two seconds.
 
     Args:
         description: what is being done.
         total: how many units make the whole; None when that is unknown.
-        show: False on every rank but the first.
+
+    Of several processes only the first shows it.
     """
     with Progress(
         SpinnerColumn(),
@@ -35,7 +37,7 @@ def progress(description: str, total: float | None, *, show: bool = True) -> Ite
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not show,
+        disable=os.environ.get("RANK", "0") != "0",
     ) as bars:
         yield Bar(bars, description, total)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,15 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         from deepspeed.utils import logger
 
         logger.setLevel("WARNING")
+        # DeepSpeed still calls collectives that torch has renamed, in every step.
+        warnings.filterwarnings("ignore", r"torch\.distributed\..* is deprecated", FutureWarning)
         # Needs a compiler and 40 seconds, to make what gloo already does on one machine.
         ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def make_engine(model: LanguageModel, settings: TrainConfig, accumulation: int) -> Any:
+def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, Any]) -> Any:
     """Wrap the policy in a DeepSpeed engine.
 
     With bf16 the weights are bfloat16 and the optimiser works on float32 master weights.
@@ -59,7 +62,7 @@ def make_engine(model: LanguageModel, settings: TrainConfig, accumulation: int) 
     Args:
         model: the policy.
         settings: of the run.
-        accumulation: micro-batches per optimiser step.
+        config: DeepSpeed's, from `deepspeed_config`.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[settings.optimizer]
@@ -69,7 +72,7 @@ def make_engine(model: LanguageModel, settings: TrainConfig, accumulation: int) 
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay),
-            config=_deepspeed_config(settings, accumulation),
+            config=config,
         )
     if settings.bf16 and settings.zero == 0:
         # DeepSpeed allocates this optimiser's state with a step of zero gradients and leaves
@@ -79,7 +82,16 @@ def make_engine(model: LanguageModel, settings: TrainConfig, accumulation: int) 
     return engine
 
 
-def _deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any]:
+def deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: what the flags give, and over it the user's file.
+
+    Args:
+        settings: of the run.
+        accumulation: micro-batches per optimiser step.
+
+    Raises:
+        UserError: the file cannot be read, or contradicts the flags.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -97,10 +109,8 @@ def _deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any
         return config
     try:
         given = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{settings.deepspeed} cannot be read as JSON: {error}", "see --deepspeed"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{settings.deepspeed} is not JSON: {error}", "mend the file") from error
     merged = _merge(config, given)
     # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
     own = config.keys() - {"zero_optimization"}

@@ -1,5 +1,7 @@
 """What a user can cause. The command line prints it as a sentence with a hint and exits with 2."""
 
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake or a condition outside the program, told in one sentence.
@@ -17,3 +19,15 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
+    """Where two nested settings differ, in words: "limits.max_length is 512 there, 2048 here"."""
+    found = []
+    for name in there.keys() | here.keys():
+        one, other = there.get(name), here.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found.append(differences(one, other, f"{prefix}{name}."))
+        elif one != other:
+            found.append(f"{prefix}{name} is {one!s:.60} there, {other!s:.60} here")
+    return "; ".join(sorted(filter(None, found)))

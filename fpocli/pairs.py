@@ -114,6 +114,9 @@ def _parse(row: dict[str, Any], number: int) -> Pair:
     if not isinstance(row, dict):
         raise ValueError("the row is not an object with named fields")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    for name in ("chosen", "rejected"):
+        if row[name] is None:
+            raise ValueError(f"the field {name} is null")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("chosen is text and rejected is not, or the other way round")
     if isinstance(chosen, str):

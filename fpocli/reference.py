@@ -19,7 +19,7 @@ from fpocli.batches import group, pack
 from fpocli.catalog import ModelFolder, default_sae, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import Bar, console, progress
-from fpocli.errors import UserError
+from fpocli.errors import UserError, differences
 from fpocli.model import (
     LanguageModel,
     Site,
@@ -29,7 +29,7 @@ from fpocli.model import (
     load_model,
     read_config,
 )
-from fpocli.pairs import open_source, read_pairs
+from fpocli.pairs import Pair, Source, open_source, read_pairs
 from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, check_encoder, load_encoder, top_k
@@ -63,8 +63,14 @@ def cache(config: CacheConfig) -> Store:
     if len(set(sites)) < len(sites):
         raise UserError("a site is given twice", "give each --layer once, or with another --site")
     check_layers(model_config, sites)
+    # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
+    Store.require_replaceable(Path(config.out))
+    tokenizer = PairTokenizer(
+        folder, config.chat_template, config.max_length, config.max_prompt_length
+    )
+    source = open_source(config.data, config.split, config.limit)
     encoders = _load_encoders(config, sites, model_config.hidden_size, device)
-    store = _open_or_tokenise(config, folder, model_config, encoders)
+    store = _open_or_tokenise(config, folder, model_config, tokenizer, source, encoders)
     todo = store.missing_blocks()
     if todo:
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
@@ -106,14 +112,12 @@ def _open_or_tokenise(
     config: CacheConfig,
     folder: ModelFolder,
     model_config: Any,
+    tokenizer: PairTokenizer,
+    source: Source,
     encoders: dict[str, SparseEncoder],
 ) -> Store:
     """The store this command means: the one it began earlier, or a new one."""
     path = Path(config.out)
-    tokenizer = PairTokenizer(
-        folder, config.chat_template, config.max_length, config.max_prompt_length
-    )
-    source = open_source(config.data, config.split, config.limit)
     identity = {
         "data": source.identity,
         "tokenizer": tokenizer.identity,
@@ -133,18 +137,17 @@ def _open_or_tokenise(
         "sites": _describe_sites(config, encoders),
         "block": config.block,
     }
-    Store.require_replaceable(path)
     if path.exists() and not (config.overwrite or Store.unfinished(path)):
         store = Store.open(path, writable=True)
-        if differing := [name for name in identity if identity[name] != store.meta.get(name)]:
+        if other := differences({name: store.meta[name] for name in identity}, identity):
             raise UserError(
-                f"{path} was made with another {', '.join(differing)}",
+                f"{path} was made with other settings: {other}",
                 "give the flags it was made with, another --out, or --overwrite",
             )
         done = store.blocks - len(store.missing_blocks())
         console.print(f"{path}: {done} of {store.blocks} blocks are there already")
         return store
-    tokens = _tokenise(tokenizer, read_pairs(source))
+    tokens = _tokenise(tokenizer, read_pairs(source), config.limit)
     meta = identity | {
         "writer": {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__},
         "pairs": {
@@ -182,15 +185,17 @@ def _describe_sites(
     return described
 
 
-def _tokenise(tokenizer: PairTokenizer, pairs: Iterator[Any]) -> Tokens:
+def _tokenise(tokenizer: PairTokenizer, pairs: Iterator[Pair], limit: int | None) -> Tokens:
     runs: list[np.ndarray] = []
     rows: list[int] = []
-    with progress("Tokenising pairs", None) as bar:
+    with progress("Tokenising pairs", limit) as bar:
         for pair in tokenizer(pairs):
             for run in (pair.prompt, pair.chosen, pair.rejected):
                 runs.append(np.asarray(run, np.uint32))
             rows.append(pair.row)
             bar.advance()
+    if not tokenizer.read:
+        raise UserError("the data hold no rows", "check --data")
     if not rows:
         reasons = ", ".join(f"{count} {why}" for why, count in tokenizer.dropped.items())
         raise UserError(

@@ -45,7 +45,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if damaged := shown.get("verified", {}).get("damaged"):
         for problem in damaged:
             console.print(problem)
-        raise UserError(f"{store.path} is damaged in {len(damaged)} places", "write it again")
+        raise UserError(f"{store.path} is damaged, as listed above", "write it again")
     return shown
 
 

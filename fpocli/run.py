@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from fpocli.config import TrainConfig
-from fpocli.errors import UserError
+from fpocli.errors import UserError, differences
 from fpocli.store import Store
 
 
@@ -50,6 +50,9 @@ class RunFolder:
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
         known = self.folder / "run.json"
+        begun = (self.checkpoints / "latest").is_file() or (
+            self._metrics.is_file() and self._metrics.stat().st_size > 0
+        )
         if self.folder.exists() and any(self.folder.iterdir()):
             if not known.is_file():
                 raise UserError(
@@ -57,14 +60,11 @@ class RunFolder:
                 )
             if self.settings.overwrite:
                 shutil.rmtree(self.folder)
-            else:
-                held = json.loads(known.read_text())
-                if differing := [name for name in identity if held.get(name) != identity[name]]:
-                    raise UserError(
-                        f"{self.folder} holds a run with another {', '.join(differing)}",
-                        "give the settings of that run to go on with it, another --out, or "
-                        "--overwrite",
-                    )
+            elif begun and (other := differences(json.loads(known.read_text()), identity)):
+                raise UserError(
+                    f"{self.folder} holds a run with other settings: {other}",
+                    "give the settings of that run to go on with it, another --out, or --overwrite",
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(identity, indent=1))
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -105,13 +105,14 @@ def _model_card(settings: TrainConfig, store: Store) -> str:
     rows = "\n".join(
         f"| {name} | {value} |"
         for name, value in dataclasses.asdict(settings).items()
-        if name not in _PLACE
+        if name not in _PLACE and value is not None
     )
+    tags = ", ".join(dict.fromkeys(["fpo", "preference-optimization", settings.method]))
     sites = ", ".join(f"{site} ({about['sae']['source']})" for site, about in store.sites.items())
     return f"""---
 library_name: transformers
 base_model: {base}
-tags: [fpo, preference-optimization, {settings.method}]
+tags: [{tags}]
 ---
 
 # {Path(base).name} trained with {settings.method}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fpocli.catalog import ModelFolder
+from fpocli.console import console
 from fpocli.errors import UserError
 from fpocli.pairs import Message, Pair
 
@@ -184,6 +185,11 @@ class PairTokenizer:
             )
         end = end.strip()
         if ids := self._encode([end])[0]:
+            if len(ids) > 1:
+                console.print(
+                    f"note: the tokeniser does not know {end!r}, with which the chat template "
+                    f"{self.template_name} ends a turn; it becomes {len(ids)} tokens"
+                )
             return ids
         if self.tokenizer.eos_token_id is None:
             raise UserError(

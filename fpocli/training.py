@@ -12,6 +12,7 @@ from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.console import console, progress
 from fpocli.engine import (
+    deepspeed_config,
     gather_weights,
     load_checkpoint,
     make_engine,
@@ -61,6 +62,7 @@ def train(settings: TrainConfig) -> Path:
         world=world,
     )
     steps = settings.epochs * stream.steps_per_epoch
+    deepspeed = deepspeed_config(settings, stream.accumulation)
     run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
     if run.finished:
         console.print(f"{run.final} is there already; --overwrite trains anew")
@@ -70,7 +72,7 @@ def train(settings: TrainConfig) -> Path:
     constrained = "features" in METHODS[settings.method].needs
     model, tokenizer = _load_policy(store, settings, device)
     encoders = _load_encoders(store, settings, model, device) if constrained else {}
-    engine = make_engine(model, settings, stream.accumulation)
+    engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
     if rank == 0:
@@ -81,6 +83,12 @@ def train(settings: TrainConfig) -> Path:
             f"ZeRO {settings.zero}"
         )
 
+        if warmup_steps(steps, settings) > steps:
+            console.print(
+                f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
+                f"run, so the learning rate never reaches {settings.lr}"
+            )
+
     def measure(step: int) -> None:
         if len(stream.held_out):
             means = evaluate(engine, encoders, stream.evaluation(device), settings)
@@ -89,7 +97,7 @@ def train(settings: TrainConfig) -> Path:
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
         measure(0)
-    with progress("Training", steps, show=rank == 0) as bar:
+    with progress("Training", steps) as bar:
         bar.advance(done)
         for step in range(done, steps):
             began = time.perf_counter()
@@ -104,6 +112,7 @@ def train(settings: TrainConfig) -> Path:
                 engine.backward((micro.weights * loss).sum() * stream.accumulation * world)
                 norm = take_step(engine, lr)
                 means.add(metrics | {"tokens": micro.tokens}, micro.weights)
+                bar.advance(1 / stream.accumulation)
             line = means.result()
             tokens = line["tokens"] * len(stream.pairs(step))
             line |= {
@@ -114,7 +123,7 @@ def train(settings: TrainConfig) -> Path:
             }
             run.log({"step": step + 1, "split": "train"} | line)
             check_finite(line["loss"], norm, step + 1)
-            bar.advance(1, f"loss {line['loss']:.4f}")
+            bar.advance(0, f"loss {line['loss']:.4f}")
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1)
     measure(steps)
@@ -198,9 +207,14 @@ def _load_encoders(
     return encoders
 
 
+def warmup_steps(steps: int, settings: TrainConfig) -> int:
+    """Steps of the warm-up, which is given as a number of steps or, below 1, as a share."""
+    return round(settings.warmup * (steps if settings.warmup < 1 else 1))
+
+
 def learning_rate(step: int, steps: int, settings: TrainConfig) -> float:
     """The rate of a step counted from 0: linear warm-up, then constant, cosine or linear to 0."""
-    warmup = round(settings.warmup * steps) if settings.warmup < 1 else round(settings.warmup)
+    warmup = warmup_steps(steps, settings)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     rest = (step - warmup) / max(1, steps - warmup)

@@ -180,21 +180,21 @@ def test_the_same_command_twice_changes_nothing(material, store_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"top_k": "32"}, "sites"),
-        ({"value_dtype": "float16"}, "sites"),
-        ({"max_length": 30}, "limits"),
-        ({"dtype": "bfloat16"}, "model"),
-        ({"chat_template": "gemma"}, "tokenizer"),
-        ({"limit": 20}, "data"),
+        ({"top_k": "32"}, "k is 64 there, 32 here"),
+        ({"value_dtype": "float16"}, "value_dtype"),
+        ({"max_length": 30}, "limits.max_length is 2048 there, 30 here"),
+        ({"dtype": "bfloat16"}, "model.dtype"),
+        ({"chat_template": "gemma"}, "chat_template.name"),
+        ({"limit": 20}, "data.limit"),
         ({"block": 4}, "block"),
-        ({"model": "policy"}, "model"),
+        ({"model": "policy"}, "model.hash"),
     ],
 )
 def test_other_settings_are_not_mixed_into_a_store(material, store_path, change, named):
     """The trap of a cache keyed too loosely."""
     if "model" in change:
         change = {"model": str(material / change["model"])}
-    with pytest.raises(UserError, match=f"made with another .*{named}"):
+    with pytest.raises(UserError, match=f"made with other settings: .*{named}"):
         cache(cache_config(material, store_path, **change))
 
 
@@ -203,7 +203,7 @@ def test_changed_data_under_the_same_name_is_noticed(material, store_path, tmp_p
     path = shutil.copytree(store_path, tmp_path / "ref.zarr")
     cache(cache_config(material, path.with_name("own.zarr"), data=data))
     write_pairs(tmp_path / "pairs.jsonl", 21, seed=9)
-    with pytest.raises(UserError, match="another data"):
+    with pytest.raises(UserError, match=r"data\.fingerprint"):
         cache(cache_config(material, path.with_name("own.zarr"), data=data))
 
 

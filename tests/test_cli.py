@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import tiny
@@ -16,7 +17,7 @@ import zarr
 from typer.testing import CliRunner
 
 import fpocli
-from fpocli import CacheConfig, InspectConfig, TrainConfig, cli
+from fpocli import CacheConfig, InspectConfig, TrainConfig, UserError, cli
 from fpocli.config import PRESETS
 
 HEAVY = {"torch", "zarr", "numpy", "transformers", "deepspeed", "datasets", "sae_lens"}
@@ -239,7 +240,7 @@ def error(*arguments):
         ({"top_k": "some"}, "--top-k some is neither"),
         ({"layer": [1, 2]}, "1 SAEs are given for 2 layers"),
         ({"chat_template": "none.jinja"}, "--chat-template none.jinja is neither"),
-        ({"out": "ref.zarr"}, "ref.zarr was made with another "),
+        ({"out": "ref.zarr"}, "ref.zarr was made with other settings: "),
     ],
 )
 def test_cache_tells_a_mistake(work, changes, sentence):
@@ -296,3 +297,32 @@ def test_a_full_disk_is_told(monkeypatch, name):
     monkeypatch.setitem(vars(fpocli), name, full)
     required = {"cache": "--model m --layer 1", "train": "--cache s", "inspect": "s"}
     assert error(name, *required[name].split()) == "the disk is full"
+
+
+def test_version():
+    assert run("--version").stdout.strip() == metadata.version("fpocli")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (CacheConfig, {"model": "m", "layer": 24}, "--layer 24 is not a list"),
+        (CacheConfig, {"model": "m", "layer": [1], "dtype": "fp16"}, "--dtype fp16 is unknown"),
+        (TrainConfig, {"cache": "s", "method": "fpp"}, "--method fpp is unknown"),
+        (TrainConfig, {"cache": "s", "zero": 7}, "--zero 7 is out of range"),
+        (TrainConfig, {"cache": "s", "lr": -1.0}, "--lr -1.0 is out of range"),
+    ],
+)
+def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        kind(**settings)
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch):
+    def stopped(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fpocli, "train", stopped, raising=False)
+    result = run("train", "--cache", "s")
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr

@@ -207,7 +207,7 @@ def test_a_wrong_row_is_told_with_its_place(tmp_path, row, reason):
 @pytest.mark.parametrize("write", [write_parquet, write_dataset, write_splits])
 def test_a_wrong_row_of_a_table_is_told_with_its_number(tmp_path, write):
     path = write(tmp_path / "data", [*texts("a"), {"prompt": "q", "chosen": "a", "rejected": None}])
-    assert refusal(path).startswith(f"{path}, row 1: chosen is text and rejected is not")
+    assert refusal(path).startswith(f"{path}, row 1: the field rejected is null")
 
 
 # File name, bytes, what the message says after the path.

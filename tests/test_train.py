@@ -296,7 +296,10 @@ def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
         command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
     )
     assert done.returncode != 0
-    assert f"error: {out} holds a run with another lr" in done.stderr
+    assert (
+        f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
+        in done.stderr
+    )
     assert done.stderr.count("error: ") == 1, "told once, not by every process"
 
 
