@@ -47,11 +47,12 @@ class ModelFolder:
         return digest.hexdigest()
 
 
-def find_model(name: str, *, weights: bool = True) -> ModelFolder:
+def find_model(name: str, *, revision: str | None = None, weights: bool = True) -> ModelFolder:
     """The files of a model, fetched from the hub if they are not here yet.
 
     Args:
         name: a short name, a hub id or a local folder.
+        revision: the hub's commit; None takes the newest.
         weights: False where configuration and tokeniser are enough.
 
     Raises:
@@ -59,14 +60,13 @@ def find_model(name: str, *, weights: bool = True) -> ModelFolder:
     """
     source = GEMMA[name][0] if name in GEMMA else name
     if Path(source).is_dir():
-        path, revision = Path(source), None
+        path = Path(source)
     else:
         from huggingface_hub import snapshot_download
 
         with hub_errors(f"the model {source}"):
             patterns = ["*.json", "*.jinja", "*.model", *(["model*.safetensors"] * weights)]
-            path = Path(snapshot_download(source, allow_patterns=patterns))
-        revision = path.name
+            path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     if not (path / "config.json").is_file():
         raise UserError(f"{source} has no config.json", "name a transformers model folder")
     files = list(path.glob("*.safetensors"))
@@ -83,7 +83,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelFolder:
             raise UserError(
                 f"the weights {file} are damaged: {error}", "fetch them anew"
             ) from error
-    return ModelFolder(source, path, revision)
+    return ModelFolder(source, path, None if Path(source).is_dir() else path.name)
 
 
 def default_sae(model: str, layer: int, kind: str) -> str:

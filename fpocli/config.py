@@ -97,6 +97,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        object.__setattr__(self, "top_k", str(self.top_k))
         if not self.layer:
             raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:

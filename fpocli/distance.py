@@ -61,7 +61,8 @@ def candidates(pooled: Tensor, reference: StoredFeatures, k: int) -> Candidates:
     # [P, 2, k, K]: which stored slot, if any, holds each of the policy's top features.
     match = (own[..., :, None] == reference.index[..., None, :]) & (own_value > 0)[..., None]
     found = match.any(-1)
-    in_top = match[..., :k].any(-1)
+    # Not where the value was stored as 0, as float16 does with a tiny one: `top` leaves it out.
+    in_top = (match[..., :k] & (top_value > 0)[..., None, :]).any(-1)
     floor = torch.where(
         reference.nonzero <= reference.value.shape[-1], 0, reference.value[..., -1]
     )[..., None]

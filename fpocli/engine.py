@@ -15,7 +15,7 @@ from fpocli.config import TrainConfig
 from fpocli.errors import UserError
 from fpocli.model import LanguageModel
 
-_STEP = "fpo_step"
+_STEP, _LATEST = "fpo_step", "latest"
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -71,12 +71,15 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
 
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=kind(parameters, lr=settings.lr, weight_decay=settings.weight_decay),
+            # Where DeepSpeed allocates the optimiser's state with a step of its own (bf16 without
+            # ZeRO), that step must move nothing. take_step sets the rate of every real one.
+            optimizer=kind(parameters, lr=0.0, weight_decay=0.0),
             config=config,
         )
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay
     if settings.bf16 and settings.zero == 0:
-        # DeepSpeed allocates this optimiser's state with a step of zero gradients and leaves
-        # Adam's step count at 1, which would make the first update 0.744 times too small.
+        # It would count as Adam's first step and make the next update 0.744 times too small.
         for state in engine.optimizer.optimizer.state.values():
             state["step"].zero_()
     return engine
@@ -111,6 +114,8 @@ def deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any]
         given = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{settings.deepspeed} is not JSON: {error}", "mend the file") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{settings.deepspeed} holds no JSON object", 'write {"name": value, ...}')
     merged = _merge(config, given)
     # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
     own = config.keys() - {"zero_optimization"}
@@ -130,6 +135,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` laid upon `base`; "auto" stands for what is there."""
     merged = dict(base)
     for name, value in over.items():
+        if isinstance(base.get(name), dict) and not isinstance(value, dict):
+            raise UserError(f"{name} in the DeepSpeed file is no object", "mend the file")
         if isinstance(value, dict):
             merged[name] = _merge(base.get(name) or {}, value)
         elif value != "auto":
@@ -166,10 +173,11 @@ def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
     """Write a checkpoint of all ranks, then drop the older ones."""
     tag = f"step-{step}"
     with contextlib.redirect_stdout(sys.stderr):
-        # DeepSpeed points to the new one only when it is whole.
-        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step})
+        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
+        # The pointer moves when the checkpoint is whole, and at once: DeepSpeed's own does not.
+        replace_text(folder / _LATEST, tag)
         for old in folder.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old)
@@ -181,15 +189,27 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
     Returns:
         the number of steps done; 0 when there is no checkpoint.
     """
-    if not (folder / "latest").is_file():
+    if not (folder / _LATEST).is_file():
         return 0
-    with contextlib.redirect_stdout(sys.stderr):
-        path, client_state = engine.load_checkpoint(str(folder))
-    if path is None:
+    tag = (folder / _LATEST).read_text()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            path, client_state = engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise FileNotFoundError(folder / tag)
+        return int(client_state[_STEP])
+    except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
         raise UserError(
-            f"the checkpoint in {folder} cannot be loaded", "start anew with --overwrite"
-        )
-    return int(client_state[_STEP])
+            f"the checkpoint {folder / tag} cannot be loaded: {error}",
+            "go on with as many processes as saved it, or start anew with --overwrite",
+        ) from error
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.replace(file)
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:

@@ -123,6 +123,7 @@ def _parse(row: dict[str, Any], number: int) -> Pair:
         if prompt is None:
             chosen, rejected = _transcript(chosen), _transcript(rejected)
         else:
+            _check_unicode(chosen + rejected)
             messages = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
             return Pair(messages, chosen, rejected, number)
     chosen, rejected = _messages(chosen), _messages(rejected)
@@ -153,7 +154,15 @@ def _without(head: list[Message], conversation: list[Message]) -> list[Message]:
 def _message(role: Any, content: Any) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError("a message's role and content must be text")
+    _check_unicode(content)
     return {"role": role, "content": content}
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the text holds half a character (a lone surrogate)") from error
 
 
 def _messages(value: Any) -> list[Message]:

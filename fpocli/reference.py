@@ -63,6 +63,18 @@ def cache(config: CacheConfig) -> Store:
     if len(set(sites)) < len(sites):
         raise UserError("a site is given twice", "give each --layer once, or with another --site")
     check_layers(model_config, sites)
+    with Store.writing(Path(config.out)):
+        return _cache(config, device, folder, model_config, sites)
+
+
+def _cache(
+    config: CacheConfig,
+    device: torch.device,
+    folder: ModelFolder,
+    model_config: Any,
+    sites: list[Site],
+) -> Store:
+    """The command itself, once the store is ours to write."""
     # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
     Store.require_replaceable(Path(config.out))
     tokenizer = PairTokenizer(

@@ -133,7 +133,10 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
         raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
     block, row = divmod(pair, store.block_size)
     tokens = store.tokens(block)
-    tokenizer = load_tokenizer(find_model(store.meta["tokenizer"]["source"], weights=False))
+    about = store.meta["tokenizer"]
+    tokenizer = load_tokenizer(
+        find_model(about["source"], revision=about["revision"], weights=False)
+    )
     ids = tokens.pair(row)
     runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     shown: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from fpocli.config import TrainConfig
+from fpocli.engine import replace_text
 from fpocli.errors import UserError, differences
 from fpocli.store import Store
 
@@ -66,7 +68,7 @@ class RunFolder:
                     "give the settings of that run to go on with it, another --out, or --overwrite",
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        known.write_text(json.dumps(identity, indent=1))
+        replace_text(known, json.dumps(identity, indent=1))
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def resume_at(self, step: int) -> None:
@@ -74,8 +76,8 @@ class RunFolder:
         if not self._first:
             return
         lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
-        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-        self._metrics.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in lines if step and _step_of(line) <= step]
+        replace_text(self._metrics, "".join(line + "\n" for line in kept))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -93,6 +95,14 @@ class RunFolder:
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(self.settings, store))
         partial.rename(self.final)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; beyond all steps for one that a crash tore."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 # Where things are, which a resumed run may change.

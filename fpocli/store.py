@@ -3,10 +3,13 @@
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -165,13 +168,43 @@ class Store:
             mean = np.zeros(parts.shape[1])
             frequency = np.zeros(counts.shape[1:], np.int64)
             for block in range(self.blocks):
-                mean += self._read(f"blocks/{site}/sum", block, block)
-                frequency += self._read(f"blocks/{site}/frequency", block, block)
+                total = self._read(f"blocks/{site}/sum", block, block)
+                count = self._read(f"blocks/{site}/frequency", block, block)
+                if np.isnan(total).any() or (count < 0).any():
+                    self._array("blocks/digest")[block] = 0
+                    raise UserError(
+                        f"block {block} of {self.path} has lost its totals",
+                        "give the same command again, it scores the block anew",
+                    )
+                mean += total
+                frequency += count
             self._array(f"features/{site}/mean")[:] = mean / (2 * self.pairs)
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
         for site in self.sites:
             del self._group[f"blocks/{site}"]
+
+    @staticmethod
+    @contextmanager
+    def writing(path: Path) -> Iterator[None]:
+        """Hold a store for one writer on this machine.
+
+        Raises:
+            UserError: another process writes it now.
+        """
+        file = path.with_name(path.name + ".lock")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is writing {path}", "wait for it, or give another --out"
+                ) from error
+            try:
+                yield
+            finally:
+                file.unlink(missing_ok=True)
 
     def _set_state(self, state: str) -> None:
         self.meta["state"] = state

@@ -62,6 +62,8 @@ def train(settings: TrainConfig) -> Path:
         world=world,
     )
     steps = settings.epochs * stream.steps_per_epoch
+    if not steps:
+        raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
     deepspeed = deepspeed_config(settings, stream.accumulation)
     run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
     if run.finished:
@@ -164,8 +166,13 @@ def _load_policy(
     store: Store, settings: TrainConfig, device: torch.device
 ) -> tuple[LanguageModel, Any]:
     """The starting weights, and the tokeniser with the store's template for the result."""
-    folder = find_model(settings.model or store.meta["model"]["source"])
-    if settings.model is None and folder.weights_hash() != store.meta["model"]["hash"]:
+    reference = store.meta["model"]
+    folder = (
+        find_model(settings.model)
+        if settings.model
+        else find_model(reference["source"], revision=reference["revision"])
+    )
+    if settings.model is None and folder.weights_hash() != reference["hash"]:
         raise UserError(
             f"the weights of {folder.source} are no longer those {store.path} was made with",
             f"cache again, or start from these with --model {folder.source}",
@@ -238,5 +245,5 @@ def check_finite(loss: float, norm: float, step: int) -> None:
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
             f"step {step}: the loss is {loss} and the gradient norm {norm}",
-            "lower --lr or --grad-clip; the newest checkpoint is from before",
+            "begin a run with a lower --lr in another --out, or with --overwrite",
         )

@@ -1,5 +1,6 @@
 """The cache stage end to end: right numbers, resumed, refused, independent of blocks."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 from conftest import cache_config, write_pairs
 from test_store import contents
 
-from fpocli import CacheConfig, UserError, cache, reference
+from fpocli import CacheConfig, UserError, batches, cache, reference
 from fpocli.batches import pack
 from fpocli.catalog import find_model
 from fpocli.model import LanguageModel, Site, load_model
@@ -266,6 +267,21 @@ def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, 
         cache(cache_config(material, tmp_path / "ref.zarr"))
 
 
+def test_a_model_that_ignores_positions_is_refused(material, tmp_path, monkeypatch):
+    """The rejected response stands behind the chosen one; its positions must not."""
+
+    def by_slot(pairs):
+        batch = batches.pack(pairs)
+        slots = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        return dataclasses.replace(
+            batch, positions=torch.where(batch.run == 2, slots, batch.positions)
+        )
+
+    monkeypatch.setattr(reference, "pack", by_slot)
+    with pytest.raises(UserError, match="does not follow the attention rule"):
+        cache(cache_config(material, tmp_path / "ref.zarr"))
+
+
 def test_a_store_larger_than_the_free_disk_is_not_begun(material, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
@@ -310,3 +326,25 @@ def test_no_disk_left_is_a_sentence(material, tmp_path):
     assert done.returncode == 2
     assert "the disk is full" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_second_writer_is_refused(material, tmp_path):
+    path = tmp_path / "ref.zarr"
+    with Store.writing(path), pytest.raises(UserError, match="another process is writing"):
+        cache(cache_config(material, path))
+    cache(cache_config(material, path))
+    assert not path.with_name("ref.zarr.lock").exists()
+
+
+def test_totals_that_are_lost_are_made_again(material, tmp_path, store_path, monkeypatch):
+    path = tmp_path / "ref.zarr"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "finish", lambda store: (_ for _ in ()).throw(KeyboardInterrupt))
+        cache(cache_config(material, path))
+    (path / "blocks" / SITE / "sum" / "c" / "1" / "0").unlink()
+    with pytest.raises(UserError, match=r"block 1 .* has lost its totals"):
+        cache(cache_config(material, path))
+    cache(cache_config(material, path))
+    whole, mended = contents(store_path), contents(path)
+    for name, values in whole.items():
+        np.testing.assert_array_equal(mended[name], values, err_msg=name)

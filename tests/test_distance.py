@@ -153,3 +153,25 @@ def test_gradient_through_the_sae_equals_that_of_the_whole_encoding():
     assert torch.allclose(one, other, atol=1e-6)
     for left, right in zip(one_grads, other_grads, strict=True):
         assert torch.allclose(left, right, atol=1e-6)
+
+
+def test_overlap_is_the_share_of_the_larger_set():
+    policy = torch.tensor([[[3.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
+    reference = torch.tensor([[[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
+    chosen = candidates(policy, stored(reference, 4), 3)
+    # {0, 1, 2} and {0, 3} share one of three; two empty sets share nothing.
+    assert chosen.overlap[0].tolist() == pytest.approx([1 / 3, 0])
+
+
+def test_a_value_that_was_stored_as_zero_is_compared_all_the_same():
+    """float16 rounds a tiny reference value to 0; the policy's large one must still count."""
+    reference = StoredFeatures(
+        torch.tensor([[[3, 7], [3, 7]]]),
+        torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]),
+        torch.tensor([[2, 2]]),
+    )
+    policy = torch.zeros(1, 2, 9)
+    policy[..., 3], policy[..., 7] = 1.0, 5.0
+    chosen = candidates(policy, reference, 2)
+    distance = feature_distance(policy.gather(-1, chosen.index), chosen, 2)
+    assert distance[0].tolist() == [12.5, 12.5]

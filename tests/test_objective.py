@@ -136,3 +136,32 @@ def test_every_pair_once_per_epoch_and_as_many_micro_batches_on_every_rank(store
         assert sorted([*pairs, *ranks[0].held_out.tolist()]) == list(range(store.pairs))
         second = [ranks[0].pairs(ranks[0].steps_per_epoch + s).tolist() for s in (0, 1)]
         assert second[0] != ranks[0].pairs(0).tolist(), "another order in the second epoch"
+
+
+def test_several_sites_count_as_their_mean(stage):
+    """Table 7: delta is the mean of the sites' delta."""
+    store, model, encoders = stage
+    settings = TrainConfig(cache="unused")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        micro = next(iter(stream(store, 5).step(0, CPU)))
+        scores = score(model, encoders, micro.batch)
+        _, both = objective(scores, micro.reference, encoders, settings)
+        alone = [
+            objective(scores, micro.reference, {site: encoders[site]}, settings)[1]
+            for site in encoders
+        ]
+    for name in ("distance_chosen", "distance_rejected", "delta", "missing", "overlap"):
+        mean = (alone[0][name] + alone[1][name]) / 2
+        assert torch.allclose(both[name], mean, atol=1e-6), name
+    assert not torch.allclose(alone[0]["delta"], alone[1]["delta"])
+
+
+def test_pairs_are_shuffled_inside_a_window_of_blocks(store_path, monkeypatch):
+    monkeypatch.setattr("fpocli.stream._WINDOW", 1)
+    store = Store.open(store_path)
+    order = stream(store, 1)._order(0) // store.block_size
+    changes = (order[1:] != order[:-1]).sum()
+    assert changes == store.blocks - 1, "with a window of one, block follows block"

@@ -46,6 +46,16 @@ def test_columns_and_their_gradient_equal_those_of_the_whole_encoding(architectu
     assert own.grad.abs().max() > 0
 
 
+def test_a_threshold_below_zero_is_still_a_relu():
+    """jumprelu is relu times (pre-activation > threshold)."""
+    sae = tiny.sae("jumprelu")
+    with torch.no_grad():
+        sae.threshold.fill_(-1.0)
+    expected = sae.encode(states(50)).mean(0).detach()
+    index = torch.arange(tiny.FEATURES)
+    assert torch.allclose(SparseEncoder(sae).columns(states(50), index), expected, atol=1e-6)
+
+
 def test_nothing_as_wide_as_the_sae_is_kept_for_the_gradient(architecture):
     kept = []
     encoder = SparseEncoder(tiny.sae(architecture))
@@ -77,7 +87,7 @@ def test_normalised_inputs_and_decoder_norms_follow_sae_lens():
 
 
 @given(
-    hnp.arrays(np.float32, (2, 17), elements=st.sampled_from([0.0, 0.25, 0.5, 3.0, 1e-30, 6e4])),
+    hnp.arrays(np.float32, (2, 17), elements=st.sampled_from([0.0, -0.0, 0.25, 3.0, 1e-30, 6e4])),
     st.integers(1, 17),
 )
 def test_top_k_orders_by_value_then_by_lower_index(pooled, k):
