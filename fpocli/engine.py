@@ -183,15 +183,21 @@ def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
                 shutil.rmtree(old)
 
 
+def newest_checkpoint(folder: Path) -> str | None:
+    """The name of the newest whole checkpoint in a folder, None where there is none."""
+    pointer = folder / _LATEST
+    return pointer.read_text() if pointer.is_file() else None
+
+
 def load_checkpoint(engine: Any, folder: Path) -> int:
     """Go back to the newest checkpoint.
 
     Returns:
         the number of steps done; 0 when there is no checkpoint.
     """
-    if not (folder / _LATEST).is_file():
+    tag = newest_checkpoint(folder)
+    if tag is None:
         return 0
-    tag = (folder / _LATEST).read_text()
     try:
         with contextlib.redirect_stdout(sys.stderr):
             path, client_state = engine.load_checkpoint(str(folder), tag=tag)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from fpocli.config import TrainConfig
-from fpocli.engine import replace_text
+from fpocli.engine import newest_checkpoint, replace_text
 from fpocli.errors import UserError, differences
 from fpocli.store import Store
 
@@ -52,9 +52,8 @@ class RunFolder:
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
         known = self.folder / "run.json"
-        begun = (self.checkpoints / "latest").is_file() or (
-            self._metrics.is_file() and self._metrics.stat().st_size > 0
-        )
+        logged = self._metrics.is_file() and self._metrics.stat().st_size > 0
+        begun = logged or newest_checkpoint(self.checkpoints) is not None
         if self.folder.exists() and any(self.folder.iterdir()):
             if not known.is_file():
                 raise UserError(

@@ -23,6 +23,8 @@ from fpocli.rows import Features, Reference, Tokens, Totals
 
 FORMAT, VERSION = "fpo-store", "1.0"
 _TOKENS_PER_CHUNK = 2**18
+# Shape, dtype and chunks of an array.
+_Layout = tuple[tuple[int, ...], str, tuple[int, ...]]
 _STATES = ("tokenised", "partial", "complete")
 
 
@@ -109,8 +111,7 @@ class Store:
     @staticmethod
     def require_replaceable(path: Path) -> None:
         """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
-        nothing = not path.exists() or (path.is_dir() and not any(path.iterdir()))
-        if not (nothing or _attributes(path)):
+        if path.exists() and not (_is_empty(path) or _attributes(path)):
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
@@ -123,9 +124,7 @@ class Store:
     @staticmethod
     def unfinished(path: Path) -> bool:
         """Whether `path` is an empty folder or what an interrupted `create` left."""
-        if path.is_dir() and not any(path.iterdir()):
-            return True
-        return _attributes(path).keys() == {"format"}
+        return _is_empty(path) or _attributes(path).keys() == {"format"}
 
     def _check_arrays(self) -> None:
         if self.meta["state"] not in _STATES:
@@ -353,9 +352,7 @@ def raw_bytes(meta: dict[str, Any], tokens: int) -> int:
     )
 
 
-def _layout(
-    meta: dict[str, Any], tokens: int | None = None
-) -> dict[str, tuple[tuple[int, ...], str, tuple[int, ...]]]:
+def _layout(meta: dict[str, Any], tokens: int | None = None) -> dict[str, _Layout]:
     """Shape, dtype and chunks of every array.
 
     Args:
@@ -364,7 +361,7 @@ def _layout(
     """
     n, block = meta["pairs"]["kept"], meta["block"]
     blocks = -(-n // block)
-    arrays: dict[str, tuple[tuple[int, ...], str, tuple[int, ...]]] = {
+    arrays: dict[str, _Layout] = {
         "tokens": (() if tokens is None else (tokens,), "uint32", (_TOKENS_PER_CHUNK,)),
         "spans": ((n, 4), "int64", (block, 4)),
         "source_row": ((n,), "int64", (block,)),
@@ -410,6 +407,10 @@ def _add(
         # missing then always means a gap.
         config={"write_empty_chunks": True},
     )
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _attributes(path: Path) -> dict[str, Any]:

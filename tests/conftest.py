@@ -90,3 +90,18 @@ def cache_config(material: Path, out: Path, **changes):
         "out": str(out),
     }
     return CacheConfig(**(settings | changes))
+
+
+def make_stream(store, **changes):
+    """The stream of one process: batches of 4, a fifth held out, unless changed."""
+    from fpocli.stream import Stream
+
+    settings = {
+        "batch_size": 4,
+        "micro_batch": 1,
+        "eval_fraction": 0.2,
+        "seed": 0,
+        "rank": 0,
+        "world": 1,
+    }
+    return Stream(store, **(settings | changes))

@@ -6,7 +6,7 @@ import math
 import pytest
 import tiny
 import torch
-from conftest import cache_config
+from conftest import cache_config, make_stream
 
 from fpocli import cache
 from fpocli.catalog import find_model
@@ -17,7 +17,6 @@ from fpocli.objective import objective
 from fpocli.scoring import score
 from fpocli.sparse import load_encoder
 from fpocli.store import Store
-from fpocli.stream import Stream
 
 CPU = torch.device("cpu")
 
@@ -41,16 +40,10 @@ def stage(request, material, tmp_path):
     return store, model, {name: load_encoder(str(material / "sae"), CPU) for name in store.sites}
 
 
-def stream(store, micro_batch: int, **changes) -> Stream:
-    settings = {
-        "batch_size": 21,
-        "micro_batch": micro_batch,
-        "eval_fraction": 0.0,
-        "seed": micro_batch,
-        "rank": 0,
-        "world": 1,
-    }
-    return Stream(store, **(settings | changes))
+def stream(store, micro_batch: int, **changes):
+    """All 21 pairs in one step, in an order of its own for each micro-batch size."""
+    settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": micro_batch}
+    return make_stream(store, **(settings | {"micro_batch": micro_batch} | changes))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 21])

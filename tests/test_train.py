@@ -15,14 +15,13 @@ import tiny
 import torch
 import yaml
 import zarr
-from conftest import cache_config
+from conftest import cache_config, make_stream
 from safetensors.torch import load_file
 from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import cache
 from fpocli.store import Store
-from fpocli.stream import Stream
 
 SITE = "layer_3.resid_post"
 # The wall-clock and memory of a step are no part of its result.
@@ -84,15 +83,7 @@ def baseline(material, store_path, tmp_path_factory) -> Path:
 def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
     """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
     but the order of the pairs."""
-    stream = Stream(
-        Store.open(store_path),
-        batch_size=4,
-        micro_batch=1,
-        eval_fraction=0.2,
-        seed=0,
-        rank=0,
-        world=1,
-    )
+    stream = make_stream(Store.open(store_path))
     order = stream._epoch_order(0)
     arrays = contents(store_path)
     network, sae = tiny.network("gemma2"), tiny.sae().requires_grad_(False)
@@ -216,15 +207,7 @@ def test_final_is_the_trained_model_in_transformers_format(baseline, store_path)
     network = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
     network.set_attn_implementation("eager")
     last = read(baseline)[-1]
-    stream = Stream(
-        Store.open(store_path),
-        batch_size=4,
-        micro_batch=1,
-        eval_fraction=0.2,
-        seed=0,
-        rank=0,
-        world=1,
-    )
+    stream = make_stream(Store.open(store_path))
     arrays, sae = contents(store_path), tiny.sae()
     with torch.no_grad():
         results = [naive_pair(network, sae, arrays, int(pair)) for pair in stream.held_out]
