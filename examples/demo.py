@@ -52,7 +52,7 @@ def main() -> None:
     )
     fpo(f"inspect {STORE}")
     fpo(
-        f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 --micro-batch 2 "
+        f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 "
         f"--no-activation-checkpointing --eval-fraction 0.2 --out {RUN}"
     )
     show_result()
@@ -158,7 +158,7 @@ def show_result() -> None:
     names = list(store.sites)
     encoders = {name: load_encoder(str(SAE), device) for name in names}
     stream = Stream(
-        store, batch_size=1, micro_batch=4, eval_fraction=settings.eval_fraction, seed=0, rank=0,
+        store, batch_size=1, tokens_per_row=2048, eval_fraction=settings.eval_fraction, seed=0, rank=0,
         world=1,
     )  # fmt: skip
     sites = [Site.parse(name) for name in names]

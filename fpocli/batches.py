@@ -1,15 +1,17 @@
 """Token runs -> packed rows, the only input of a model here.
 
-Shapes: R rows, L slots per row, P pairs, M scored tokens (all responses of the batch together).
+Shapes: L slots of a row, P pairs, M scored tokens (all responses of the row together).
 
-A row holds whole pairs. Inside a pair the prompt stands once, then the chosen and the rejected
-response; both attend to the prompt and not to each other, and both take up the positions right
-after it. Today a row holds one pair; only this file knows.
+A row holds whole pairs, one after the other. Inside a pair the prompt stands once, then the chosen
+and the rejected response. Both take up the positions right after the prompt, and positions start
+over with every pair. Who attends to whom is in attention.py.
 """
 
-from collections.abc import Iterator, Sequence
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,114 +19,127 @@ from torch import Tensor
 
 from fpocli.tokens import TokenPair
 
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
-_PADDING = -1
-
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed pairs.
+    """A packed row: what a model scores at once.
 
     Args:
-        ids: [R, L] token ids.
-        positions: [R, L] position of each token in its own sequence (prompt, response).
-        pair: [R, L] which pair of the row a slot belongs to, -1 for padding.
-        run: [R, L] PROMPT, CHOSEN or REJECTED.
-        predictors: [M] slots, as indices into the R x L grid, whose output predicts a target:
-            the last prompt slot up to the last but one of the response (method.md).
+        ids: [L] token ids.
+        positions: [L] position of each token in its own sequence (prompt, response).
+        predictors: [M] slots whose output predicts a target: the last prompt slot up to the last
+            but one of the response (method.md).
         targets: [M] the response tokens, grouped by response: chosen and rejected of the first
             pair, then of the next.
-        counts: 2P numbers of scored tokens n(y), in the order of `targets`.
+        spans: int64 [P, 4], slots where the pair's prompt, chosen and rejected response start, and
+            its end, as in a store. It stays on the CPU.
     """
 
     ids: Tensor
     positions: Tensor
-    pair: Tensor
-    run: Tensor
     predictors: Tensor
     targets: Tensor
-    counts: list[int]
+    spans: np.ndarray
 
-    def attends(self, window: int | None = None) -> Tensor:
-        """The attention rule: which slot (query) sees which slot (key).
-
-        A key is seen by slots of the same pair at the same or a later position, if it is a prompt
-        token or in the query's own run. With a sliding window the two are less than `window`
-        positions apart, however far apart their slots are.
-
-        Returns:
-            bool [R, L, L], query by key. A padding slot sees itself, so no query sees nothing.
-        """
-        query, key = self.pair[:, :, None], self.pair[:, None, :]
-        run_query, run_key = self.run[:, :, None], self.run[:, None, :]
-        distance = self.positions[:, :, None] - self.positions[:, None, :]
-        allowed = (query == key) & (query != _PADDING) & (distance >= 0)
-        allowed &= (run_key == PROMPT) | (run_key == run_query)
-        if window is not None:
-            allowed &= distance < window
-        return allowed | torch.eye(
-            self.ids.shape[1], dtype=torch.bool, device=self.ids.device
-        ).unsqueeze(0)
+    @property
+    def counts(self) -> list[int]:
+        """n(y) of the 2P responses, in the order of `targets`."""
+        return np.diff(self.spans[:, 1:]).ravel().tolist()
 
     def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if name != "counts"
-        }
+        moved = {name: value.to(device) for name, value in vars(self).items() if name != "spans"}
         return replace(self, **moved)
 
 
-def group(lengths: np.ndarray, slots: int) -> Iterator[list[int]]:
-    """Pairs in groups that each make one batch, alike in length, so that little is padding.
-
-    Args:
-        lengths: tokens of each pair, the prompt once.
-        slots: how many slots a batch may have; a longer pair is a group of its own.
-    """
-    members: list[int] = []
-    for pair in np.argsort(-lengths, kind="stable").tolist():
-        if members and lengths[members[0]] * (len(members) + 1) > slots:
-            yield members
-            members = []
-        members.append(pair)
-    yield members
-
-
-def pack(pairs: Sequence[TokenPair]) -> Batch:
-    """Lay pairs out in rows.
+def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
+    """Lay pairs out in one row.
 
     Args:
         pairs: P pairs; the order of the responses in the batch is theirs.
+        multiple: the row's length is rounded up to a multiple of it, with slots of no pair.
     """
-    rows = [[pair] for pair in pairs]
-    length = max(sum(len(pair) for pair in row) for row in rows)
-    shape = (len(rows), length)
-    ids, positions, run = (np.zeros(shape, np.int64) for _ in range(3))
-    owner = np.full(shape, _PADDING, np.int64)
-    predictors: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    for r, row in enumerate(rows):
-        start = 0
-        for p, pair in enumerate(row):
-            last_prompt = start + len(pair.prompt) - 1
-            for kind, tokens in enumerate((pair.prompt, pair.chosen, pair.rejected)):
-                slots = slice(start, start + len(tokens))
-                first = 0 if kind == PROMPT else len(pair.prompt)
-                ids[r, slots] = tokens
-                positions[r, slots] = np.arange(first, first + len(tokens))
-                owner[r, slots] = p
-                run[r, slots] = kind
-                if kind != PROMPT:
-                    inside = np.arange(start, start + len(tokens) - 1)
-                    predictors.append(r * length + np.append(last_prompt, inside))
-                    targets.append(np.asarray(tokens, np.int64))
-                start += len(tokens)
+    runs = [run for pair in pairs for run in (pair.prompt, pair.chosen, pair.rejected)]
+    ends = np.cumsum([len(run) for run in runs])
+    spans = np.concatenate([[0], ends])[np.arange(len(pairs))[:, None] * 3 + np.arange(4)]
+    length = int(ends[-1])
+    start, chosen, rejected, end = spans.T
+    shift = np.zeros(length + 1, np.int64)
+    shift[start] = start - np.concatenate([[0], (start + rejected - chosen)[:-1]])
+    shift[rejected] = rejected - chosen
+    slots = np.arange(length)
+    positions = slots - np.cumsum(shift[:-1])
+    scored = np.ones(length, bool)
+    for first, last in zip(start, chosen, strict=True):
+        scored[first:last] = False
+    predictors = slots - 1
+    predictors[rejected] = chosen - 1
+    padding = (0, -length % multiple)
+    ids = np.concatenate(runs).astype(np.int64)
     return Batch(
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions),
-        pair=torch.from_numpy(owner),
-        run=torch.from_numpy(run),
-        predictors=torch.from_numpy(np.concatenate(predictors)),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        counts=[len(tokens) for tokens in targets],
+        ids=torch.from_numpy(np.pad(ids, padding)),
+        positions=torch.from_numpy(np.pad(positions, padding)),
+        predictors=torch.from_numpy(predictors[scored]),
+        targets=torch.from_numpy(ids[scored]),
+        spans=spans,
     )
+
+
+def default_tokens_per_row(device: torch.device) -> int:
+    """The row budget where none is given: enough work at once to keep the device busy, little
+    enough for its memory."""
+    return 8192 if device.type == "cuda" else 2048
+
+
+def fill_rows(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[int]]:
+    """Which pairs share a row.
+
+    Args:
+        lengths: tokens of each pair, the prompt once.
+        budget: the most tokens of a row; a longer pair has a row of its own.
+        ranks: the number of rows is a multiple of it, and several ranks get rows alike in length;
+            with fewer pairs than ranks some rows are empty.
+
+    Returns:
+        rows of indices into `lengths`, the longest row first.
+    """
+    rows = _best_fit(lengths, budget)
+    if ranks == 1:
+        return rows
+    count = -(-len(rows) // ranks) * ranks
+    while True:
+        spread, longest = _spread(lengths, count)
+        if longest <= max(budget, *lengths):
+            return spread
+        if count == len(rows):
+            return rows
+        count += ranks
+
+
+def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: each pair goes where it leaves the least room."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free slots, row), sorted
+    for pair in sorted(range(len(lengths)), key=lambda pair: -lengths[pair]):
+        place = bisect_left(room, (lengths[pair], 0))
+        if place == len(room):
+            rows.append([])
+            free, row = budget, len(rows) - 1
+        else:
+            free, row = room.pop(place)
+        rows[row].append(pair)
+        insort(room, (free - lengths[pair], row))
+    return sorted(rows, key=lambda row: -sum(lengths[pair] for pair in row))
+
+
+def _spread(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
+    """Longest first, each into the shortest of `count` rows; the rows and the longest's tokens."""
+    shortest = [(0, row) for row in range(count)]
+    rows: list[list[int]] = [[] for _ in range(count)]
+    for pair in sorted(range(len(lengths)), key=lambda pair: -lengths[pair]):
+        tokens, row = heapq.heappop(shortest)
+        rows[row].append(pair)
+        heapq.heappush(shortest, (tokens + lengths[pair], row))
+    totals = dict((row, tokens) for tokens, row in shortest)
+    order = sorted(range(count), key=lambda row: -totals[row])
+    return [rows[row] for row in order], max(totals.values())

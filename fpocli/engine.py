@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fpocli.errors import UserError
 from fpocli.model import LanguageModel
 
 _STEP, _LATEST = "fpo_step", "latest"
+# Elements of a group of parameters, which the optimiser updates at once.
+_GROUP_SIZE = 2**25
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -64,8 +67,11 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
         settings: of the run.
         config: DeepSpeed's, from `deepspeed_config`.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kind = {"adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}[settings.optimizer]
+    kind: Any = {
+        # Fused, it needs no copies of the weights while it works; on a CPU too.
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "rmsprop": torch.optim.RMSprop,
+    }[settings.optimizer]
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
 
@@ -73,7 +79,7 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
             model=model,
             # Where DeepSpeed allocates the optimiser's state with a step of its own (bf16 without
             # ZeRO), that step must move nothing. take_step sets the rate of every real one.
-            optimizer=kind(parameters, lr=0.0, weight_decay=0.0),
+            optimizer=kind(_parameter_groups(model), lr=0.0, weight_decay=0.0),
             config=config,
         )
     for group in engine.optimizer.param_groups:
@@ -85,23 +91,37 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
     return engine
 
 
-def deepspeed_config(settings: TrainConfig, accumulation: int) -> dict[str, Any]:
+def _parameter_groups(model: LanguageModel) -> list[dict[str, Any]]:
+    """The parameters in groups of moderate size, as ZeRO updates them group by group: its copies
+    of the gradients are then no larger than a group."""
+    groups: list[list[torch.nn.Parameter]] = [[]]
+    for parameter in model.parameters():
+        if groups[-1] and sum(p.numel() for p in groups[-1]) + parameter.numel() > _GROUP_SIZE:
+            groups.append([])
+        groups[-1].append(parameter)
+    return [{"params": group} for group in groups]
+
+
+def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
     """DeepSpeed's configuration: what the flags give, and over it the user's file.
 
     Args:
         settings: of the run.
-        accumulation: micro-batches per optimiser step.
 
     Raises:
         UserError: the file cannot be read, or contradicts the flags.
     """
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": accumulation,
+        # A step has as many rows as its pairs fill, so DeepSpeed cannot count them: `backward` is
+        # told which is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.grad_clip,
         "bf16": {"enabled": settings.bf16},
         "zero_optimization": {
             "stage": settings.zero,
+            # Gradients are copied into a bucket on their way; DeepSpeed's own takes a gigabyte.
+            "reduce_bucket_size": _GROUP_SIZE,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "zero_allow_untested_optimizer": True,
@@ -144,19 +164,28 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def take_step(engine: Any, lr: float) -> float:
-    """Tell the engine that a micro-batch is done; after the step's last one it updates the weights.
+def backward(engine: Any, loss: torch.Tensor, last: bool) -> None:
+    """Add the gradient of a row to the step's; with the last row the ranks are averaged.
 
     Args:
-        engine: after the backward pass of a micro-batch.
+        engine: whose forward pass made the loss.
+        loss: scalar.
+        last: whether this is the rank's last row of the step.
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def take_step(engine: Any, lr: float) -> float:
+    """Update the weights.
+
+    Args:
+        engine: after the backward pass of the step's last row.
         lr: learning rate of this step.
 
     Returns:
-        norm of the step's gradient before clipping; 0 before its last micro-batch.
+        norm of the gradient before clipping.
     """
-    if not engine.is_gradient_accumulation_boundary():
-        engine.step()
-        return 0.0
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     if engine.zero_optimization() or engine.bfloat16_enabled():

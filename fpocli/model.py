@@ -1,6 +1,6 @@
-"""The language model: packed rows in, per-token log-probabilities and site states out.
+"""The language model: a packed row in, per-token log-probabilities and site states out.
 
-Shapes: R rows, L slots per row, M scored tokens, d model width, V vocabulary.
+Shapes: L slots of the row, M scored tokens, d model width, V vocabulary.
 """
 
 import re
@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fpocli.attention import check_kernel, choose_kernel, layer_kinds, mask, register_kernels
 from fpocli.batches import Batch
 from fpocli.catalog import ModelFolder
 from fpocli.errors import UserError
 
-# Logits of one chunk in float32 stay under this many bytes.
-_CHUNK_BYTES = 128 * 2**20
+# Logits of one chunk in float32 stay under this many bytes. On a CPU they should stay in its cache.
+_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,12 @@ class LanguageModel(nn.Module):
     """A causal language model that scores packed rows. The policy and the reference are both one.
 
     Args:
-        network: transformers' model with its head.
+        network: transformers' model with its head, on its device; its attention kernel is changed
+            to one that follows the rule of packed rows.
         sites: where hidden states are taken.
 
     Raises:
-        UserError: a layer is out of range.
+        UserError: a layer is out of range, or the model cannot follow the rule.
     """
 
     def __init__(self, network: Any, sites: list[Site]) -> None:
@@ -63,6 +66,9 @@ class LanguageModel(nn.Module):
         self.config = network.config.get_text_config()
         self.sites = sites
         check_layers(self.config, sites)
+        register_kernels()
+        network.set_attn_implementation(choose_kernel(network.device))
+        check_kernel(network)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Score a batch.
@@ -80,15 +86,27 @@ class LanguageModel(nn.Module):
         Returns:
             what the head reads at each predictor, [M, d], and the sites' states there, [M, d].
         """
+        kernel = self.config._attn_implementation
+        masks = {
+            kind: mask(
+                batch,
+                self.config.sliding_window if kind == "sliding_attention" else None,
+                kernel,
+                self.network.dtype,
+            )
+            for kind in layer_kinds(self.config)
+        }
         with self._capture() as captured:
             final = self.network.get_decoder()(
-                input_ids=batch.ids,
-                position_ids=batch.positions,
-                attention_mask=self._masks(batch),
+                input_ids=batch.ids[None],
+                position_ids=batch.positions[None],
+                # Models with layers of several kinds take a mask for each.
+                attention_mask=masks if hasattr(self.config, "layer_types") else masks.popitem()[1],
+                spans=batch.spans,
                 use_cache=False,
             ).last_hidden_state
-        return _at(final, batch.predictors), {
-            name: _at(state, batch.predictors) for name, state in captured.items()
+        return final[0].index_select(0, batch.predictors), {
+            name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
         }
 
     def logprobs(self, final: Tensor, targets: Tensor) -> Tensor:
@@ -103,9 +121,7 @@ class LanguageModel(nn.Module):
         """
 
         def chunk(states: Tensor, tokens: Tensor) -> Tensor:
-            logits = self.logits(states)
-            picked = logits.gather(-1, tokens[:, None]).squeeze(-1)
-            return picked - logits.logsumexp(-1)
+            return -F.cross_entropy(self.logits(states), tokens, reduction="none")
 
         size = self.chunk_size
         return torch.cat(
@@ -128,23 +144,7 @@ class LanguageModel(nn.Module):
     @property
     def chunk_size(self) -> int:
         """Predictors per chunk of the head."""
-        return max(1, _CHUNK_BYTES // (4 * self.config.vocab_size))
-
-    def _masks(self, batch: Batch) -> Any:
-        """The attention rule in the form transformers takes: one 4-D additive mask, or one for
-        every kind of layer."""
-        masks = {
-            kind: self._additive(
-                batch, self.config.sliding_window if kind == "sliding_attention" else None
-            )
-            for kind in layer_kinds(self.config)
-        }
-        return masks if hasattr(self.config, "layer_types") else masks.popitem()[1]
-
-    def _additive(self, batch: Batch, window: int | None) -> Tensor:
-        dtype = self.network.dtype
-        hidden = torch.zeros(1, dtype=dtype, device=batch.ids.device)
-        return hidden.masked_fill(~batch.attends(window), torch.finfo(dtype).min).unsqueeze(1)
+        return max(1, _CHUNK_BYTES[self.network.device.type] // (4 * self.config.vocab_size))
 
     @contextmanager
     def _capture(self) -> Iterator[dict[str, Tensor]]:
@@ -173,10 +173,6 @@ class LanguageModel(nn.Module):
         return getattr(layer, "post_feedforward_layernorm", layer.mlp)
 
 
-def _at(states: Tensor, slots: Tensor) -> Tensor:
-    return states.flatten(0, 1).index_select(0, slots)
-
-
 def read_config(folder: ModelFolder) -> Any:
     """transformers' configuration of a text model.
 
@@ -203,40 +199,6 @@ def check_layers(config: Any, sites: list[Site]) -> None:
             )
 
 
-def layer_kinds(config: Any) -> set[str]:
-    """The kinds of attention layers of a model: full_attention, sliding_attention."""
-    window = getattr(config, "sliding_window", None)
-    only = "sliding_attention" if window else "full_attention"
-    return set(getattr(config, "layer_types", None) or [only])
-
-
-def attention_kernel(config: Any) -> str:
-    """The kernel that applies a dense mask, and attention soft-capping where the model has it.
-
-    sdpa drops soft-capping, so models that use it run with transformers' eager kernel.
-    """
-    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
-
-
-def check_kernel(network: Any) -> None:
-    """Refuse what would silently drop the model's soft-capping or the rule of packed rows."""
-    config = network.config.get_text_config()
-    if other := layer_kinds(config) - {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"{type(network).__name__} has layers of the kind {', '.join(sorted(other))}, which "
-            "cannot follow the attention rule of packed rows",
-            "Gemma-2, Gemma-3 and Llama models are supported",
-        )
-    kernel = config._attn_implementation
-    capped = getattr(config, "attn_logit_softcapping", None)
-    if kernel not in (("eager",) if capped else ("eager", "sdpa")):
-        raise UserError(
-            f"the attention kernel {kernel} would drop the model's soft-capping or the attention "
-            "rule of packed rows",
-            "let fpo choose the kernel",
-        )
-
-
 def load_model(
     folder: ModelFolder, sites: list[Site], dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
@@ -255,14 +217,10 @@ def load_model(
     network: Any
     try:
         network = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            dtype=dtype,
-            attn_implementation=attention_kernel(config),
-            use_safetensors=True,
+            folder.path, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the model {folder.source} cannot be loaded: {error}") from error
-    check_kernel(network)
     return LanguageModel(network.to(device), sites)
 
 

@@ -6,6 +6,7 @@ Shapes: P pairs of a batch, b pairs of a block, K kept features, m features.
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from rich.filesize import decimal
 
-from fpocli.batches import group, pack
+from fpocli.attention import choose_kernel, row_multiple
+from fpocli.batches import default_tokens_per_row, fill_rows, pack
 from fpocli.catalog import ModelFolder, default_sae, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import Bar, console, progress
@@ -23,7 +25,6 @@ from fpocli.errors import UserError, differences
 from fpocli.model import (
     LanguageModel,
     Site,
-    attention_kernel,
     check_layers,
     choose_device,
     load_model,
@@ -35,9 +36,6 @@ from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, check_encoder, load_encoder, top_k
 from fpocli.store import Store, index_dtype, raw_bytes
 from fpocli.tokens import PairTokenizer
-
-# Slots of one forward pass, padding included; a longer pair goes alone.
-_SLOTS_PER_BATCH = 8192
 
 
 def cache(config: CacheConfig) -> Store:
@@ -82,16 +80,26 @@ def _cache(
     )
     source = open_source(config.data, config.split, config.limit)
     encoders = _load_encoders(config, sites, model_config.hidden_size, device)
-    store = _open_or_tokenise(config, folder, model_config, tokenizer, source, encoders)
+    store = _open_or_tokenise(config, device, folder, model_config, tokenizer, source, encoders)
     todo = store.missing_blocks()
     if todo:
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
         _check_attention_rule(model, store.tokens(todo[0]), device)
-        with progress("Scoring pairs with the reference", store.pairs) as bar:
+        budget = config.tokens_per_row or default_tokens_per_row(device)
+        with (
+            progress("Scoring pairs with the reference", store.pairs) as bar,
+            # A block is compressed and written while the next one is scored.
+            ThreadPoolExecutor(1) as writer,
+        ):
             bar.advance(store.pairs - sum(store.length(block) for block in todo))
+            written: list[Future[None]] = []
             for block in todo:
-                tokens = store.tokens(block)
-                store.write_block(block, *_score_block(model, encoders, store, tokens, device, bar))
+                rows = _score_block(model, encoders, store, store.tokens(block), budget, bar)
+                # One block waits at most, and an error of the writer stops the scoring.
+                for earlier in written:
+                    earlier.result()
+                written = [writer.submit(store.write_block, block, *rows)]
+            written[0].result()
     if store.meta["state"] != "complete":
         store.finish()
     console.print(
@@ -122,6 +130,7 @@ def _sae_sources(config: CacheConfig) -> list[str]:
 
 def _open_or_tokenise(
     config: CacheConfig,
+    device: torch.device,
     folder: ModelFolder,
     model_config: Any,
     tokenizer: PairTokenizer,
@@ -144,7 +153,7 @@ def _open_or_tokenise(
             "architecture": (model_config.architectures or [model_config.model_type])[0],
             "hash": folder.weights_hash(),
             "dtype": config.dtype,
-            "attention": attention_kernel(model_config),
+            "attention": choose_kernel(device),
         },
         "sites": _describe_sites(config, encoders),
         "block": config.block,
@@ -250,7 +259,7 @@ def _score_block(
     encoders: dict[str, SparseEncoder],
     store: Store,
     tokens: Tokens,
-    device: torch.device,
+    tokens_per_row: int,
     bar: Bar,
 ) -> tuple[Reference, dict[str, Totals]]:
     """Reference rows of a block's pairs. They depend on nothing outside the block."""
@@ -268,9 +277,10 @@ def _score_block(
         site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
     }
-    lengths = tokens.spans[:, 3] - tokens.spans[:, 0]
-    for pairs in group(lengths, _SLOTS_PER_BATCH):
-        batch = pack([tokens.pair(pair) for pair in pairs]).to(device)
+    device = model.network.device
+    lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
+    for pairs in fill_rows(lengths, tokens_per_row):
+        batch = pack([tokens.pair(pair) for pair in pairs], row_multiple(device)).to(device)
         with torch.inference_mode():
             scores = score(model, encoders, batch)
         _check_finite(scores, tokens.source_row[pairs])
@@ -314,24 +324,33 @@ def _check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.de
     """Refuse a model that does not follow the attention rule of packed rows.
 
     Model families are many, and one that ignores a mask or the positions makes every number
-    wrong. So the first pair is scored again with other tokens in one response, which must not
-    change the other's score at all, and with its responses in each other's place, which may
-    change them by rounding only.
+    wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
+    of the row, which must not change the rest at all; and with its responses in each other's
+    place, which may change them by rounding only.
     """
     pair = tokens.pair(0)
     chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
     foreign = pair.prompt[-1]
+    other = replace(pair, rejected=np.full_like(rejected, foreign))
     trials = [
-        pair,
-        replace(pair, rejected=np.full_like(rejected, foreign)),
-        replace(pair, chosen=np.full_like(chosen, foreign)),
-        replace(pair, chosen=rejected, rejected=chosen),
+        [pair, pair],
+        [other, pair],
+        [pair, replace(pair, chosen=np.full_like(chosen, foreign))],
+        [replace(pair, chosen=rejected, rejected=chosen)],
     ]
     with torch.inference_mode():
-        scores = [score(model, {}, pack([trial]).to(device)).average[0] for trial in trials]
-    own, other_rejected, other_chosen, swapped = torch.stack(scores).cpu()
-    neighbour = max((own - other_rejected)[0].abs(), (own - other_chosen)[1].abs()).item()
-    place = (own - swapped.flip(0)).abs().max().item()
+        plain, first, last, (swapped,) = (
+            score(model, {}, pack(row, row_multiple(device)).to(device)).average.cpu()
+            for row in trials
+        )
+    changes = [
+        (plain[0] - first[0])[0],
+        (plain[1] - first[1]),
+        (plain[0] - last[0]),
+        (plain[1] - last[1])[1],
+    ]
+    neighbour = max(change.abs().max().item() for change in changes)
+    place = (plain[0] - swapped.flip(0)).abs().max().item()
     if neighbour > 1e-4 or place > (0.01 if model.network.dtype == torch.float32 else 0.5):
         raise UserError(
             f"{type(model.network).__name__} does not follow the attention rule of packed rows: "

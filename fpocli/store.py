@@ -36,6 +36,7 @@ class Store:
         # Any: zarr's types do not tell arrays from groups.
         root: Any = group
         self._group = root
+        self._arrays: dict[str, Any] = {}
         self.meta: dict[str, Any] = dict(root.attrs["fpo"])
         self.block_size: int = self.meta["block"]
         self.pairs: int = self.meta["pairs"]["kept"]
@@ -305,7 +306,10 @@ class Store:
         return {name: (item.nbytes, item.nbytes_stored()) for name, item in sorted(arrays)}
 
     def _array(self, name: str) -> Any:
-        return self._group[name]
+        # Kept: zarr reads an array's metadata anew whenever it is looked up.
+        if name not in self._arrays:
+            self._arrays[name] = self._group[name]
+        return self._arrays[name]
 
     def _read(self, name: str, rows: Any, block: int | None = None) -> np.ndarray:
         try:

@@ -1,18 +1,22 @@
-"""The store -> batches of every step and rank.
+"""The store -> packed rows of every step and rank.
 
-The order is a pure function of seed and epoch, and a step is the same B pairs however many ranks
-share it; so the state of the stream is the number of the step.
+The order is a pure function of seed and epoch, and a step is the same B pairs however many rows
+and ranks share them; so the state of the stream is the number of the step. Blocks are read whole
+and a few are held, so memory does not grow with the store.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fpocli.batches import Batch, pack
+from fpocli.attention import row_multiple
+from fpocli.batches import Batch, fill_rows, pack
 from fpocli.distance import StoredFeatures
 from fpocli.objective import ReferenceRows
 from fpocli.rows import Reference, Tokens
@@ -29,7 +33,7 @@ class MicroBatch:
     """What one rank scores at once.
 
     Args:
-        batch: P pairs.
+        batch: a row of P pairs.
         reference: the store's rows of the same pairs.
         weights: float32 [P], what each pair counts in the mean of the whole step; 0 for a pair
             that only keeps a rank without work in step with the others.
@@ -42,13 +46,39 @@ class MicroBatch:
     tokens: Tensor
 
 
+@dataclass
+class Ahead:
+    """Iterates over what a thread makes ready, one item before it is asked for.
+
+    Args:
+        items: made in the thread.
+        waited: seconds that were spent waiting for it.
+    """
+
+    items: Iterable[list[MicroBatch]]
+    waited: float = field(default=0.0, init=False)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        items = iter(self.items)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, items, None)
+            while True:
+                began = time.perf_counter()
+                item = coming.result()
+                self.waited += time.perf_counter() - began
+                if item is None:
+                    return
+                coming = thread.submit(next, items, None)
+                yield item
+
+
 class Stream:
     """Reads a complete store for one rank.
 
     Args:
         store: the store.
         batch_size: pairs per step over all ranks.
-        micro_batch: pairs per forward pass and rank.
+        tokens_per_row: the most tokens of a packed row.
         eval_fraction: share of the pairs held out.
         seed: of the order.
         rank: of this process.
@@ -60,100 +90,129 @@ class Stream:
         store: Store,
         *,
         batch_size: int,
-        micro_batch: int,
+        tokens_per_row: int,
         eval_fraction: float,
         seed: int,
         rank: int,
         world: int,
     ) -> None:
         self.store = store
-        self.batch_size, self.micro_batch, self.seed = batch_size, micro_batch, seed
+        self.batch_size, self.tokens_per_row, self.seed = batch_size, tokens_per_row, seed
         self.rank, self.world = rank, world
-        self.held_out = held_out(store.pairs, eval_fraction)
-        training = store.pairs - len(self.held_out)
-        self.steps_per_epoch = -(-training // batch_size)
-        self.accumulation = -(-batch_size // (micro_batch * world))
+        self.held_out_pairs = max(1, round(eval_fraction * store.pairs)) if eval_fraction > 0 else 0
+        self.training_pairs = store.pairs - self.held_out_pairs
+        self.steps_per_epoch = -(-self.training_pairs // batch_size)
         self._block = lru_cache(maxsize=2 * _WINDOW)(self._read_block)
-        self._order = lru_cache(maxsize=1)(self._epoch_order)
+        self._blocks = lru_cache(maxsize=1)(self._block_order)
+        self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
-    def step(self, step: int, device: torch.device) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of an optimiser step, always `accumulation` of them."""
-        yield from self._share(self.pairs(step), self.accumulation, device)
+    def steps(self, start: int, stop: int, device: torch.device) -> Ahead:
+        """This rank's rows of the optimiser steps from `start` on, made ready in a thread.
+
+        Every rank has as many rows in a step.
+        """
+        return Ahead(list(self._share(self.pairs(step), device)) for step in range(start, stop))
 
     def pairs(self, step: int) -> np.ndarray:
         """The pairs of an optimiser step, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
+        _, ends = self._blocks(epoch)
         start = position * self.batch_size
-        return self._order(epoch)[start : start + self.batch_size]
+        stop = min(start + self.batch_size, self.training_pairs)
+        parts = []
+        while start < stop:
+            window = int(np.searchsorted(ends, start, side="right"))
+            first = ends[window - 1] if window else 0
+            part = self._window(epoch, window)[start - first : stop - first]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
 
     def evaluation(self, device: torch.device) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the held-out pairs, as many on every rank."""
-        batches = -(-len(self.held_out) // (self.micro_batch * self.world))
-        yield from self._share(self.held_out, batches, device)
+        """This rank's rows of the held-out pairs, as many on every rank."""
+        for first in range(0, self.store.blocks, _WINDOW):
+            blocks = range(first, min(first + _WINDOW, self.store.blocks))
+            pairs = np.concatenate([self.held_out(block) for block in blocks])
+            if len(pairs):
+                yield from self._share(pairs, device, 1 / self.held_out_pairs)
 
-    def _share(self, pairs: np.ndarray, batches: int, device: torch.device) -> Iterator[MicroBatch]:
-        for micro in range(batches):
-            start = (micro * self.world + self.rank) * self.micro_batch
-            mine = pairs[start : start + self.micro_batch]
-            weight = 1 / len(pairs) if len(mine) else 0.0
-            yield self._load(mine if len(mine) else pairs[:1], weight, device)
+    def held_out(self, block: int) -> np.ndarray:
+        """The pairs of a block that are not trained on, sorted."""
+        rows = self.store.rows(block)
+        first, last = (
+            end * self.held_out_pairs // self.store.pairs for end in (rows.start, rows.stop)
+        )
+        rng = np.random.default_rng([_HELD_OUT_SEED, block])
+        return rows.start + np.sort(rng.permutation(rows.stop - rows.start)[: last - first])
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        """All training pairs: blocks in random order, pairs shuffled inside a window of blocks."""
-        rng = np.random.default_rng([self.seed, epoch])
-        blocks = rng.permutation(self.store.blocks)
-        order = []
-        for start in range(0, len(blocks), _WINDOW):
-            rows = [self.store.rows(block) for block in blocks[start : start + _WINDOW].tolist()]
-            pairs = np.concatenate([np.arange(row.start, row.stop) for row in rows])
-            pairs = pairs[~np.isin(pairs, self.held_out)]
-            rng.shuffle(pairs)
-            order.append(pairs)
-        return np.concatenate(order)
+    def _share(
+        self, pairs: np.ndarray, device: torch.device, weight: float | None = None
+    ) -> Iterator[MicroBatch]:
+        """This rank's part of rows that hold `pairs`; a mean over them unless a weight is given."""
+        places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
+        spans = np.array([self._block(block)[0].spans[row] for block, row in places])
+        lengths = (spans[:, 3] - spans[:, 0]).tolist()
+        for row in fill_rows(lengths, self.tokens_per_row, self.world)[self.rank :: self.world]:
+            counts = (weight or 1 / len(pairs)) if row else 0.0
+            yield self._load([places[i] for i in row or [int(np.argmin(lengths))]], counts, device)
+
+    def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in random order, and the number of training pairs up to the end of each
+        window."""
+        blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
+        counts = [self.store.length(b) - len(self.held_out(b)) for b in blocks.tolist()]
+        ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
+        return blocks, ends
+
+    def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
+        """The training pairs of a window of blocks, shuffled."""
+        order, _ = self._blocks(epoch)
+        blocks = order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
+        rows = [self.store.rows(block) for block in blocks]
+        pairs = np.concatenate(
+            [
+                np.setdiff1d(np.arange(row.start, row.stop), self.held_out(block))
+                for row, block in zip(rows, blocks, strict=True)
+            ]
+        )
+        return np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
 
     def _read_block(self, block: int) -> tuple[Tokens, Reference]:
         tokens = self.store.tokens(block)
         return tokens, self.store.reference(block, tokens)
 
-    def _load(self, pairs: np.ndarray, weight: float, device: torch.device) -> MicroBatch:
-        places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
+    def _load(
+        self, places: list[tuple[int, int]], weight: float, device: torch.device
+    ) -> MicroBatch:
         token_pairs, rows = [], []
         for block, row in places:
             tokens, reference = self._block(block)
             token_pairs.append(tokens.pair(row))
             rows.append((reference, row))
         return MicroBatch(
-            batch=pack(token_pairs).to(device),
+            batch=pack(token_pairs, row_multiple(device)).to(device),
             reference=_reference_rows(rows, device),
-            weights=torch.full((len(pairs),), weight, device=device),
+            weights=torch.full((len(places),), weight, device=device),
             tokens=torch.tensor([float(len(pair)) for pair in token_pairs], device=device),
         )
 
 
-def held_out(pairs: int, fraction: float) -> np.ndarray:
-    """The pairs that are not trained on, sorted; at least one where a fraction is asked for."""
-    if fraction == 0:
-        return np.empty(0, np.int64)
-    count = max(1, round(fraction * pairs))
-    return np.sort(np.random.default_rng(_HELD_OUT_SEED).permutation(pairs)[:count])
-
-
 def _reference_rows(rows: list[tuple[Reference, int]], device: torch.device) -> ReferenceRows:
-    def gather(arrays: list[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)).to(device, dtype)
+    def gather(arrays: list[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.array(arrays, dtype)).to(device)
 
     sites = rows[0][0].features
     return ReferenceRows(
-        logp=gather([reference.logp[row] for reference, row in rows], torch.float32),
-        margin=gather([reference.margin[row] for reference, row in rows], torch.float32),
+        logp=gather([reference.logp[row] for reference, row in rows], np.float32),
+        margin=gather([reference.margin[row] for reference, row in rows], np.float32),
         features={
             site: StoredFeatures(
                 *(
                     gather([getattr(ref.features[site], name)[row] for ref, row in rows], dtype)
                     for name, dtype in (
-                        ("index", torch.int64),
-                        ("value", torch.float32),
-                        ("nonzero", torch.int64),
+                        ("index", np.int64),
+                        ("value", np.float32),
+                        ("nonzero", np.int64),
                     )
                 )
             )

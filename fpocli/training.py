@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from fpocli.batches import default_tokens_per_row
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.console import console, progress
 from fpocli.engine import (
+    backward,
     deepspeed_config,
     gather_weights,
     load_checkpoint,
@@ -55,7 +57,7 @@ def train(settings: TrainConfig) -> Path:
     stream = Stream(
         store,
         batch_size=settings.batch_size,
-        micro_batch=settings.micro_batch,
+        tokens_per_row=settings.tokens_per_row or default_tokens_per_row(device),
         eval_fraction=settings.eval_fraction,
         seed=settings.seed,
         rank=rank,
@@ -64,7 +66,7 @@ def train(settings: TrainConfig) -> Path:
     steps = settings.epochs * stream.steps_per_epoch
     if not steps:
         raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
-    deepspeed = deepspeed_config(settings, stream.accumulation)
+    deepspeed = deepspeed_config(settings)
     run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
     if run.finished:
         console.print(f"{run.final} is there already; --overwrite trains anew")
@@ -79,12 +81,11 @@ def train(settings: TrainConfig) -> Path:
     run.resume_at(done)
     if rank == 0:
         console.print(
-            f"{settings.method} on {store.pairs - len(stream.held_out):,} pairs, "
-            f"{len(stream.held_out):,} held out; steps {done} to {steps} of {settings.batch_size} "
-            f"pairs on {world} {device.type} process{'es' if world > 1 else ''}, "
-            f"ZeRO {settings.zero}"
+            f"{settings.method} on {stream.training_pairs:,} pairs, "
+            f"{stream.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} "
+            f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
+            f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}"
         )
-
         if warmup_steps(steps, settings) > steps:
             console.print(
                 f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
@@ -92,7 +93,7 @@ def train(settings: TrainConfig) -> Path:
             )
 
     def measure(step: int) -> None:
-        if len(stream.held_out):
+        if stream.held_out_pairs:
             means = evaluate(engine, encoders, stream.evaluation(device), settings)
             run.log({"step": step, "split": "eval"} | means)
 
@@ -101,28 +102,32 @@ def train(settings: TrainConfig) -> Path:
         measure(0)
     with progress("Training", steps) as bar:
         bar.advance(done)
-        for step in range(done, steps):
-            began = time.perf_counter()
+        began, waited = time.perf_counter(), 0.0
+        ahead = stream.steps(done, steps, device)
+        for step, micro_batches in enumerate(ahead, done):
             lr = learning_rate(step, steps, settings)
             means = Means()
             engine.train()
-            for micro in stream.step(step, device):
+            for number, micro in enumerate(micro_batches, 1):
                 scores = score(engine, encoders, micro.batch)
                 loss, metrics = objective(scores, micro.reference, encoders, settings)
-                # DeepSpeed divides by the micro-batches and averages over ranks; the weights
-                # already make this the mean over the step's pairs.
-                engine.backward((micro.weights * loss).sum() * stream.accumulation * world)
-                norm = take_step(engine, lr)
+                # DeepSpeed averages over ranks; the weights already make this the mean over the
+                # step's pairs.
+                backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
                 means.add(metrics | {"tokens": micro.tokens}, micro.weights)
-                bar.advance(1 / stream.accumulation)
+                bar.advance(1 / len(micro_batches))
+            norm = take_step(engine, lr)
             line = means.result()
+            now = time.perf_counter()
             tokens = line["tokens"] * len(stream.pairs(step))
             line |= {
                 "gradient_norm": norm,
                 "lr": lr,
-                "tokens_per_second": tokens / (time.perf_counter() - began),
+                "tokens_per_second": tokens / (now - began),
+                "data_wait": (ahead.waited - waited) / (now - began),
                 "peak_memory_gb": peak_memory(device) / 1e9,
             }
+            began, waited = now, ahead.waited
             run.log({"step": step + 1, "split": "train"} | line)
             check_finite(line["loss"], norm, step + 1)
             bar.advance(0, f"loss {line['loss']:.4f}")

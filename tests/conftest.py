@@ -98,7 +98,7 @@ def make_stream(store, **changes):
 
     settings = {
         "batch_size": 4,
-        "micro_batch": 1,
+        "tokens_per_row": 200,
         "eval_fraction": 0.2,
         "seed": 0,
         "rank": 0,

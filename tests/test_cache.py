@@ -16,7 +16,8 @@ import torch
 from conftest import cache_config, write_pairs
 from test_store import contents
 
-from fpocli import CacheConfig, UserError, batches, cache, reference
+from fpocli import CacheConfig, UserError, attention, batches, cache, reference
+from fpocli.attention import attend_by_sequence
 from fpocli.batches import pack
 from fpocli.catalog import find_model
 from fpocli.model import LanguageModel, Site, load_model
@@ -79,12 +80,11 @@ def test_cached_scores_equal_scores_online(store_path, material):
             np.testing.assert_allclose(rows.features[SITE].value[pair], pooled, atol=1e-4)
 
 
-def test_content_is_the_same_for_any_block_size_and_slot_budget(material, tmp_path, monkeypatch):
+def test_content_is_the_same_for_any_block_and_row_size(material, tmp_path):
     results = []
-    for number, (block, slots) in enumerate(((8, 8192), (21, 8192), (4, 300), (1, 1))):
-        monkeypatch.setattr(reference, "_SLOTS_PER_BATCH", slots)
+    for number, (block, tokens) in enumerate(((8, 8192), (21, 8192), (4, 300), (1, 1))):
         path = tmp_path / f"{number}.zarr"
-        cache(cache_config(material, path, block=block))
+        cache(cache_config(material, path, block=block, tokens_per_row=tokens))
         results.append(contents(path))
     for other in results[1:]:
         np.testing.assert_array_equal(other["tokens"], results[0]["tokens"])
@@ -259,10 +259,13 @@ def test_numbers_that_are_not_finite_name_the_row(material, tmp_path):
 def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, monkeypatch):
     """Scores that hang on a response's neighbour are worse than none."""
 
-    def causal_only(batch, window=None):
-        return torch.ones(*batch.ids.shape, batch.ids.shape[1]).tril().bool()
+    def causal_only(module, query, key, value, mask, *, scaling, spans, **_):
+        whole = np.array([[0, spans[-1, 3] - 1, spans[-1, 3] - 1, spans[-1, 3]]])
+        size = int(whole[0, 3])
+        band = torch.full((1, 1, size, size), torch.finfo(query.dtype).min).triu(1)
+        return attend_by_sequence(module, query, key, value, band, scaling=scaling, spans=whole)
 
-    monkeypatch.setattr("fpocli.batches.Batch.attends", causal_only)
+    monkeypatch.setattr(attention, "attend_by_sequence", causal_only)
     with pytest.raises(UserError, match="does not follow the attention rule"):
         cache(cache_config(material, tmp_path / "ref.zarr"))
 
@@ -270,12 +273,9 @@ def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, 
 def test_a_model_that_ignores_positions_is_refused(material, tmp_path, monkeypatch):
     """The rejected response stands behind the chosen one; its positions must not."""
 
-    def by_slot(pairs):
-        batch = batches.pack(pairs)
-        slots = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
-        return dataclasses.replace(
-            batch, positions=torch.where(batch.run == 2, slots, batch.positions)
-        )
+    def by_slot(pairs, multiple):
+        batch = batches.pack(pairs, multiple)
+        return dataclasses.replace(batch, positions=torch.arange(len(batch.ids)))
 
     monkeypatch.setattr(reference, "pack", by_slot)
     with pytest.raises(UserError, match="does not follow the attention rule"):

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import shutil
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,6 +13,7 @@ from conftest import cache_config, make_stream
 from fpocli import cache
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
+from fpocli.errors import UserError
 from fpocli.evaluation import evaluate, sequential_kl
 from fpocli.model import LanguageModel, Site, load_model
 from fpocli.objective import objective
@@ -40,18 +43,23 @@ def stage(request, material, tmp_path):
     return store, model, {name: load_encoder(str(material / "sae"), CPU) for name in store.sites}
 
 
-def stream(store, micro_batch: int, **changes):
-    """All 21 pairs in one step, in an order of its own for each micro-batch size."""
-    settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": micro_batch}
-    return make_stream(store, **(settings | {"micro_batch": micro_batch} | changes))
+def stream(store, tokens_per_row: int, **changes):
+    """All 21 pairs in one step, in an order of its own for each size of rows."""
+    settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": tokens_per_row}
+    return make_stream(store, **(settings | {"tokens_per_row": tokens_per_row} | changes))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 4, 21])
-def test_step_0_whatever_batch_order_padding(stage, micro_batch):
+def first_step(stream):
+    """The rows of the first step."""
+    return next(iter(stream.steps(0, 1, CPU)))
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 300, 5000])
+def test_step_0_whatever_row_order_and_ranks(stage, tokens_per_row):
     store, model, encoders = stage
     settings = TrainConfig(cache="unused")
     seen = 0
-    for micro in stream(store, micro_batch).step(0, CPU):
+    for micro in first_step(stream(store, tokens_per_row)):
         with torch.no_grad():
             loss, metrics = objective(
                 score(model, encoders, micro.batch), micro.reference, encoders, settings
@@ -80,7 +88,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
             settings,
             reference=model,
         )
-        for size in (1, 5)
+        for size in (1, 400)
     ]
     for name in results[0]:
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
@@ -91,7 +99,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
 def test_sequential_kl_equals_the_whole_vocabulary_computation(family, material, store_path):
     one, other = (tiny.network(family, seed) for seed in (0, 1))
 
-    micro = next(iter(stream(Store.open(store_path), 3).step(0, CPU)))
+    micro = first_step(stream(Store.open(store_path), 300))[0]
     actual = sequential_kl(LanguageModel(one, []), LanguageModel(other, []), micro.batch)
     place = 0
     flat = []
@@ -109,26 +117,58 @@ def test_sequential_kl_equals_the_whole_vocabulary_computation(family, material,
         place += count
 
 
-def test_every_pair_once_per_epoch_and_as_many_micro_batches_on_every_rank(store_path):
-
+def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
     store = Store.open(store_path)
-    for world, micro_batch, batch_size in ((1, 2, 4), (2, 2, 5), (3, 4, 4), (4, 8, 32)):
+    for world, tokens_per_row, batch_size in ((1, 200, 4), (2, 200, 5), (3, 400, 4), (4, 900, 32)):
         ranks = [
-            stream(store, micro_batch, batch_size=batch_size, world=world, rank=rank,
+            stream(store, tokens_per_row, batch_size=batch_size, world=world, rank=rank,
                    eval_fraction=0.2, seed=0)
             for rank in range(world)
         ]  # fmt: skip
+        steps = ranks[0].steps_per_epoch
         pairs = []
-        for step in range(ranks[0].steps_per_epoch):
-            work = [list(rank.step(step, CPU)) for rank in ranks]
-            assert {len(micros) for micros in work} == {ranks[0].accumulation}
+        for step, work in enumerate(zip(*(rank.steps(0, steps, CPU) for rank in ranks))):
+            assert len({len(micros) for micros in work}) == 1
             weights = torch.cat([m.weights for micros in work for m in micros])
             assert weights.sum().item() == pytest.approx(1)
             assert (weights > 0).sum() == len(ranks[0].pairs(step))
+            rows = [m for micros in work for m in micros if m.weights.sum() > 0]
+            assert all(len(m.weights) == 1 or len(m.batch.ids) <= tokens_per_row for m in rows)
             pairs += ranks[0].pairs(step).tolist()
-        assert sorted([*pairs, *ranks[0].held_out.tolist()]) == list(range(store.pairs))
-        second = [ranks[0].pairs(ranks[0].steps_per_epoch + s).tolist() for s in (0, 1)]
+        held_out = [pair for block in range(store.blocks) for pair in ranks[0].held_out(block)]
+        assert len(held_out) == ranks[0].held_out_pairs == 4
+        assert sorted([*pairs, *held_out]) == list(range(store.pairs))
+        second = [ranks[0].pairs(steps + s).tolist() for s in (0, 1)]
         assert second[0] != ranks[0].pairs(0).tolist(), "another order in the second epoch"
+
+
+def test_the_stream_hands_over_what_the_store_holds(store_path):
+    """Ids, reference log-probabilities and features of each pair of a step, in its order."""
+    store = Store.open(store_path)
+    seen = []
+    for micro in first_step(stream(store, 500)):
+        for place, (start, *_, end) in enumerate(micro.batch.spans.tolist()):
+            ids = micro.batch.ids[start:end].numpy()
+            (pair,) = (
+                number
+                for number in range(store.pairs)
+                if np.array_equal(np.concatenate(store_pair(store, number)), ids)
+            )
+            block, row = divmod(pair, store.block_size)
+            reference = store.reference(block, store.tokens(block))
+            assert torch.equal(micro.reference.logp[place], torch.from_numpy(reference.logp[row]))
+            (site,) = store.sites
+            stored = reference.features[site].value[row]
+            assert np.array_equal(micro.reference.features[site].value[place], stored)
+            seen.append(pair)
+    assert sorted(seen) == list(range(store.pairs))
+
+
+def store_pair(store, number: int):
+    """The three token runs of a pair of the store."""
+    block, row = divmod(number, store.block_size)
+    pair = store.tokens(block).pair(row)
+    return pair.prompt, pair.chosen, pair.rejected
 
 
 def test_several_sites_count_as_their_mean(stage):
@@ -139,7 +179,7 @@ def test_several_sites_count_as_their_mean(stage):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-        micro = next(iter(stream(store, 5).step(0, CPU)))
+        micro = first_step(stream(store, 500))[0]
         scores = score(model, encoders, micro.batch)
         _, both = objective(scores, micro.reference, encoders, settings)
         alone = [
@@ -155,6 +195,17 @@ def test_several_sites_count_as_their_mean(stage):
 def test_pairs_are_shuffled_inside_a_window_of_blocks(store_path, monkeypatch):
     monkeypatch.setattr("fpocli.stream._WINDOW", 1)
     store = Store.open(store_path)
-    order = stream(store, 1)._order(0) // store.block_size
-    changes = (order[1:] != order[:-1]).sum()
+    one = stream(store, 1)
+    order = one.pairs(0)
+    blocks = order // store.block_size
+    changes = (blocks[1:] != blocks[:-1]).sum()
     assert changes == store.blocks - 1, "with a window of one, block follows block"
+    assert (np.diff(order) != 1).sum() > store.blocks, "and inside a block pairs are shuffled"
+
+
+def test_an_error_of_the_thread_that_reads_reaches_the_loop(store_path, tmp_path):
+    damaged = tmp_path / "ref.zarr"
+    shutil.copytree(store_path, damaged)
+    (damaged / "ref" / "logp" / "c" / "0" / "0").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="ref/logp"):
+        list(stream(Store.open(damaged), 500).steps(0, 1, CPU))

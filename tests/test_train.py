@@ -25,7 +25,7 @@ from fpocli.store import Store
 
 SITE = "layer_3.resid_post"
 # The wall-clock and memory of a step are no part of its result.
-MEASURED = ("tokens_per_second", "peak_memory_gb")
+MEASURED = ("tokens_per_second", "data_wait", "peak_memory_gb")
 STEPS = 5
 
 
@@ -35,7 +35,7 @@ def command(material: Path, out: Path, *flags: object, processes: int = 1, **set
         "cache": material / "ref.zarr",
         "out": out,
         "batch_size": 4,
-        "micro_batch": 2,
+        "tokens_per_row": 300,
         "lr": 1e-3,
         "warmup": 0,
         "eval_fraction": 0.2,
@@ -84,13 +84,12 @@ def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
     """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
     but the order of the pairs."""
     stream = make_stream(Store.open(store_path))
-    order = stream._epoch_order(0)
     arrays = contents(store_path)
     network, sae = tiny.network("gemma2"), tiny.sae().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
     for line in read(baseline)[1:-1]:
         step = line["step"] - 1
-        pairs = order[4 * step : 4 * step + 4]
+        pairs = stream.pairs(step)
         results = [naive_pair(network, sae, arrays, int(pair)) for pair in pairs]
         loss = torch.stack([result[0] for result in results]).mean()
         assert line["loss"] == pytest.approx(loss.item(), abs=2e-6)
@@ -174,9 +173,10 @@ def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, t
     same(three, two, 1e-4)
 
 
-def test_micro_batches_and_recomputation_change_nothing(baseline, material, tmp_path):
+def test_rows_and_recomputation_change_nothing(baseline, material, tmp_path):
     flags = ("--no-bf16", "--no-activation-checkpointing")
-    same(run(material, tmp_path / "run", *flags, micro_batch=4), read(baseline), 2e-5)
+    lines = run(material, tmp_path / "run", *flags, tokens_per_row=1)
+    same(lines, read(baseline), 2e-5)
 
 
 def test_a_killed_run_goes_on_with_the_same_command(baseline, material, tmp_path):
@@ -208,9 +208,11 @@ def test_final_is_the_trained_model_in_transformers_format(baseline, store_path)
     network.set_attn_implementation("eager")
     last = read(baseline)[-1]
     stream = make_stream(Store.open(store_path))
+    blocks = range(stream.store.blocks)
+    held_out = [pair for block in blocks for pair in stream.held_out(block)]
     arrays, sae = contents(store_path), tiny.sae()
     with torch.no_grad():
-        results = [naive_pair(network, sae, arrays, int(pair)) for pair in stream.held_out]
+        results = [naive_pair(network, sae, arrays, int(pair)) for pair in held_out]
     assert last["loss"] == pytest.approx(np.mean([r[0].item() for r in results]), abs=2e-6)
     assert last["distance_rejected"] == pytest.approx(np.mean([r[3] for r in results]), rel=2e-3)
     start = tiny.network("gemma2").state_dict()

@@ -1,5 +1,6 @@
 """Tiny models, tokenisers and SAEs, made on the spot: real architectures, random weights."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def config(family: str, **changes):
     return kind(**(_SIZES | own | ends | changes))
 
 
-def network(family: str, seed: int = 0, dtype=torch.float32, attention: str = "eager", **changes):
+def network(family: str, seed: int = 0, dtype=torch.float32, **changes):
     """A random transformers model. Weights are drawn wider than usual, so that nothing is flat."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32)
@@ -69,8 +70,19 @@ def network(family: str, seed: int = 0, dtype=torch.float32, attention: str = "e
         for name, parameter in model.named_parameters():
             spread = 0.3 if "norm" in name else 0.15
             parameter.add_(spread * torch.randn_like(parameter))
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation("eager")
     return model.to(dtype).eval()
+
+
+@contextmanager
+def plain(network):
+    """transformers' own attention again, for a network that fpo has scored with."""
+    kernel = network.config._attn_implementation
+    network.set_attn_implementation("eager")
+    try:
+        yield network
+    finally:
+        network.set_attn_implementation(kernel)
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:

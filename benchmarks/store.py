@@ -1,0 +1,185 @@
+"""The store's size and speed: bytes per pair, writing, opening, reading in order, streaming.
+
+`.venv/bin/python benchmarks/store.py --pairs 10000 100000 1000000`; a million pairs take about
+5 GB of disk and 4 GB of memory. The content is made up, with the layout of a real store: one site
+of 16,384 features, K = 256, token runs as long as UltraFeedback's. What is read is read in a fresh
+process, after its pages were dropped from the page cache. The result goes to benchmarks/results/
+as Markdown.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fpocli.console import progress
+from fpocli.rows import Features, Reference, Tokens, Totals
+from fpocli.store import Store
+from fpocli.stream import Stream
+
+SITE, D_SAE, K, BLOCK, VOCABULARY = "layer_12.resid_post", 16_384, 256, 1024, 256_000
+BATCH_SIZE, TOKENS_PER_ROW = 32, 8192
+# Blocks take turns with this many made-up ones; their tokens differ all the same.
+POOL = 4
+
+
+def main() -> None:
+    """Measure every size and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--folder", type=Path, help="where stores are made, for a while")
+    arguments = parser.parse_args()
+    rows = []
+    with progress("Measuring", len(arguments.pairs)) as bar:
+        for pairs in arguments.pairs:
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                rows.append((pairs, *measure(Path(folder) / "ref.zarr", pairs)))
+            bar.advance()
+    write(rows)
+
+
+def measure(path: Path, pairs: int) -> tuple[float, ...]:
+    """Bytes per pair, pairs/s written, and what `read` measures."""
+    seconds = make(path, pairs)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return size / pairs, pairs / seconds, *process.submit(read, path).result()
+
+
+def make(path: Path, pairs: int) -> float:
+    """Write a store; the seconds that the store took."""
+    rng = np.random.default_rng(0)
+    tokens = make_tokens(rng, pairs)
+    pool = [make_block(rng) for _ in range(POOL)]
+    about = {"k": K, "d_sae": D_SAE, "value_dtype": "float32"}
+    meta = {"block": BLOCK, "pairs": {"kept": pairs}, "sites": {SITE: about}, "writer": {}}
+    began = time.perf_counter()
+    store = Store.create(path, meta, tokens)
+    for block in range(store.blocks):
+        reference, totals = pool[block % POOL]
+        store.write_block(block, first(reference, store.length(block)), {SITE: totals})
+    store.finish()
+    return time.perf_counter() - began
+
+
+def make_tokens(rng: np.random.Generator, pairs: int) -> Tokens:
+    """Runs with lengths like UltraFeedback's; ids are as frequent as words are."""
+    lengths = np.exp(rng.normal(np.log([110, 240, 240]), [0.8, 0.6, 0.6], (pairs, 3)))
+    ends = lengths.clip(4, [1024, 2048, 2048]).astype(np.int64).cumsum().reshape(-1, 3)
+    # Longer than a chunk, so that none repeats itself.
+    ids = (VOCABULARY ** rng.random(2**22)).astype(np.uint32)
+    return Tokens(
+        ids=np.resize(ids, ends[-1, -1]),
+        spans=np.column_stack([np.concatenate([[0], ends[:-1, -1]]), ends]),
+        source_row=np.arange(pairs),
+    )
+
+
+def make_block(rng: np.random.Generator) -> tuple[Reference, Totals]:
+    """Reference rows of a whole block, and its totals."""
+    features = Features(
+        index=rng.random((BLOCK, 2, D_SAE), np.float32).argpartition(K)[..., :K].astype(np.uint16),
+        value=-np.sort(-rng.exponential(size=(BLOCK, 2, K)).astype(np.float32)),
+        nonzero=rng.integers(K, 8 * K, (BLOCK, 2), np.int32),
+    )
+    logp = rng.normal(-300, 100, (BLOCK, 2)).astype(np.float32)
+    margin = rng.normal(0, 0.3, BLOCK).astype(np.float32)
+    totals = Totals(rng.exponential(size=D_SAE), rng.integers(0, BLOCK, (2, D_SAE)))
+    return Reference(logp, margin, {SITE: features}), totals
+
+
+def first(reference: Reference, rows: int) -> Reference:
+    """The first rows of a block, for the last one of a store."""
+    all_rows = reference.features[SITE]
+    features = Features(all_rows.index[:rows], all_rows.value[:rows], all_rows.nonzero[:rows])
+    return Reference(reference.logp[:rows], reference.margin[:rows], {SITE: features})
+
+
+def read(path: Path) -> tuple[float, ...]:
+    """Seconds to open a store, pairs/s in order and streamed, and MB that streaming needs."""
+    torch.set_num_threads(1)
+    drop_pages(path)
+    began = time.perf_counter()
+    store = Store.open(path)
+    opened = time.perf_counter()
+    for block in range(store.blocks):
+        store.reference(block, store.tokens(block))
+    in_order = store.pairs / (time.perf_counter() - opened)
+    drop_pages(path)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
+    stream = Stream(
+        store,
+        batch_size=BATCH_SIZE,
+        tokens_per_row=TOKENS_PER_ROW,
+        eval_fraction=0.0,
+        seed=0,
+        rank=0,
+        world=1,
+    )
+    start = time.perf_counter()
+    steps = stream.steps(0, stream.steps_per_epoch, torch.device("cpu"))
+    count = sum(len(row.weights) for step in steps for row in step)
+    streamed = count / (time.perf_counter() - start)
+    assert count == store.pairs
+    return opened - began, in_order, streamed, memory("VmHWM") - before
+
+
+def drop_pages(path: Path) -> None:
+    """Let the page cache forget a store, so that reading it reads the disk."""
+    os.sync()
+    for file in path.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def memory(field: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1000
+
+
+def write(rows: list[tuple[float, ...]]) -> None:
+    """The result as a dated page."""
+    now = datetime.now(UTC)
+    table = "\n".join(
+        f"| {pairs:,} | {size:,.0f} | {written:,.0f} | {opened:.3f} | {in_order:,.0f} | "
+        f"{streamed:,.0f} | {peak:.0f} |"
+        for pairs, size, written, opened, in_order, streamed, peak in rows
+    )
+    text = f"""# The store, {now:%Y-%m-%d}
+
+Made-up content in the real layout: one site with {D_SAE:,} features, K = {K}, float32, blocks of
+{BLOCK}, about 700 tokens a pair. It is random, so real ones take less room. Streaming is one epoch
+of `Stream.steps` with the first window: steps of {BATCH_SIZE} pairs, rows of {TOKENS_PER_ROW:,}
+tokens, one rank. Pages were dropped before reading; what the disk itself caches was not.
+
+Machine: {platform.machine()}, {os.cpu_count()} cores. Python {platform.python_version()}, zarr
+{version("zarr")}, numpy {version("numpy")}, torch {version("torch")}.
+Command: `python benchmarks/store.py {" ".join(sys.argv[1:])}`.
+
+| pairs | bytes/pair | written pairs/s | open s | in order pairs/s | streamed pairs/s | peak MB |
+|---|---|---|---|---|---|---|
+{table}
+
+Peak MB: the most memory streaming took beyond what the process had before.
+"""
+    path = Path(__file__).parent / "results" / f"{now:%Y-%m-%d}-store.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
