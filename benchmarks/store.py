@@ -9,18 +9,16 @@ as Markdown.
 
 import argparse
 import os
-import platform
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import machine, write_page
 
 from fpocli.console import progress
 from fpocli.rows import Features, Reference, Tokens, Totals
@@ -152,33 +150,30 @@ def memory(field: str) -> float:
 
 def write(rows: list[tuple[float, ...]]) -> None:
     """The result as a dated page."""
-    now = datetime.now(UTC)
     table = "\n".join(
         f"| {pairs:,} | {size:,.0f} | {written:,.0f} | {opened:.3f} | {in_order:,.0f} | "
         f"{streamed:,.0f} | {peak:.0f} |"
         for pairs, size, written, opened, in_order, streamed, peak in rows
     )
-    text = f"""# The store, {now:%Y-%m-%d}
+    write_page(
+        "store",
+        f"""# The store
 
 Made-up content in the real layout: one site with {D_SAE:,} features, K = {K}, float32, blocks of
-{BLOCK}, about 700 tokens a pair. It is random, so real ones take less room. Streaming is one epoch
-of `Stream.steps` with the first window: steps of {BATCH_SIZE} pairs, rows of {TOKENS_PER_ROW:,}
-tokens, one rank. Pages were dropped before reading; what the disk itself caches was not.
+{BLOCK:,}, about 720 tokens a pair. Streaming is one epoch of `Stream.steps`, the first window
+included: steps of {BATCH_SIZE} pairs, rows of {TOKENS_PER_ROW:,} tokens, one rank. The page cache
+forgot the store before it was read; what the disk itself caches may be warm.
 
-Machine: {platform.machine()}, {os.cpu_count()} cores. Python {platform.python_version()}, zarr
-{version("zarr")}, numpy {version("numpy")}, torch {version("torch")}.
+{machine()}
 Command: `python benchmarks/store.py {" ".join(sys.argv[1:])}`.
 
 | pairs | bytes/pair | written pairs/s | open s | in order pairs/s | streamed pairs/s | peak MB |
 |---|---|---|---|---|---|---|
 {table}
 
-Peak MB: the most memory streaming took beyond what the process had before.
-"""
-    path = Path(__file__).parent / "results" / f"{now:%Y-%m-%d}-store.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    print(text)
+Peak MB: the most memory that streaming took beyond what the process held before.
+""",
+    )
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def show_result() -> None:
     names = list(store.sites)
     encoders = {name: load_encoder(str(SAE), device) for name in names}
     stream = Stream(
-        store, batch_size=1, tokens_per_row=2048, eval_fraction=settings.eval_fraction, seed=0, rank=0,
-        world=1,
+        store, batch_size=1, tokens_per_row=2048, eval_fraction=settings.eval_fraction, seed=0,
+        rank=0, world=1,
     )  # fmt: skip
     sites = [Site.parse(name) for name in names]
     reference, policy = (

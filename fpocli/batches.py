@@ -60,27 +60,25 @@ def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
         multiple: the row's length is rounded up to a multiple of it, with slots of no pair.
     """
     runs = [run for pair in pairs for run in (pair.prompt, pair.chosen, pair.rejected)]
-    ends = np.cumsum([len(run) for run in runs])
-    spans = np.concatenate([[0], ends])[np.arange(len(pairs))[:, None] * 3 + np.arange(4)]
-    length = int(ends[-1])
-    start, chosen, rejected, end = spans.T
-    shift = np.zeros(length + 1, np.int64)
-    shift[start] = start - np.concatenate([[0], (start + rejected - chosen)[:-1]])
-    shift[rejected] = rejected - chosen
+    ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
+    spans = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
+    length = int(ends[-1, 2])
+    ids, positions = np.zeros((2, length + -length % multiple), np.int64)
+    np.concatenate(runs, out=ids[:length])
     slots = np.arange(length)
-    positions = slots - np.cumsum(shift[:-1])
-    scored = np.ones(length, bool)
-    for first, last in zip(start, chosen, strict=True):
-        scored[first:last] = False
-    predictors = slots - 1
-    predictors[rejected] = chosen - 1
-    padding = (0, -length % multiple)
-    ids = np.concatenate(runs).astype(np.int64)
+    predictors: list[np.ndarray] = []
+    for start, chosen, rejected, end in spans.tolist():
+        positions[start:rejected] = slots[: rejected - start]
+        positions[rejected:end] = slots[chosen - start : chosen - start + end - rejected]
+        # The first token of either response is predicted by the last one of the prompt.
+        last = slots[chosen - 1 : chosen]
+        predictors += [last, slots[chosen : rejected - 1], last, slots[rejected : end - 1]]
+    responses = [run for pair in pairs for run in (pair.chosen, pair.rejected)]
     return Batch(
-        ids=torch.from_numpy(np.pad(ids, padding)),
-        positions=torch.from_numpy(np.pad(positions, padding)),
-        predictors=torch.from_numpy(predictors[scored]),
-        targets=torch.from_numpy(ids[scored]),
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        predictors=torch.from_numpy(np.concatenate(predictors)),
+        targets=torch.from_numpy(np.concatenate(responses, dtype=np.int64)),
         spans=spans,
     )
 
@@ -140,6 +138,6 @@ def _spread(lengths: Sequence[int], count: int) -> tuple[list[list[int]], int]:
         tokens, row = heapq.heappop(shortest)
         rows[row].append(pair)
         heapq.heappush(shortest, (tokens + lengths[pair], row))
-    totals = dict((row, tokens) for tokens, row in shortest)
+    totals = {row: tokens for tokens, row in shortest}
     order = sorted(range(count), key=lambda row: -totals[row])
     return [rows[row] for row in order], max(totals.values())

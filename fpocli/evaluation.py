@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fpocli.batches import Batch
 from fpocli.config import TrainConfig
+from fpocli.head import chunk_size, logits
 from fpocli.model import LanguageModel
 from fpocli.objective import Means, objective
 from fpocli.scoring import score
@@ -55,10 +56,10 @@ def sequential_kl(reference: LanguageModel, policy: LanguageModel, batch: Batch)
     expected, _ = reference.states(batch)
     actual, _ = policy.states(batch)
     divergences = []
-    size = policy.chunk_size
+    size = chunk_size(policy.network)
     for one, other in zip(expected.split(size), actual.split(size), strict=True):
-        target = F.log_softmax(reference.logits(one), -1)
-        guess = F.log_softmax(policy.logits(other), -1)
+        target = F.log_softmax(logits(reference.network, one), -1)
+        guess = F.log_softmax(logits(policy.network, other), -1)
         divergences.append(F.kl_div(guess, target, reduction="none", log_target=True).sum(-1))
     per_response = torch.cat(divergences).split(batch.counts)
     return torch.stack([tokens.sum() for tokens in per_response]).view(-1, 2)

@@ -1,6 +1,6 @@
 """The language model: a packed row in, per-token log-probabilities and site states out.
 
-Shapes: L slots of the row, M scored tokens, d model width, V vocabulary.
+Shapes: L slots of the row, M scored tokens, d model width.
 """
 
 import re
@@ -11,16 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fpocli.attention import check_kernel, choose_kernel, layer_kinds, mask, register_kernels
 from fpocli.batches import Batch
 from fpocli.catalog import ModelFolder
 from fpocli.errors import UserError
-
-# Logits of one chunk in float32 stay under this many bytes. On a CPU they should stay in its cache.
-_CHUNK_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+from fpocli.head import choose_head, logprobs
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class LanguageModel(nn.Module):
             for every site the hidden states that predict the targets, [M, d].
         """
         final, states = self.states(batch)
-        return self.logprobs(final, batch.targets), states
+        return logprobs(self.network, final, batch.targets), states
 
     def states(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the decoder; no logits yet.
@@ -109,42 +105,10 @@ class LanguageModel(nn.Module):
             name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
         }
 
-    def logprobs(self, final: Tensor, targets: Tensor) -> Tensor:
-        """log pi(target) of every predictor, chunk by chunk, recomputed in the backward pass.
-
-        Args:
-            final: [M, d] what the head reads.
-            targets: [M] token ids.
-
-        Returns:
-            float32 [M], nats.
-        """
-
-        def chunk(states: Tensor, tokens: Tensor) -> Tensor:
-            return -F.cross_entropy(self.logits(states), tokens, reduction="none")
-
-        size = self.chunk_size
-        return torch.cat(
-            [
-                checkpoint(chunk, states, tokens, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else chunk(states, tokens)
-                for states, tokens in zip(final.split(size), targets.split(size), strict=True)
-            ]
-        )
-
-    def logits(self, final: Tensor) -> Tensor:
-        """The head with the final soft-cap: [M, d] -> float32 [M, V]. Chunks only, it is large."""
-        # The head is called as a module, so that ZeRO-3's hooks gather its weight, and gather it
-        # again when a checkpointed chunk is recomputed.
-        logits = self.network.get_output_embeddings()(final).float()
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
     @property
-    def chunk_size(self) -> int:
-        """Predictors per chunk of the head."""
-        return max(1, _CHUNK_BYTES[self.network.device.type] // (4 * self.config.vocab_size))
+    def kernels(self) -> str:
+        """The attention kernel and the way of the head, for people."""
+        return f"attention {self.config._attn_implementation}, head {choose_head(self.network)}"
 
     @contextmanager
     def _capture(self) -> Iterator[dict[str, Tensor]]:

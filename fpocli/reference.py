@@ -86,6 +86,7 @@ def _cache(
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
         _check_attention_rule(model, store.tokens(todo[0]), device)
         budget = config.tokens_per_row or default_tokens_per_row(device)
+        console.print(f"rows of {budget:,} tokens on {device}; {model.kernels}")
         with (
             progress("Scoring pairs with the reference", store.pairs) as bar,
             # A block is compressed and written while the next one is scored.
@@ -94,7 +95,7 @@ def _cache(
             bar.advance(store.pairs - sum(store.length(block) for block in todo))
             written: list[Future[None]] = []
             for block in todo:
-                rows = _score_block(model, encoders, store, store.tokens(block), budget, bar)
+                rows = score_block(model, encoders, store, store.tokens(block), budget, bar)
                 # One block waits at most, and an error of the writer stops the scoring.
                 for earlier in written:
                     earlier.result()
@@ -254,7 +255,7 @@ def _print_plan(path: Path, meta: dict[str, Any], tokens: Tokens) -> None:
 # -- scoring one block -----------------------------------------------------------------------------
 
 
-def _score_block(
+def score_block(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
     store: Store,

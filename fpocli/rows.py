@@ -73,7 +73,7 @@ class Tokens:
 
     def pair(self, number: int) -> TokenPair:
         """One of the b pairs."""
-        prompt, chosen, rejected = (self.ids[a:b] for a, b in pairwise(self.spans[number]))
+        prompt, chosen, rejected = (self.ids[a:b] for a, b in pairwise(self.spans[number].tolist()))
         return TokenPair(prompt, chosen, rejected, int(self.source_row[number]))
 
     @property

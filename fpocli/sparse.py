@@ -19,8 +19,8 @@ from fpocli.errors import UserError
 
 # What reading a file that is cut or of another kind raises.
 _BROKEN = (OSError, ValueError, EOFError, BadZipFile, SafetensorError)
-# Features of this many positions are held at once.
-_POSITIONS = 512
+# Features of this many positions are held at once; on a CPU they should stay in its cache.
+_POSITIONS = {"cpu": 128, "cuda": 2048}
 
 
 class SparseEncoder:
@@ -66,7 +66,7 @@ class SparseEncoder:
             float32 [m].
         """
         total = torch.zeros(self.features, dtype=torch.float32, device=states.device)
-        for chunk in states.split(_POSITIONS):
+        for chunk in states.split(_POSITIONS[states.device.type]):
             total += self.sae.encode(chunk).sum(0)
         return total / len(states)
 
@@ -102,7 +102,7 @@ class SparseEncoder:
     @torch.no_grad()
     def _active(self, states: Tensor, index: Tensor) -> Tensor:
         """Which of `index` are active where that depends on all features: bool [n, J]."""
-        chunks = states.split(_POSITIONS)
+        chunks = states.split(_POSITIONS[states.device.type])
         return torch.cat([self.sae.encode(chunk)[:, index] > 0 for chunk in chunks])
 
 

@@ -189,11 +189,13 @@ class Stream:
             tokens, reference = self._block(block)
             token_pairs.append(tokens.pair(row))
             rows.append((reference, row))
+        batch = pack(token_pairs, row_multiple(device))
+        lengths = batch.spans[:, 3] - batch.spans[:, 0]
         return MicroBatch(
-            batch=pack(token_pairs, row_multiple(device)).to(device),
+            batch=batch.to(device),
             reference=_reference_rows(rows, device),
             weights=torch.full((len(places),), weight, device=device),
-            tokens=torch.tensor([float(len(pair)) for pair in token_pairs], device=device),
+            tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
         )
 
 

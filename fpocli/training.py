@@ -84,7 +84,7 @@ def train(settings: TrainConfig) -> Path:
             f"{settings.method} on {stream.training_pairs:,} pairs, "
             f"{stream.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} "
             f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
-            f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}"
+            f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
         )
         if warmup_steps(steps, settings) > steps:
             console.print(

@@ -100,7 +100,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(
     """Content equal to the bit, and the blocks that were done are not scored again."""
     path = tmp_path / "ref.zarr"
     scored = []
-    real = reference._score_block
+    real = reference.score_block
 
     def stopping(*arguments):
         if len(scored) == stop_after:
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(
         scored.append(arguments[3].source_row[0])
         return real(*arguments)
 
-    monkeypatch.setattr(reference, "_score_block", stopping)
+    monkeypatch.setattr(reference, "score_block", stopping)
     with pytest.raises(KeyboardInterrupt):
         cache(cache_config(material, path))
     assert Store.open(path).meta["state"] == ("partial" if stop_after else "tokenised")

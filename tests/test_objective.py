@@ -127,7 +127,9 @@ def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
         ]  # fmt: skip
         steps = ranks[0].steps_per_epoch
         pairs = []
-        for step, work in enumerate(zip(*(rank.steps(0, steps, CPU) for rank in ranks))):
+        for step, work in enumerate(
+            zip(*(rank.steps(0, steps, CPU) for rank in ranks), strict=True)
+        ):
             assert len({len(micros) for micros in work}) == 1
             weights = torch.cat([m.weights for micros in work for m in micros])
             assert weights.sum().item() == pytest.approx(1)

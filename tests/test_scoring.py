@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
-from fpocli import model as model_module
+from fpocli import head
 from fpocli.attention import check_kernel
 from fpocli.batches import fill_rows, pack
 from fpocli.errors import UserError
@@ -216,17 +216,16 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(network, monkeypatc
     final = torch.randn(23, tiny.WIDTH, requires_grad=True)
     targets = torch.randint(0, tiny.VOCABULARY, (23,))
     weights = torch.rand(23)
-    head = network.get_output_embeddings().weight.requires_grad_()
-    logits = final @ head.T
+    weight = network.get_output_embeddings().weight.requires_grad_()
+    logits = final @ weight.T
     if cap := getattr(network.config, "final_logit_softcapping", None):
         logits = cap * (logits / cap).tanh()
     plain = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    expected = torch.autograd.grad((weights * plain).sum(), [final, head])
-    monkeypatch.setitem(model_module._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 5)
-    model = LanguageModel(network, [])
-    assert model.chunk_size == 5
-    actual = model.logprobs(final, targets)
-    gradients = torch.autograd.grad((weights * actual).sum(), [final, head])
+    expected = torch.autograd.grad((weights * plain).sum(), [final, weight])
+    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 5)
+    assert head.chunk_size(network) == 5
+    actual = head.logprobs(network, final, targets)
+    gradients = torch.autograd.grad((weights * actual).sum(), [final, weight])
     assert torch.allclose(actual, plain, atol=1e-5)
     for one, other in zip(gradients, expected, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
@@ -248,7 +247,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch):
     network = tiny.network("llama")
-    monkeypatch.setitem(model_module._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 4)
+    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 4)
     batch = pack(random_pairs(6, most=20))
     with Largest() as seen:
         scores = score(LanguageModel(network, []), {}, batch)
@@ -263,8 +262,7 @@ def test_bfloat16_logits_are_normalised_in_float32():
     final = torch.randn(9, tiny.WIDTH, dtype=torch.bfloat16)
     targets = torch.randint(0, tiny.VOCABULARY, (9,))
     with torch.no_grad():
-        model = LanguageModel(network, [])
-        actual = model.logprobs(final, targets)
+        actual = head.logprobs(network, final, targets)
         raw = network.lm_head(final).double()
     cap = network.config.final_logit_softcapping
     exact = (cap * (raw / cap).tanh()).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)

@@ -1,0 +1,134 @@
+"""How the cost of a training row grows with K, m, vocabulary, length and number of pairs.
+
+    .venv/bin/python benchmarks/growth.py
+
+A small Llama of random weights (6 layers, 384 wide) in bfloat16, forward and backward of one row,
+fpo and simpo in turn. One size changes at a time; nothing needs to be downloaded.
+"""
+
+import statistics
+import tempfile
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine, random_sae, write_page
+
+BASE = {"K": 256, "m": 16_384, "vocabulary": 49_152, "length": 256, "pairs": 4}
+SIZES = {
+    "K": (64, 256, 1024),
+    "m": (4_096, 16_384, 65_536),
+    "vocabulary": (16_384, 49_152, 262_144),
+    "length": (64, 256, 1024),
+    "pairs": (1, 4, 16),
+}
+WIDTH, ROUNDS = 384, 5
+
+
+def main() -> None:
+    """Change one size after the other and write the page."""
+    rows = []
+    for name, sizes in SIZES.items():
+        for size in sizes:
+            times = measure(**(BASE | {name: size}))
+            fpo, simpo = (statistics.median(times[method]) for method in ("fpo", "simpo"))
+            ratio = statistics.median(
+                a / b for a, b in zip(times["fpo"], times["simpo"], strict=True)
+            )
+            rows.append(f"| {name} | {size:,} | {simpo:.2f} | {fpo:.2f} | {ratio:.3f} |")
+            print(rows[-1])
+    report(rows)
+
+
+def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[str, list[float]]:
+    """Seconds of a row by method, rounds in turn.
+
+    Args:
+        K: features in the store.
+        m: features of the SAE.
+        vocabulary: of the model.
+        length: tokens of a response; the prompt has a quarter of it.
+        pairs: in the row.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fpocli.attention import row_multiple
+    from fpocli.batches import pack
+    from fpocli.config import TrainConfig
+    from fpocli.distance import StoredFeatures
+    from fpocli.model import LanguageModel, Site, choose_device
+    from fpocli.objective import ReferenceRows, objective
+    from fpocli.scoring import score
+    from fpocli.sparse import load_encoder, top_k
+    from fpocli.tokens import TokenPair
+
+    device = choose_device(None)
+    torch.manual_seed(0)
+    shape = {
+        "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 6,
+        "num_attention_heads": 6, "vocab_size": vocabulary, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    site = Site(4, "resid_post")
+    network: Any = LlamaForCausalLM(LlamaConfig(**shape)).to(device, torch.bfloat16)
+    network.activation_checkpointing_enable()
+    model = LanguageModel(network, [site]).train()
+    rng = np.random.default_rng(0)
+    made = [
+        TokenPair(*(rng.integers(0, vocabulary, n) for n in (length // 4, length, length)))
+        for _ in range(pairs)
+    ]
+    batch = pack(made, row_multiple(device)).to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        encoder = load_encoder(random_sae(folder, WIDTH, m), device)
+    index, value = top_k(torch.rand(pairs, 2, m, device=device), K)
+    nonzero = torch.full((pairs, 2), m, device=device)
+    reference = ReferenceRows(
+        logp=torch.zeros(pairs, 2, device=device),
+        margin=torch.zeros(pairs, device=device),
+        features={str(site): StoredFeatures(index, value, nonzero)},
+    )
+    times: dict[str, list[float]] = {"simpo": [], "fpo": []}
+    for number in range(ROUNDS + 1):
+        for method in times if number % 2 else reversed(times):
+            encoders = {str(site): encoder} if method == "fpo" else {}
+            began = time.perf_counter()
+            scores = score(model, encoders, batch)
+            settings = TrainConfig(cache="unused", method=method)
+            loss, _ = objective(scores, reference, encoders, settings)
+            loss.mean().backward()
+            loss.mean().item()
+            if number:
+                times[method].append(time.perf_counter() - began)
+            model.zero_grad()
+    return times
+
+
+def report(rows: list[str]) -> None:
+    """The page."""
+    table = "\n".join(rows)
+    base = ", ".join(f"{name} {size:,}" for name, size in BASE.items())
+    write_page(
+        "growth",
+        f"""# How cost grows, {datetime.now(UTC):%Y-%m-%d}
+
+Forward and backward of one packed row, bfloat16, a Llama of random weights (6 layers, {WIDTH}
+wide). Responses of `length` tokens, prompts of a quarter of it. Where nothing else is said: {base};
+k = 50. Median of {ROUNDS} rounds, the methods in turn.
+
+{machine()}
+Command: `python benchmarks/growth.py`.
+
+| size | | simpo s | fpo s | fpo / simpo |
+|---|---|---|---|---|
+{table}
+
+The model is small, so the SAE weighs more here than it does beside a large one: the encoder costs
+2 d m operations a position, the model 2 a weight and token.
+""",
+    )
+
+
+if __name__ == "__main__":
+    main()

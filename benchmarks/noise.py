@@ -1,0 +1,154 @@
+"""What bfloat16 does to u and D at step 0, where both should be 0, beside TRL.
+
+    .venv/bin/python benchmarks/noise.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
+
+The policy is the reference, in bfloat16. References are computed once in the data's order; then the
+same pairs are scored again, shuffled, in other rows (fpo) or other padded batches (TRL). Defaults
+are the demo's model and SAE (run `make demo` first) and this repository's pairs.
+"""
+
+import argparse
+import tempfile
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+from common import machine, write_page
+
+SEEDS = 2
+
+
+def main() -> None:
+    """Measure both sides and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
+    parser.add_argument("--sae", default="demo/sae")
+    parser.add_argument("--layer", type=int, default=24)
+    parser.add_argument("--data", default="examples/preferences.jsonl")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--max-length", type=int, default=512)
+    arguments = parser.parse_args()
+    from fpocli import CacheConfig, cache
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = cache(
+            CacheConfig(
+                model=arguments.model,
+                layer=[arguments.layer],
+                sae=[arguments.sae],
+                data=arguments.data,
+                limit=arguments.pairs,
+                max_length=arguments.max_length,
+                max_prompt_length=arguments.max_length - 1,
+                out=f"{folder}/ref.zarr",
+            )
+        )
+        own = [ours(arguments, store, tokens) for tokens in (2048, 512)]
+        other = theirs(arguments, store, folder)
+    report(arguments, store, own, other)
+
+
+@torch.inference_mode()
+def ours(arguments: argparse.Namespace, store: Any, tokens_per_row: int) -> dict[str, np.ndarray]:
+    """Per pair and seed: the normalised margin's error in nats per token, and D of both."""
+    from fpocli.catalog import find_model
+    from fpocli.config import TrainConfig
+    from fpocli.model import Site, choose_device, load_model
+    from fpocli.objective import objective
+    from fpocli.scoring import score
+    from fpocli.sparse import load_encoder
+    from fpocli.stream import Stream
+
+    device = choose_device(None)
+    config = TrainConfig(cache="unused", alpha=0.0, beta=1.0)
+    sites = [Site.parse(name) for name in store.sites]
+    model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
+    encoders = {
+        name: load_encoder(about["sae"]["source"], device) for name, about in store.sites.items()
+    }
+    margins, distances = [], []
+    for seed in range(SEEDS):
+        stream = Stream(
+            store, batch_size=store.pairs, tokens_per_row=tokens_per_row, eval_fraction=0,
+            seed=seed, rank=0, world=1,
+        )  # fmt: skip
+        for row in next(iter(stream.steps(0, 1, device))):
+            scores = score(model, encoders, row.batch)
+            _, metrics = objective(scores, row.reference, encoders, config)
+            margins.append(metrics["u"].abs())
+            distances += [metrics["distance_chosen"], metrics["distance_rejected"]]
+    return {"margin": torch.cat(margins).numpy(), "distance": torch.cat(distances).numpy()}
+
+
+def theirs(arguments: argparse.Namespace, store: Any, folder: str) -> dict[str, np.ndarray]:
+    """Per pair and seed: the same error of TRL's log-probabilities."""
+    import peers
+
+    rows = peers.rows_of(store, list(range(store.pairs)))
+    trainer = peers.dpo(arguments.model, rows, f"{folder}/trl", torch.bfloat16)
+    reference = np.array([[r["ref_chosen_logps"], r["ref_rejected_logps"]] for r in
+                          trainer.train_dataset])  # fmt: skip
+    counts = np.array([[len(r["chosen_ids"]), len(r["rejected_ids"])] for r in rows])
+    errors = []
+    for seed in range(SEEDS):
+        order = np.random.default_rng(seed).permutation(store.pairs)
+        for start in range(0, store.pairs, peers.BATCH):
+            mine = order[start : start + peers.BATCH]
+            batch = trainer.data_collator([rows[int(i)] for i in mine])
+            batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
+            again = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), 1)
+            averages = (again.float().cpu().numpy() - reference[mine]) / counts[mine]
+            errors.append(np.abs(averages[:, 0] - averages[:, 1]))
+    return {"margin": np.concatenate(errors)}
+
+
+def report(
+    arguments: argparse.Namespace,
+    store: Any,
+    own: list[dict[str, np.ndarray]],
+    other: dict[str, np.ndarray],
+) -> None:
+    """The page."""
+
+    def row(name: str, values: dict[str, np.ndarray]) -> str:
+        margin = values["margin"]
+        cells = [name, f"{margin.mean():.1e}", f"{margin.max():.1e}"]
+        if "distance" in values:
+            cells += [f"{values['distance'].mean():.1e}", f"{values['distance'].max():.1e}"]
+        else:
+            cells += ["", ""]
+        return "| " + " | ".join(cells) + " |"
+
+    table = "\n".join(
+        [
+            row("fpo, shuffled, rows of the store's size", own[0]),
+            row("fpo, shuffled, rows of 512 tokens", own[1]),
+            row("TRL, shuffled, batches of 4", other),
+        ]
+    )
+    write_page(
+        "noise",
+        f"""# Noise at step 0, {datetime.now(UTC):%Y-%m-%d}
+
+{store.meta["model"]["architecture"]}, bfloat16, policy = reference, {store.pairs} real pairs of at
+most {arguments.max_length} tokens a sequence, {SEEDS} shuffles. The margin is a(w) - a(l) less the
+reference's, in nats per token (u is β times it), and should be 0; so should D.
+
+{machine()}
+Command: `python benchmarks/noise.py --data PAIRS.jsonl --pairs {arguments.pairs}`.
+
+| | mean margin | largest | mean D | largest |
+|---|---|---|---|---|
+{table}
+
+On a CPU fpo's arithmetic of a pair has no part that depends on its row: attention runs sequence by
+sequence, sums run response by response, and what is left works slot by slot. D is not exactly 0
+where the store's value and the policy's were summed by different products (`sparse.py: pool`,
+`columns`).
+""",
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The head: hidden states -> log-probabilities, never with all logits in memory at once.
+
+Shapes: M scored tokens, d model width, V vocabulary.
+"""
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNKED, LIGER = "chunked", "liger"
+_LIGER_SINCE = Version("0.8.5")
+# Logits of one chunk in float32 stay under this many bytes; on a CPU they should stay in its cache.
+_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
+
+
+def choose_head(network: Any) -> str:
+    """How `logprobs` is computed: by Liger's fused kernel on a GPU where liger-kernel is installed,
+    else chunk by chunk. ZeRO-3 keeps a part of the weight on each rank, so there it is chunked."""
+    head = network.get_output_embeddings()
+    whole = head.bias is None and not hasattr(head.weight, "ds_id")
+    return LIGER if network.device.type == "cuda" and whole and _liger_serves() else CHUNKED
+
+
+@cache
+def _liger_serves() -> bool:
+    """Whether liger-kernel is there, and new enough to weigh each token's gradient by itself."""
+    try:
+        return Version(version("liger-kernel")) >= _LIGER_SINCE
+    except PackageNotFoundError:
+        return False
+
+
+def logprobs(network: Any, final: Tensor, targets: Tensor) -> Tensor:
+    """log pi(target) of every predictor; either way its logits are recomputed in the backward pass.
+
+    Args:
+        network: transformers' model.
+        final: [M, d] what the head reads.
+        targets: [M] token ids.
+
+    Returns:
+        float32 [M], nats.
+    """
+    if choose_head(network) == LIGER:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        weight = network.get_output_embeddings().weight
+        return -liger_fused_linear_cross_entropy(
+            final,
+            weight,
+            targets,
+            reduction="none",
+            softcap=soft_cap(network),
+            accum_dtype=torch.float32,
+        )
+
+    def chunk(states: Tensor, tokens: Tensor) -> Tensor:
+        return -F.cross_entropy(logits(network, states), tokens, reduction="none")
+
+    size = chunk_size(network)
+    return torch.cat(
+        [
+            checkpoint(chunk, states, tokens, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else chunk(states, tokens)
+            for states, tokens in zip(final.split(size), targets.split(size), strict=True)
+        ]
+    )
+
+
+def logits(network: Any, final: Tensor) -> Tensor:
+    """The head with the final soft-cap: [M, d] -> float32 [M, V]. Chunks only, it is large."""
+    # The head is called as a module, so that ZeRO-3's hooks gather its weight, and gather it again
+    # when a checkpointed chunk is recomputed.
+    raw = network.get_output_embeddings()(final).float()
+    cap = soft_cap(network)
+    return raw if cap is None else cap * torch.tanh(raw / cap)
+
+
+def soft_cap(network: Any) -> float | None:
+    """The cap of the final logits, where the model has one (Gemma-2)."""
+    return getattr(network.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def chunk_size(network: Any) -> int:
+    """Predictors per chunk."""
+    vocabulary = network.config.get_text_config().vocab_size
+    return max(1, _CHUNK_BYTES[network.device.type] // (4 * vocabulary))
