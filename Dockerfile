@@ -11,6 +11,6 @@ WORKDIR /opt/fpo
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY fpocli fpocli
 RUN pip install --no-cache-dir -c constraints.txt torch \
-    && pip install --no-cache-dir -c constraints.txt .
+    && pip install --no-cache-dir -c constraints.txt ".[cuda]"
 WORKDIR /work
 ENTRYPOINT ["fpo"]

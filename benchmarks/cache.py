@@ -45,7 +45,8 @@ def main() -> None:
         return
     from fpocli import CacheConfig, cache
 
-    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
+    names = [name for name in NAMES if name not in arguments.without]
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         sae = arguments.sae
         if arguments.features:
@@ -65,11 +66,11 @@ def main() -> None:
         )
         words = [f"--model={arguments.model}", f"--store={store.path}"]
         contestants = {}
-        for name in NAMES:
+        for name in names:
             contestants[name] = Contestant([*words, f"--contestant={name}"])
             stack.callback(contestants[name].close)
         for number in range(arguments.rounds + 1):
-            for name in NAMES if number % 2 else reversed(NAMES):
+            for name in names if number % 2 else reversed(names):
                 figures[name].append(contestants[name].round(number))
         report(arguments, figures, store)
 
@@ -84,6 +85,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", default="examples/preferences.jsonl")
     parser.add_argument("--rounds", type=int, default=3, help="blocks that count")
     parser.add_argument("--max-length", dest="max_length", type=int, default=512)
+    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
     parser.add_argument("--page", default="cache", help="name of the result's page")
     parser.add_argument("--store", help=argparse.SUPPRESS)
     parser.add_argument("--contestant", help=argparse.SUPPRESS)
@@ -98,10 +100,10 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     import torch
 
     from fpocli.batches import default_tokens_per_row
+    from fpocli.blocks import score_block
     from fpocli.catalog import find_model
     from fpocli.console import progress
     from fpocli.model import Site, choose_device, load_model
-    from fpocli.reference import score_block
     from fpocli.rows import Tokens
     from fpocli.sparse import load_encoder
     from fpocli.store import Store
@@ -198,13 +200,16 @@ def report(
     seconds = {name: [f["seconds"] for f in rounds[1:]] for name, rounds in figures.items()}
     memory = {name: rounds[-1]["peak"] / 1e9 for name, rounds in figures.items()}
 
+    base = "trl" if "trl" in figures else "bare"
+
     def against(name: str, other: str) -> str:
         return middle(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
     rows = "\n".join(
-        f"| {title} | {BLOCK / statistics.median(seconds[name]):.2f} | {against('trl', name)} | "
+        f"| {title} | {BLOCK / statistics.median(seconds[name]):.2f} | {against(base, name)} | "
         f"{memory[name]:.2f} |"
         for name, title in NAMES.items()
+        if name in figures
     )
     written = [f["write"] / f["seconds"] for f in figures["fpo"][1:]]
     spans, features = store.whole("spans"), next(iter(store.sites.values()))
@@ -222,7 +227,7 @@ average). fpo also takes the features of a site: {features["d_sae"]:,} of them, 
 {machine()}
 Command: `python benchmarks/cache.py --data PAIRS.jsonl --rounds {arguments.rounds}`.
 
-| | pairs/s | speed over TRL, round by round | peak GB |
+| | pairs/s | speed over {base}, round by round | peak GB |
 |---|---|---|---|
 {rows}
 

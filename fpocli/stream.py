@@ -118,7 +118,7 @@ class Stream:
         epoch, position = divmod(step, self.steps_per_epoch)
         _, ends = self._blocks(epoch)
         start = position * self.batch_size
-        stop = min(start + self.batch_size, self.training_pairs)
+        stop = start + self.size(step)
         parts = []
         while start < stop:
             window = int(np.searchsorted(ends, start, side="right"))
@@ -127,6 +127,11 @@ class Stream:
             parts.append(part)
             start += len(part)
         return np.concatenate(parts)
+
+    def size(self, step: int) -> int:
+        """How many pairs a step has; the last one of an epoch may have fewer."""
+        done = step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.training_pairs - done)
 
     def evaluation(self, device: torch.device) -> Iterator[MicroBatch]:
         """This rank's rows of the held-out pairs, as many on every rank."""
@@ -153,8 +158,12 @@ class Stream:
         spans = np.array([self._block(block)[0].spans[row] for block, row in places])
         lengths = (spans[:, 3] - spans[:, 0]).tolist()
         for row in fill_rows(lengths, self.tokens_per_row, self.world)[self.rank :: self.world]:
-            counts = (weight or 1 / len(pairs)) if row else 0.0
-            yield self._load([places[i] for i in row or [int(np.argmin(lengths))]], counts, device)
+            if row:
+                chosen, counts = [places[i] for i in row], weight or 1 / len(pairs)
+            else:
+                # Nothing to do, but the other ranks wait in every backward pass.
+                chosen, counts = [places[int(np.argmin(lengths))]], 0.0
+            yield self._load(chosen, counts, device)
 
     def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in random order, and the number of training pairs up to the end of each

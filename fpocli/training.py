@@ -119,7 +119,7 @@ def train(settings: TrainConfig) -> Path:
             norm = take_step(engine, lr)
             line = means.result()
             now = time.perf_counter()
-            tokens = line["tokens"] * len(stream.pairs(step))
+            tokens = line["tokens"] * stream.size(step)
             line |= {
                 "gradient_norm": norm,
                 "lr": lr,

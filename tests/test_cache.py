@@ -16,7 +16,7 @@ import torch
 from conftest import cache_config, write_pairs
 from test_store import contents
 
-from fpocli import CacheConfig, UserError, attention, batches, cache, reference
+from fpocli import CacheConfig, UserError, attention, batches, blocks, cache, reference
 from fpocli.attention import attend_by_sequence
 from fpocli.batches import pack
 from fpocli.catalog import find_model
@@ -277,7 +277,7 @@ def test_a_model_that_ignores_positions_is_refused(material, tmp_path, monkeypat
         batch = batches.pack(pairs, multiple)
         return dataclasses.replace(batch, positions=torch.arange(len(batch.ids)))
 
-    monkeypatch.setattr(reference, "pack", by_slot)
+    monkeypatch.setattr(blocks, "pack", by_slot)
     with pytest.raises(UserError, match="does not follow the attention rule"):
         cache(cache_config(material, tmp_path / "ref.zarr"))
 

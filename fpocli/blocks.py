@@ -1,0 +1,140 @@
+"""Scoring one block of a store with the frozen reference: rows in, reference rows out.
+
+Shapes: b pairs of the block, P pairs of a row, K kept features, m features.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fpocli.attention import row_multiple
+from fpocli.batches import fill_rows, pack
+from fpocli.console import Bar
+from fpocli.errors import UserError
+from fpocli.model import LanguageModel
+from fpocli.rows import Features, Reference, Tokens, Totals
+from fpocli.scoring import PairScores, score
+from fpocli.sparse import SparseEncoder, top_k
+from fpocli.store import Store, index_dtype
+
+
+def score_block(
+    model: LanguageModel,
+    encoders: dict[str, SparseEncoder],
+    store: Store,
+    tokens: Tokens,
+    tokens_per_row: int,
+    bar: Bar,
+) -> tuple[Reference, dict[str, Totals]]:
+    """Reference rows of a block's pairs. They depend on nothing outside the block.
+
+    Args:
+        model: the reference.
+        encoders: the SAE of each site.
+        store: says what is kept of the features.
+        tokens: of the b pairs.
+        tokens_per_row: the most tokens of a packed row.
+        bar: advanced by the pairs that are done.
+
+    Returns:
+        the b rows, and by site the sums over their responses.
+
+    Raises:
+        UserError: a number is not finite, or does not fit into float16.
+    """
+    b = len(tokens)
+    logp = np.empty((b, 2), np.float32)
+    features = {
+        site: Features(
+            index=np.empty((b, 2, about["k"]), index_dtype(about["d_sae"])),
+            value=np.empty((b, 2, about["k"]), about["value_dtype"]),
+            nonzero=np.empty((b, 2), np.int32),
+        )
+        for site, about in store.sites.items()
+    }
+    totals = {
+        site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
+        for site, encoder in encoders.items()
+    }
+    device = model.network.device
+    lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
+    for pairs in fill_rows(lengths, tokens_per_row):
+        batch = pack([tokens.pair(pair) for pair in pairs], row_multiple(device)).to(device)
+        with torch.inference_mode():
+            scores = score(model, encoders, batch)
+        _check_finite(scores, tokens.source_row[pairs])
+        logp[pairs] = scores.logp.cpu().numpy()
+        for site, pooled in scores.pooled.items():
+            _keep_largest(pooled, features[site], pairs)
+            totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
+            totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
+        bar.advance(len(pairs))
+    average = logp / tokens.counts.astype(np.float32)
+    return Reference(logp, average[:, 0] - average[:, 1], features), totals
+
+
+def _keep_largest(pooled: torch.Tensor, into: Features, pairs: list[int]) -> None:
+    k = into.index.shape[-1]
+    index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
+    into.index[pairs] = np.where(value > 0, index, np.iinfo(into.index.dtype).max)
+    with np.errstate(over="ignore"):
+        into.value[pairs] = value
+    if not np.isfinite(into.value[pairs]).all():
+        raise UserError(
+            f"a pooled feature of {value.max():.3g} does not fit into float16",
+            "give --value-dtype float32",
+        )
+    into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
+
+
+def _check_finite(scores: PairScores, source_rows: np.ndarray) -> None:
+    finite = scores.logp.isfinite().all(1)
+    for pooled in scores.pooled.values():
+        finite &= pooled.isfinite().all(-1).all(1)
+    if not finite.all():
+        row = source_rows[int((~finite).nonzero()[0, 0])]
+        raise UserError(
+            f"the log-probability or a feature of the pair in row {row} is not finite",
+            "try --dtype float32, or leave the pair out of the data",
+        )
+
+
+def check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
+    """Refuse a model that does not follow the attention rule of packed rows.
+
+    Model families are many, and one that ignores a mask or the positions makes every number
+    wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
+    of the row, which must not change the rest at all; and with its responses in each other's
+    place, which may change them by rounding only.
+    """
+    pair = tokens.pair(0)
+    chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
+    foreign = pair.prompt[-1]
+    other = replace(pair, rejected=np.full_like(rejected, foreign))
+    trials = [
+        [pair, pair],
+        [other, pair],
+        [pair, replace(pair, chosen=np.full_like(chosen, foreign))],
+        [replace(pair, chosen=rejected, rejected=chosen)],
+    ]
+    with torch.inference_mode():
+        plain, first, last, (swapped,) = (
+            score(model, {}, pack(row, row_multiple(device)).to(device)).average.cpu()
+            for row in trials
+        )
+    changes = [
+        (plain[0] - first[0])[0],
+        (plain[1] - first[1]),
+        (plain[0] - last[0]),
+        (plain[1] - last[1])[1],
+    ]
+    neighbour = max(change.abs().max().item() for change in changes)
+    place = (plain[0] - swapped.flip(0)).abs().max().item()
+    if neighbour > 1e-4 or place > (0.01 if model.network.dtype == torch.float32 else 0.5):
+        raise UserError(
+            f"{type(model.network).__name__} does not follow the attention rule of packed rows: "
+            f"the score of a response changes by {max(neighbour, place):.3g} nats per token with "
+            "what stands beside it",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )
