@@ -15,7 +15,7 @@ check: lint test
 # On a CPU, with the demo's model and this repository's pairs; about 40 minutes. A quiet machine.
 bench: .venv/bench
 	test -d demo/sae || $(BIN)/python examples/demo.py
-	for name in cache train noise growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in cache train constraint noise breakdown growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/dev
 	$(BIN)/ruff check .

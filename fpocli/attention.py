@@ -9,6 +9,7 @@ q queries.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -112,19 +113,22 @@ def mask(batch: Batch, window: int | None, kernel: str, dtype: torch.dtype) -> A
     """
     device = batch.ids.device
     if kernel == FLEX:
-        from torch.nn.attention.flex_attention import create_block_mask
-
         size = len(batch.ids)
-        # Compiled, it never holds the mask of all slots by all slots.
-        return torch.compile(create_block_mask)(
-            rule(batch, window), None, None, size, size, device=device
-        )
+        return _block_mask_maker()(rule(batch, window), None, None, size, size, device=device)
     longest = int(batch.positions.max()) + 1
     visible = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
     if window is not None:
         visible.triu_(1 - window)
     band = torch.zeros(longest, longest, dtype=dtype, device=device)
     return band.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
+
+
+@cache
+def _block_mask_maker() -> Callable[..., Any]:
+    """create_block_mask; compiled, it never holds the mask of all slots by all slots."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask)
 
 
 def attend_by_sequence(

@@ -4,7 +4,6 @@ Shapes: b pairs, K kept features, m features of a site. Column 0 is chosen, colu
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -73,8 +72,9 @@ class Tokens:
 
     def pair(self, number: int) -> TokenPair:
         """One of the b pairs."""
-        prompt, chosen, rejected = (self.ids[a:b] for a, b in pairwise(self.spans[number].tolist()))
-        return TokenPair(prompt, chosen, rejected, int(self.source_row[number]))
+        a, b, c, d = self.spans[number].tolist()
+        ids = self.ids
+        return TokenPair(ids[a:b], ids[b:c], ids[c:d], int(self.source_row[number]))
 
     @property
     def counts(self) -> np.ndarray:

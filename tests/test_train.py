@@ -164,6 +164,24 @@ def test_same_curve_for_every_zero_stage_and_number_of_processes(
         assert torch.allclose(one[name], other[name], atol=2e-5), name
 
 
+@pytest.mark.parametrize(("zero", "processes"), [(0, 1), (1, 1), (2, 2), (3, 2)])
+def test_parameters_in_many_groups_train_alike(baseline, material, tmp_path, zero, processes):
+    """Real models have more parameters than the optimiser updates at once; here it takes 2,000."""
+    out, script = tmp_path / "run", tmp_path / "grouped.py"
+    script.write_text(
+        "import fpocli.cli, fpocli.engine\nfpocli.engine._GROUP_SIZE = 2000\nfpocli.cli.main()\n"
+    )
+    words = command(material, out, "--no-bf16", processes=processes, zero=zero)
+    place = words.index("fpocli")
+    words[place - 1 : place + 1] = [str(script)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(read(out), read(baseline), 2e-5)
+    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, tmp_path, optimizer):
     """With weight decay: DeepSpeed's own first step at stage 0 must not move the master weights."""

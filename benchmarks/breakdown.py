@@ -1,0 +1,122 @@
+"""Where the time of scoring and of training goes, by kind of operation, on a CPU.
+
+    .venv/bin/python benchmarks/breakdown.py --model FOLDER --data PAIRS.jsonl
+
+Defaults are the demo's model (run `make demo` first) and this repository's pairs.
+"""
+
+import argparse
+from collections import Counter
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from common import machine, write_page
+from torch.profiler import ProfilerActivity, profile
+
+from fpocli.batches import default_tokens_per_row, fill_rows, pack
+from fpocli.catalog import find_model
+from fpocli.model import load_model
+from fpocli.pairs import open_source, read_pairs
+from fpocli.tokens import PairTokenizer
+
+KINDS = {
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "attention: products": ("aten::bmm", "aten::baddbmm"),
+    "attention: softmax": ("aten::_softmax", "aten::_softmax_backward_data"),
+    "log-softmax of the vocabulary": (
+        "aten::_log_softmax",
+        "aten::_log_softmax_backward_data",
+        "aten::nll_loss_forward",
+        "aten::nll_loss_backward",
+    ),
+    "copies between dtypes and layouts": ("aten::copy_", "aten::cat", "aten::clone"),
+}
+
+
+def main() -> None:
+    """Profile both and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", default="examples/preferences.jsonl")
+    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--max-length", type=int, default=512)
+    arguments = parser.parse_args()
+    device = torch.device("cpu")
+    folder = find_model(arguments.model)
+    tokenizer = PairTokenizer(folder, None, arguments.max_length, arguments.max_length - 1)
+    pairs = list(tokenizer(read_pairs(open_source(arguments.data, None, arguments.pairs))))
+    rows = fill_rows([len(pair) for pair in pairs], default_tokens_per_row(device))
+    batches = [pack([pairs[i] for i in row]) for row in rows]
+    tokens = sum(len(pair) for pair in pairs)
+    model = load_model(folder, [], torch.bfloat16, device)
+
+    def score() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                model(batch)
+
+    def train() -> None:
+        for batch in batches:
+            model(batch)[0].sum().backward()
+        model.zero_grad()
+
+    found = {"scoring": measure(score)}
+    model.network.activation_checkpointing_enable()
+    model.train()
+    found["forward and backward"] = measure(train)
+    weights = [p.numel() for p in model.network.parameters()]
+    head = model.network.get_output_embeddings().weight.numel()
+    scored = sum(len(batch.targets) for batch in batches)
+    # Operations of the weights' matrix products in one forward pass.
+    operations = 2 * ((sum(weights) - head) * tokens + head * scored)
+    report(arguments, found, tokens, operations)
+
+
+def measure(work: Any) -> Counter[str]:
+    """Seconds by kind of operation, after a round that warms up."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    kind_of = {name: kind for kind, names in KINDS.items() for name in names}
+    seconds: Counter[str] = Counter()
+    for event in seen.key_averages():
+        seconds[kind_of.get(event.key, "all else")] += event.self_cpu_time_total / 1e6
+    return seconds
+
+
+def report(
+    arguments: argparse.Namespace, found: dict[str, Counter[str]], tokens: int, operations: float
+) -> None:
+    """The page."""
+    totals = {name: sum(seconds.values()) for name, seconds in found.items()}
+    table = "\n".join(
+        f"| {kind} | " + " | ".join(f"{found[n][kind] / totals[n]:.0%}" for n in found) + " |"
+        for kind in (*KINDS, "all else")
+    )
+    product = operations / found["scoring"]["matrix products"] / 1e9
+    write_page(
+        "breakdown",
+        f"""# Where the time goes, {datetime.now(UTC):%Y-%m-%d}
+
+{arguments.pairs} real pairs of at most {arguments.max_length} tokens a sequence, {tokens:,} tokens,
+bfloat16, rows of {default_tokens_per_row(torch.device("cpu")):,}; activation checkpointing on in
+training. Shares of the processor's time, without the optimiser.
+
+{machine()}
+Command: `python benchmarks/breakdown.py --data PAIRS.jsonl`.
+
+| | {" | ".join(found)} |
+|---|---|---|
+{table}
+| seconds | {" | ".join(f"{total:.1f}" for total in totals.values())} |
+
+The matrix products of scoring run at {product:.0f} billion operations a second, and there is no way
+round them: at that speed alone they allow {tokens / found["scoring"]["matrix products"]:,.0f}
+tokens a second.
+""",
+    )
+
+
+if __name__ == "__main__":
+    main()
