@@ -6,14 +6,17 @@ Defaults are the demo's model (run `make demo` first) and this repository's pair
 """
 
 import argparse
+import time
 from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from common import machine, write_page
+from common import machine, middle, write_page
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from fpocli.attention import BY_SEQUENCE, attend_by_sequence, mask
 from fpocli.batches import default_tokens_per_row, fill_rows, pack
 from fpocli.catalog import find_model
 from fpocli.model import load_model
@@ -70,7 +73,48 @@ def main() -> None:
     scored = sum(len(batch.targets) for batch in batches)
     # Operations of the weights' matrix products in one forward pass.
     operations = 2 * ((sum(weights) - head) * tokens + head * scored)
-    report(arguments, found, tokens, operations)
+    ratio = attention_ratio(model.config, batches)
+    report(arguments, found, tokens, operations, ratio)
+
+
+def attention_ratio(config: Any, batches: list[Any]) -> str:
+    """Time of attention by sequence over that of torch's fused kernel on the same sequences,
+    forward and backward, batch by batch in turn."""
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+
+    def fused(query: Any, key: Any, value: Any, spans: Any) -> Any:
+        outputs = []
+        for start, chosen, rejected, end in spans.tolist():
+            for first, last in ((chosen, rejected), (rejected, end)):
+                parts = [
+                    torch.cat([part[:, :, start:chosen], part[:, :, first:last]], 2)
+                    for part in (query, key, value)
+                ]
+                outputs.append(
+                    F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)
+                )
+        return torch.cat(outputs, 2)
+
+    ratios = []
+    for batch in [batches[0], *batches]:
+        band = mask(batch, None, BY_SEQUENCE, torch.bfloat16)
+        shapes = [(1, len(batch.ids), count, width) for count in (heads, keys, keys)]
+        inputs = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        views = [part.transpose(1, 2) for part in inputs]
+        seconds = []
+        for own in (True, False):
+            began = time.perf_counter()
+            if own:
+                output, _ = attend_by_sequence(
+                    torch.nn.Module(), *views, band, scaling=width**-0.5, spans=batch.spans
+                )
+            else:
+                output = fused(*views, batch.spans)
+            output.sum().backward()
+            seconds.append(time.perf_counter() - began)
+        ratios.append(seconds[0] / seconds[1])
+    return middle(ratios[1:])
 
 
 def measure(work: Any) -> Counter[str]:
@@ -86,7 +130,11 @@ def measure(work: Any) -> Counter[str]:
 
 
 def report(
-    arguments: argparse.Namespace, found: dict[str, Counter[str]], tokens: int, operations: float
+    arguments: argparse.Namespace,
+    found: dict[str, Counter[str]],
+    tokens: int,
+    operations: float,
+    ratio: str,
 ) -> None:
     """The page."""
     totals = {name: sum(seconds.values()) for name, seconds in found.items()}
@@ -114,6 +162,9 @@ Command: `python benchmarks/breakdown.py --data PAIRS.jsonl`.
 The matrix products of scoring run at {product:.0f} billion operations a second, and there is no way
 round them: at that speed alone they allow {tokens / found["scoring"]["matrix products"]:,.0f}
 tokens a second.
+
+Attention by sequence over torch's fused kernel on the same sequences, forward and backward: {ratio}
+of its time.
 """,
     )
 
