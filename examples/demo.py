@@ -184,7 +184,7 @@ def show_result() -> None:
         ("feature distance, rejected", "distance_rejected"),
     ):
         table.add_row(title, *(f"{result[name]:.4f}" for result in results))
-    out.print(f"\n{len(stream.held_out)} held-out pairs")
+    out.print(f"\n{stream.held_out_pairs} held-out pairs")
     out.print(table)
 
 
