@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from common import machine, random_sae, write_page
 
-BASE = {"K": 256, "m": 16_384, "vocabulary": 49_152, "length": 256, "pairs": 2}
+BASE = {"K": 256, "m": 16_384, "vocabulary": 49_152, "length": 128, "pairs": 2}
 SIZES = {
     "K": (64, 256, 1024),
     "m": (4_096, 16_384, 65_536),
     "vocabulary": (16_384, 49_152, 131_072),
-    "length": (64, 256, 512),
+    "length": (64, 128, 512),
     "pairs": (1, 2, 4),
 }
 WIDTH, ROUNDS = 384, 3

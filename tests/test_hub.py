@@ -15,6 +15,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from transformers import AutoModelForCausalLM
 
 from fpocli import CacheConfig, Store, UserError, cache
+from fpocli.attention import BY_SEQUENCE
 from fpocli.catalog import GEMMA, default_sae
 from fpocli.pairs import open_source
 
@@ -140,7 +141,7 @@ def test_gemma_by_its_short_name(folder):
     store = Store.open(folder / "ref.zarr")
     model, about = store.meta["model"], store.sites["layer_25.resid_post"]
     assert (model["source"], model["revision"]) == ("google/gemma-2-2b", COMMIT)
-    assert (model["architecture"], model["attention"]) == ("Gemma2ForCausalLM", "eager")
+    assert (model["architecture"], model["attention"]) == ("Gemma2ForCausalLM", BY_SEQUENCE)
     assert store.meta["tokenizer"]["source"] == "google/gemma-2-2b"
     assert store.meta["tokenizer"]["chat_template"]["name"] == "halos"
     release = "gemma-scope-2b-pt-res-canonical"
