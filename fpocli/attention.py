@@ -199,7 +199,7 @@ def _attend(
     """Dense attention of one sequence's last q tokens: [q, H, h].
 
     Matrix products and a softmax that sums in float32, all through torch. On a CPU this takes
-    half of the time of torch's fused kernel (benchmarks/results), and it can cap scores.
+    less than half of the time of torch's fused kernel (benchmarks/results), and it can cap scores.
 
     Args:
         query: [q, H, h], of the tokens `first` and after.
