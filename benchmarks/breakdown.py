@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from common import machine, middle, write_page
+from common import machine, measure_parser, middle, write_page
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -39,11 +39,8 @@ KINDS = {
 
 def main() -> None:
     """Profile both and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default="examples/preferences.jsonl")
+    parser = measure_parser(__doc__)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--max-length", type=int, default=512)
     arguments = parser.parse_args()
     device = torch.device("cpu")
     folder = find_model(arguments.model)

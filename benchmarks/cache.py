@@ -12,19 +12,20 @@ import argparse
 import statistics
 import tempfile
 import time
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from common import (
-    Contestant,
+    BATCH,
+    load_encoders,
     machine,
+    make_store,
     middle,
-    model_width,
-    random_sae,
     serve,
     take_stdout,
+    take_turns,
+    turns_parser,
     write_page,
 )
 
@@ -38,58 +39,16 @@ NAMES = {
 
 def main() -> None:
     """Let the contestants take turns and write the page."""
-    arguments = parse()
+    arguments = turns_parser(__doc__, page="cache", rounds=3).parse_args()
     if arguments.contestant:
         line = take_stdout()
         {"trl": trl, "fpo": fpo, "bare": bare}[arguments.contestant](arguments, line)
         return
-    from fpocli import CacheConfig, cache
-
     names = [name for name in NAMES if name not in arguments.without]
-    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        sae = arguments.sae
-        if arguments.features:
-            sae = random_sae(f"{folder}/sae", model_width(arguments.model), arguments.features)
-        store = cache(
-            CacheConfig(
-                model=arguments.model,
-                layer=[arguments.layer],
-                sae=[sae],
-                data=arguments.data,
-                limit=BLOCK * (arguments.rounds + 1),
-                max_length=arguments.max_length,
-                max_prompt_length=arguments.max_length - 1,
-                block=BLOCK,
-                out=f"{folder}/ref.zarr",
-            )
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(arguments, folder, BLOCK * (arguments.rounds + 1), block=BLOCK)
         words = [f"--model={arguments.model}", f"--store={store.path}"]
-        contestants = {}
-        for name in names:
-            contestants[name] = Contestant([*words, f"--contestant={name}"])
-            stack.callback(contestants[name].close)
-        for number in range(arguments.rounds + 1):
-            for name in names if number % 2 else reversed(names):
-                figures[name].append(contestants[name].round(number))
-        report(arguments, figures, store)
-
-
-def parse() -> argparse.Namespace:
-    """Arguments of the benchmark and of its contestants."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--sae", default="demo/sae")
-    parser.add_argument("--features", type=int, help="a random SAE of so many, not --sae")
-    parser.add_argument("--layer", type=int, default=24)
-    parser.add_argument("--data", default="examples/preferences.jsonl")
-    parser.add_argument("--rounds", type=int, default=3, help="blocks that count")
-    parser.add_argument("--max-length", dest="max_length", type=int, default=512)
-    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
-    parser.add_argument("--page", default="cache", help="name of the result's page")
-    parser.add_argument("--store", help=argparse.SUPPRESS)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    return parser.parse_args()
+        report(arguments, take_turns(names, words, arguments.rounds), store)
 
 
 # -- the contestants -------------------------------------------------------------------------------
@@ -105,7 +64,6 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     from fpocli.console import progress
     from fpocli.model import Site, choose_device, load_model
     from fpocli.rows import Tokens
-    from fpocli.sparse import load_encoder
     from fpocli.store import Store
     from fpocli.training import peak_memory
 
@@ -116,10 +74,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
         out = Store.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
         sites = [Site.parse(name) for name in store.sites]
         model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
-        encoders = {
-            name: load_encoder(about["sae"]["source"], device)
-            for name, about in store.sites.items()
-        }
+        encoders = load_encoders(store, device)
 
         def block(number: int) -> dict[str, Any]:
             began = time.perf_counter()
@@ -180,10 +135,8 @@ def trl(arguments: argparse.Namespace, line: Any) -> None:
         def block(number: int) -> dict[str, Any]:
             mine = [rows[i] for i in range(BLOCK * number, BLOCK * (number + 1))]
             began = time.perf_counter()
-            for start in range(0, BLOCK, peers.BATCH):
-                batch = trainer.data_collator(mine[start : start + peers.BATCH])
-                batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
-                trainer.compute_ref_log_probs(trainer.model, batch)[0].sum().item()
+            for start in range(0, BLOCK, BATCH):
+                peers.reference_logps(trainer, mine[start : start + BATCH])[0].sum().item()
             seconds = time.perf_counter() - began
             return {"seconds": seconds, "peak": peak_memory(choose_device(None))}
 

@@ -1,5 +1,6 @@
-"""What the benchmarks share: contestants in processes of their own, pages of results."""
+"""What the benchmarks share: arguments, a store, contestants in processes of their own, pages."""
 
+import argparse
 import json
 import os
 import platform
@@ -7,11 +8,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+BATCH = 4  # pairs of an optimiser step, here and at the peers
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "transformers", "deepspeed", "sae-lens", "zarr", "trl")
 
@@ -52,6 +55,26 @@ class Contestant:
         self._process.communicate()
 
 
+def take_turns(names: list[str], words: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every contestant, a warm-up and then `rounds`, each round in the other order.
+
+    Args:
+        names: of the contestants, as the benchmark's --contestant takes them.
+        words: what else each of them is given.
+        rounds: that count.
+    """
+    figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        contestants = {}
+        for name in names:
+            contestants[name] = Contestant([*words, f"--contestant={name}"])
+            stack.callback(contestants[name].close)
+        for number in range(rounds + 1):
+            for name in names if number % 2 else reversed(names):
+                figures[name].append(contestants[name].round(number))
+    return figures
+
+
 def take_stdout() -> Any:
     """A contestant's line to its parent. Whatever libraries print goes to stderr from now on."""
     line = os.fdopen(os.dup(1), "w")
@@ -70,6 +93,17 @@ def middle(values: Iterable[float], form: str = ".2f") -> str:
     """Median, least and largest as text."""
     values = list(values)
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def forget_peak() -> None:
+    """Let Linux forget the most memory this process has held."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most since the peak was forgotten."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
 
 
 def machine() -> str:
@@ -113,3 +147,63 @@ def random_sae(folder: str, width: int, features: int) -> str:
         sae.threshold.fill_(torch.quantile((states @ sae.W_enc)[:, :2048], 1 - active).item())
     sae.save_model(folder)
     return folder
+
+
+def measure_parser(description: str) -> argparse.ArgumentParser:
+    """Arguments of every benchmark on a real model and real pairs."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", default="examples/preferences.jsonl")
+    parser.add_argument("--max-length", type=int, default=512)
+    return parser
+
+
+def turns_parser(description: str, page: str, rounds: int) -> argparse.ArgumentParser:
+    """Those and what a benchmark of contestants needs, its contestants included."""
+    parser = measure_parser(description)
+    parser.add_argument("--sae", default="demo/sae")
+    parser.add_argument("--features", type=int, help="a random SAE of so many, not --sae")
+    parser.add_argument("--layer", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=rounds, help="rounds that count")
+    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
+    parser.add_argument("--page", default=page, help="name of the result's page")
+    parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    return parser
+
+
+def make_store(arguments: argparse.Namespace, folder: str, pairs: int, **changes: Any) -> Any:
+    """fpo's store of the first pairs, with one site.
+
+    Args:
+        arguments: model, data, layer, sae and max_length; with `features` a random SAE of so many.
+        folder: where the store, and the SAE, are made.
+        pairs: rows of the data that are read.
+        changes: other settings of CacheConfig.
+    """
+    from fpocli import CacheConfig, cache
+
+    sae = arguments.sae
+    if arguments.features:
+        sae = random_sae(f"{folder}/sae", model_width(arguments.model), arguments.features)
+    config = CacheConfig(
+        model=arguments.model,
+        layer=[arguments.layer],
+        sae=[sae],
+        data=arguments.data,
+        limit=pairs,
+        max_length=arguments.max_length,
+        max_prompt_length=arguments.max_length - 1,
+        out=f"{folder}/ref.zarr",
+        **changes,
+    )
+    return cache(config)
+
+
+def load_encoders(store: Any, device: Any) -> dict[str, Any]:
+    """The SAE of each site of a store."""
+    from fpocli.sparse import load_encoder
+
+    return {
+        name: load_encoder(about["sae"]["source"], device) for name, about in store.sites.items()
+    }

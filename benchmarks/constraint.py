@@ -14,18 +14,26 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
-from common import machine, middle, model_width, random_sae, write_page
+from common import (
+    forget_peak,
+    load_encoders,
+    machine,
+    make_store,
+    measure_parser,
+    memory,
+    middle,
+    model_width,
+    write_page,
+)
 
-from fpocli import CacheConfig, cache
+from fpocli.batches import default_tokens_per_row
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.model import Site, load_model
 from fpocli.objective import objective
 from fpocli.scoring import score
-from fpocli.sparse import load_encoder
 from fpocli.stream import Stream
 
 FEATURES, PAIRS = 16_384, 24
@@ -33,43 +41,30 @@ FEATURES, PAIRS = 16_384, 24
 
 def main() -> None:
     """Time both methods and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--data", default="examples/preferences.jsonl")
+    parser = measure_parser(__doc__)
     parser.add_argument("--layer", type=int, default=24)
-    parser.add_argument("--max-length", type=int, default=512)
+    parser.set_defaults(sae=None, features=FEATURES)
     arguments = parser.parse_args()
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        sae = random_sae(f"{folder}/sae", model_width(arguments.model), FEATURES)
-        store = cache(
-            CacheConfig(
-                model=arguments.model,
-                layer=[arguments.layer],
-                sae=[sae],
-                data=arguments.data,
-                limit=PAIRS,
-                max_length=arguments.max_length,
-                max_prompt_length=arguments.max_length - 1,
-                out=f"{folder}/ref.zarr",
-            )
-        )
+        store = make_store(arguments, folder, PAIRS)
         stream = Stream(
-            store, batch_size=PAIRS, tokens_per_row=2048, eval_fraction=0, seed=0, rank=0, world=1
-        )
+            store, batch_size=PAIRS, tokens_per_row=default_tokens_per_row(device),
+            eval_fraction=0, seed=0, rank=0, world=1,
+        )  # fmt: skip
         rows = next(iter(stream.steps(0, 1, device)))
-        encoder = load_encoder(sae, device)
-    site = Site(arguments.layer, "resid_post")
-    model = load_model(find_model(arguments.model), [site], torch.bfloat16, device).train()
+        encoders = load_encoders(store, device)
+    sites = [Site.parse(site) for site in store.sites]
+    model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).train()
     model.network.activation_checkpointing_enable()
-    methods = {"simpo": {}, "fpo": {str(site): encoder}}
+    methods = {"simpo": {}, "fpo": encoders}
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     peaks: dict[str, list[float]] = {name: [] for name in methods}
     # The first row warms up.
     for number, row in enumerate([rows[0], *rows]):
         for name in methods if number % 2 else reversed(methods):
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")
+            forget_peak()
             began = time.perf_counter()
             scores = score(model, methods[name], row.batch)
             settings = TrainConfig(cache="unused", method=name)
@@ -77,16 +72,9 @@ def main() -> None:
             loss.mean().backward()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-                peaks[name].append(peak())
+                peaks[name].append(memory("VmHWM") / 1e3)
             del scores, loss
     report(arguments, seconds, peaks)
-
-
-def peak() -> float:
-    """GB, the most memory held since the peak was forgotten."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def report(
@@ -107,7 +95,7 @@ def report(
         f"""# The cost of the constraint, {datetime.now(UTC):%Y-%m-%d}
 
 Forward and backward of {PAIRS} real pairs of at most {arguments.max_length} tokens a sequence, in
-{len(seconds["fpo"])} rows of at most 2,048 tokens, bfloat16, activation checkpointing on, without
+{len(seconds["fpo"])} packed rows of fpo's own size, bfloat16, activation checkpointing on, without
 the optimiser. m = {FEATURES:,}, K = 256, k = 50. The methods in turn, row by row.
 
 {machine()}

@@ -23,7 +23,7 @@ from fpocli import head, model
 from fpocli.attention import BY_SEQUENCE, row_multiple
 from fpocli.batches import fill_rows, pack
 from fpocli.config import TrainConfig
-from fpocli.model import LanguageModel, Site, choose_device
+from fpocli.model import LanguageModel, choose_device
 from fpocli.objective import ReferenceRows, objective
 from fpocli.scoring import score
 from fpocli.tokens import TokenPair
@@ -72,22 +72,19 @@ def check(device: torch.device) -> dict[str, float]:
     """The largest difference of scores, and of a gradient relative to its largest entry."""
     pairs = make_pairs(12, SMALL["vocab_size"], 512)
 
-    def run(kernel: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
         network = build(SMALL, torch.float32, device)
-        choices = [patch.object(model, "choose_kernel", lambda _: kernel)] if kernel else []
-        choices += [patch.object(head, "choose_head", lambda _: head.CHUNKED)] if kernel else []
-        for choice in choices:
-            choice.start()
-        policy = LanguageModel(network, [])
-        multiple = 1 if kernel else row_multiple(device)
-        scores = score(policy, {}, pack(pairs, multiple).to(device)).average
+        scores = score(LanguageModel(network, []), {}, pack(pairs, multiple).to(device)).average
         weight = network.model.layers[0].self_attn.k_proj.weight
         (gradient,) = torch.autograd.grad((scores[:, 0] - scores[:, 1]).sum(), weight)
-        for choice in choices:
-            choice.stop()
         return scores.detach(), gradient
 
-    (scores, gradient), (plain, expected) = run(None), run(BY_SEQUENCE)
+    scores, gradient = run(row_multiple(device))
+    with (
+        patch.object(model, "choose_kernel", lambda _: BY_SEQUENCE),
+        patch.object(head, "choose_head", lambda _: head.CHUNKED),
+    ):
+        plain, expected = run(1)
     return {
         "scores": (scores - plain).abs().max().item(),
         "gradient": ((gradient - expected).abs().max() / expected.abs().max()).item(),
@@ -98,7 +95,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, fl
     """Tokens per second of scoring and of training, and their share of the peak."""
     network = build(SMALL if arguments.tiny else {}, torch.bfloat16, device)
     network.activation_checkpointing_enable()
-    policy = LanguageModel(network, [Site(2, "resid_post")])
+    policy = LanguageModel(network, [])
     pairs = make_pairs(arguments.pairs, policy.config.vocab_size, 2048)
     rows = fill_rows([len(pair) for pair in pairs], arguments.tokens_per_row)
     multiple = row_multiple(device)

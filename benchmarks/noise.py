@@ -14,37 +14,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, write_page
+from common import BATCH, load_encoders, machine, make_store, measure_parser, write_page
+
+from fpocli.batches import default_tokens_per_row
+from fpocli.model import choose_device
 
 SEEDS = 2
 
 
 def main() -> None:
     """Measure both sides and write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
+    parser = measure_parser(__doc__)
     parser.add_argument("--sae", default="demo/sae")
     parser.add_argument("--layer", type=int, default=24)
-    parser.add_argument("--data", default="examples/preferences.jsonl")
     parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--max-length", type=int, default=512)
+    parser.set_defaults(features=None)
     arguments = parser.parse_args()
-    from fpocli import CacheConfig, cache
-
     with tempfile.TemporaryDirectory() as folder:
-        store = cache(
-            CacheConfig(
-                model=arguments.model,
-                layer=[arguments.layer],
-                sae=[arguments.sae],
-                data=arguments.data,
-                limit=arguments.pairs,
-                max_length=arguments.max_length,
-                max_prompt_length=arguments.max_length - 1,
-                out=f"{folder}/ref.zarr",
-            )
-        )
-        own = [ours(arguments, store, tokens) for tokens in (2048, 512)]
+        store = make_store(arguments, folder, arguments.pairs)
+        budget = default_tokens_per_row(choose_device(None))
+        own = [ours(arguments, store, tokens) for tokens in (budget, 512)]
         other = theirs(arguments, store, folder)
     report(arguments, store, own, other)
 
@@ -54,19 +43,16 @@ def ours(arguments: argparse.Namespace, store: Any, tokens_per_row: int) -> dict
     """Per pair and seed: the normalised margin's error in nats per token, and D of both."""
     from fpocli.catalog import find_model
     from fpocli.config import TrainConfig
-    from fpocli.model import Site, choose_device, load_model
+    from fpocli.model import Site, load_model
     from fpocli.objective import objective
     from fpocli.scoring import score
-    from fpocli.sparse import load_encoder
     from fpocli.stream import Stream
 
     device = choose_device(None)
     config = TrainConfig(cache="unused", alpha=0.0, beta=1.0)
     sites = [Site.parse(name) for name in store.sites]
     model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
-    encoders = {
-        name: load_encoder(about["sae"]["source"], device) for name, about in store.sites.items()
-    }
+    encoders = load_encoders(store, device)
     margins, distances = [], []
     for seed in range(SEEDS):
         stream = Stream(
@@ -93,11 +79,9 @@ def theirs(arguments: argparse.Namespace, store: Any, folder: str) -> dict[str, 
     errors = []
     for seed in range(SEEDS):
         order = np.random.default_rng(seed).permutation(store.pairs)
-        for start in range(0, store.pairs, peers.BATCH):
-            mine = order[start : start + peers.BATCH]
-            batch = trainer.data_collator([rows[int(i)] for i in mine])
-            batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
-            again = torch.stack(trainer.compute_ref_log_probs(trainer.model, batch), 1)
+        for start in range(0, store.pairs, BATCH):
+            mine = order[start : start + BATCH]
+            again = torch.stack(peers.reference_logps(trainer, [rows[int(i)] for i in mine]), 1)
             averages = (again.float().cpu().numpy() - reference[mine]) / counts[mine]
             errors.append(np.abs(averages[:, 0] - averages[:, 1]))
     return {"margin": np.concatenate(errors)}

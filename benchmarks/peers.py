@@ -3,10 +3,10 @@
 Shapes: B pairs of a batch.
 """
 
-from itertools import pairwise
 from typing import Any
 
 import torch
+from common import BATCH
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,19 +15,17 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from fpocli.store import Store
 
-BATCH = 4
+RUNS = ("prompt", "chosen", "rejected")
 
 
 def rows_of(store: Store, order: list[int]) -> Dataset:
     """The pairs of a store in TRL's columns."""
+    blocks = [store.tokens(block) for block in range(store.blocks)]
     rows = []
     for pair in order:
         block, row = divmod(pair, store.block_size)
-        tokens = store.tokens(block)
-        prompt, chosen, rejected = (
-            tokens.ids[a:b].tolist() for a, b in pairwise(tokens.spans[row].tolist())
-        )
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        tokens = blocks[block]
+        rows.append({f"{run}_ids": getattr(tokens.pair(row), run).tolist() for run in RUNS})
     return Dataset.from_list(rows)
 
 
@@ -58,17 +56,21 @@ def settings(out: str, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-class Dpo(DPOTrainer):
-    """TRL's DPO, with references precomputed, on ready ids and in their order."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset
+class InOrder:
+    """A trainer that takes the pairs as they come."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return SequentialSampler(self.train_dataset)
 
 
-class SimPo(CPOTrainer):
+class Dpo(InOrder, DPOTrainer):
+    """TRL's DPO, with references precomputed, on ready ids and in their order."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+        return dataset
+
+
+class SimPo(InOrder, CPOTrainer):
     """TRL's SimPO on ready ids and in their order."""
 
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
@@ -81,9 +83,6 @@ class SimPo(CPOTrainer):
             row[f"{side}_labels"] = [-100] * len(prompt) + response
         return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
-    def _get_train_sampler(self, *_: Any) -> Any:
-        return SequentialSampler(self.train_dataset)
-
 
 def dpo(folder: str, rows: Dataset, out: str, dtype: torch.dtype, **changes: Any) -> Dpo:
     """Length-normalised DPO; constructing it computes the references."""
@@ -92,6 +91,13 @@ def dpo(folder: str, rows: Dataset, out: str, dtype: torch.dtype, **changes: Any
         **settings(out, **changes), precompute_ref_log_probs=True, loss_type="sigmoid_norm"
     )
     return Dpo(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+
+
+def reference_logps(trainer: Dpo, rows: list[dict[str, Any]]) -> tuple[Any, Any]:
+    """S of chosen and rejected, [B] each, by the function that TRL precomputes with."""
+    batch = trainer.data_collator(rows)
+    batch = {name: part.to(trainer.model.device) for name, part in batch.items()}
+    return trainer.compute_ref_log_probs(trainer.model, batch)
 
 
 def simpo(folder: str, rows: Dataset, out: str, dtype: torch.dtype) -> SimPo:

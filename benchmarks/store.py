@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import machine, write_page
+from common import forget_peak, machine, memory, write_page
 
 from fpocli.console import progress
 from fpocli.rows import Features, Reference, Tokens, Totals
@@ -115,7 +115,7 @@ def read(path: Path) -> tuple[float, ...]:
     in_order = store.pairs / (time.perf_counter() - opened)
     drop_pages(path)
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts over
+    forget_peak()
     stream = Stream(
         store,
         batch_size=BATCH_SIZE,
@@ -140,12 +140,6 @@ def drop_pages(path: Path) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def memory(field: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) / 1000
 
 
 def write(rows: list[tuple[float, ...]]) -> None:

@@ -14,19 +14,20 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
 from common import (
+    BATCH,
     RESULTS,
-    Contestant,
+    load_encoders,
     machine,
+    make_store,
     middle,
-    model_width,
-    random_sae,
     serve,
     take_stdout,
+    take_turns,
+    turns_parser,
     write_page,
 )
 
@@ -40,70 +41,19 @@ PRECISION = """fpo keeps float32 master weights and float32 moments beside bfloa
 so does TRL with float32 weights under autocast. With bfloat16 weights TRL has no master weights and
 bfloat16 moments: 8 bytes a weight less, and steps of a small learning rate are lost.
 """
-BATCH = 4
 
 
 def main() -> None:
     """Let all contestants take turns and write the page and the chart."""
-    arguments = parse()
+    arguments = turns_parser(__doc__, page="train", rounds=5).parse_args()
     if arguments.contestant:
         contend(arguments)
         return
     names = [name for name in (*OURS, *TITLES) if name not in arguments.without]
     with tempfile.TemporaryDirectory() as folder:
-        store = f"{folder}/ref.zarr"
-        prepare(arguments, store)
-        words = [f"--model={arguments.model}", f"--store={store}", f"--rounds={arguments.rounds}"]
-        figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-        with ExitStack() as stack:
-            contestants = {}
-            for name in names:
-                contestants[name] = Contestant([*words, f"--contestant={name}"])
-                stack.callback(contestants[name].close)
-            for number in range(arguments.rounds + 1):
-                for name in names if number % 2 else reversed(names):
-                    figures[name].append(contestants[name].round(number))
-        from fpocli.store import Store
-
-        report(arguments, figures, Store.open(store))
-
-
-def parse() -> argparse.Namespace:
-    """Arguments of the benchmark and of its contestants."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
-    parser.add_argument("--sae", default="demo/sae")
-    parser.add_argument("--features", type=int, help="a random SAE of so many, not --sae")
-    parser.add_argument("--layer", type=int, default=24)
-    parser.add_argument("--data", default="examples/preferences.jsonl")
-    parser.add_argument("--rounds", type=int, default=5, help="steps that count")
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--page", default="train", help="name of the result's page")
-    parser.add_argument("--without", nargs="*", default=[], help="contestants to leave out")
-    parser.add_argument("--store", help=argparse.SUPPRESS)
-    parser.add_argument("--contestant", help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def prepare(arguments: argparse.Namespace, out: str) -> None:
-    """The store of the pairs that are trained on: a warm-up step and the rounds."""
-    from fpocli import CacheConfig, cache
-
-    sae = arguments.sae
-    if arguments.features:
-        sae = random_sae(f"{out}.sae", model_width(arguments.model), arguments.features)
-    cache(
-        CacheConfig(
-            model=arguments.model,
-            layer=[arguments.layer],
-            sae=[sae],
-            data=arguments.data,
-            limit=BATCH * (arguments.rounds + 1),
-            max_length=arguments.max_length,
-            max_prompt_length=arguments.max_length - 1,
-            out=out,
-        )
-    )
+        store = make_store(arguments, folder, BATCH * (arguments.rounds + 1))
+        words = [f"--model={arguments.model}", f"--store={store.path}"]
+        report(arguments, take_turns(names, words, arguments.rounds), store)
 
 
 # -- one contestant --------------------------------------------------------------------------------
@@ -127,7 +77,6 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     from fpocli.model import Site, choose_device, load_model
     from fpocli.objective import objective
     from fpocli.scoring import score
-    from fpocli.sparse import load_encoder
     from fpocli.store import Store
     from fpocli.stream import Stream
     from fpocli.training import peak_memory
@@ -139,11 +88,8 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     sites = [Site.parse(name) for name in store.sites]
     model = load_model(find_model(arguments.model), sites, torch.bfloat16, device)
     model.network.activation_checkpointing_enable()
-    encoders = {
-        name: load_encoder(about["sae"]["source"], device)
-        for name, about in store.sites.items()
-        if "features" in METHODS[config.method].needs
-    }
+    constrained = "features" in METHODS[config.method].needs
+    encoders = load_encoders(store, device) if constrained else {}
     engine = make_engine(model, config, deepspeed_config(config))
     stream = Stream(
         store, batch_size=BATCH, tokens_per_row=default_tokens_per_row(device), eval_fraction=0,

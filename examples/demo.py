@@ -145,6 +145,7 @@ def train_sae(activations: torch.Tensor) -> None:
 
 def show_result() -> None:
     """Score the held-out pairs with the reference and with the trained policy; print a table."""
+    from fpocli.batches import default_tokens_per_row
     from fpocli.catalog import find_model
     from fpocli.evaluation import evaluate
     from fpocli.model import Site, load_model
@@ -158,8 +159,8 @@ def show_result() -> None:
     names = list(store.sites)
     encoders = {name: load_encoder(str(SAE), device) for name in names}
     stream = Stream(
-        store, batch_size=1, tokens_per_row=2048, eval_fraction=settings.eval_fraction, seed=0,
-        rank=0, world=1,
+        store, batch_size=1, tokens_per_row=default_tokens_per_row(device),
+        eval_fraction=settings.eval_fraction, seed=0, rank=0, world=1,
     )  # fmt: skip
     sites = [Site.parse(name) for name in names]
     reference, policy = (

@@ -37,7 +37,7 @@ def choose_kernel(device: torch.device) -> str:
 
 def row_multiple(device: torch.device) -> int:
     """What the length of a row on a device is rounded up to."""
-    return FLEX_BLOCK if device.type == "cuda" else 1
+    return FLEX_BLOCK if choose_kernel(device) == FLEX else 1
 
 
 def layer_kinds(config: Any) -> set[str]:

@@ -60,25 +60,27 @@ def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
         multiple: the row's length is rounded up to a multiple of it, with slots of no pair.
     """
     runs = [run for pair in pairs for run in (pair.prompt, pair.chosen, pair.rejected)]
-    ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
+    lengths = np.array([len(run) for run in runs])
+    ends = lengths.cumsum().reshape(-1, 3)
     spans = np.column_stack([np.concatenate([[0], ends[:-1, 2]]), ends])
-    length = int(ends[-1, 2])
-    ids, positions = np.zeros((2, length + -length % multiple), np.int64)
-    np.concatenate(runs, out=ids[:length])
-    slots = np.arange(length)
-    predictors: list[np.ndarray] = []
-    for start, chosen, rejected, end in spans.tolist():
-        positions[start:rejected] = slots[: rejected - start]
-        positions[rejected:end] = slots[chosen - start : chosen - start + end - rejected]
-        # The first token of either response is predicted by the last one of the prompt.
-        last = slots[chosen - 1 : chosen]
-        predictors += [last, slots[chosen : rejected - 1], last, slots[rejected : end - 1]]
-    responses = [run for pair in pairs for run in (pair.chosen, pair.rejected)]
+    size = int(ends[-1, 2])
+    ids, positions = np.zeros((2, size + -size % multiple), np.int64)
+    np.concatenate(runs, out=ids[:size])
+    slots = np.arange(size)
+    start, chosen, rejected, _ = spans.T
+    # The slot of position 0, as seen from each run; the rejected one is moved onto the chosen one.
+    origins = np.column_stack([start, start, start + rejected - chosen])
+    positions[:size] = slots - origins.ravel().repeat(lengths)
+    scored = np.tile([False, True, True], len(pairs)).repeat(lengths)
+    predictors = slots[scored] - 1
+    # The first token of either response is predicted by the last one of the prompt.
+    counts = np.diff(spans[:, 1:])
+    predictors[counts.cumsum().reshape(-1, 2)[:, 0]] = chosen - 1
     return Batch(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
-        predictors=torch.from_numpy(np.concatenate(predictors)),
-        targets=torch.from_numpy(np.concatenate(responses, dtype=np.int64)),
+        predictors=torch.from_numpy(predictors),
+        targets=torch.from_numpy(ids[:size][scored]),
         spans=spans,
     )
 

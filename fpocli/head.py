@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNKED, LIGER = "chunked", "liger"
 _LIGER_SINCE = Version("0.8.5")
 # Logits of one chunk in float32 stay under this many bytes; on a CPU they should stay in its cache.
-_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 256 * 2**20}
+_CHUNK_BYTES, _CHUNK_BYTES_CPU = 256 * 2**20, 24 * 2**20
 
 
 def choose_head(network: Any) -> str:
@@ -90,5 +90,5 @@ def soft_cap(network: Any) -> float | None:
 
 def chunk_size(network: Any) -> int:
     """Predictors per chunk."""
-    vocabulary = network.config.get_text_config().vocab_size
-    return max(1, _CHUNK_BYTES[network.device.type] // (4 * vocabulary))
+    size = _CHUNK_BYTES_CPU if network.device.type == "cpu" else _CHUNK_BYTES
+    return max(1, size // (4 * network.config.get_text_config().vocab_size))

@@ -85,14 +85,15 @@ def _cache(
             ThreadPoolExecutor(1) as writer,
         ):
             bar.advance(store.pairs - sum(store.length(block) for block in todo))
-            written: list[Future[None]] = []
+            earlier: Future[None] | None = None
             for block in todo:
                 rows = score_block(model, encoders, store, store.tokens(block), budget, bar)
                 # One block waits at most, and an error of the writer stops the scoring.
-                for earlier in written:
+                if earlier:
                     earlier.result()
-                written = [writer.submit(store.write_block, block, *rows)]
-            written[0].result()
+                earlier = writer.submit(store.write_block, block, *rows)
+            if earlier:
+                earlier.result()
     if store.meta["state"] != "complete":
         store.finish()
     console.print(

@@ -20,7 +20,7 @@ from fpocli.errors import UserError
 # What reading a file that is cut or of another kind raises.
 _BROKEN = (OSError, ValueError, EOFError, BadZipFile, SafetensorError)
 # Features of this many positions are held at once; on a CPU they should stay in its cache.
-_POSITIONS = {"cpu": 128, "cuda": 2048}
+_POSITIONS, _POSITIONS_CPU = 2048, 128
 
 
 class SparseEncoder:
@@ -66,7 +66,7 @@ class SparseEncoder:
             float32 [m].
         """
         total = torch.zeros(self.features, dtype=torch.float32, device=states.device)
-        for chunk in states.split(_POSITIONS[states.device.type]):
+        for chunk in _chunks(states):
             total += self.sae.encode(chunk).sum(0)
         return total / len(states)
 
@@ -102,8 +102,11 @@ class SparseEncoder:
     @torch.no_grad()
     def _active(self, states: Tensor, index: Tensor) -> Tensor:
         """Which of `index` are active where that depends on all features: bool [n, J]."""
-        chunks = states.split(_POSITIONS[states.device.type])
-        return torch.cat([self.sae.encode(chunk)[:, index] > 0 for chunk in chunks])
+        return torch.cat([self.sae.encode(chunk)[:, index] > 0 for chunk in _chunks(states)])
+
+
+def _chunks(states: Tensor) -> tuple[Tensor, ...]:
+    return states.split(_POSITIONS_CPU if states.device.type == "cpu" else _POSITIONS)
 
 
 def top_k(pooled: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -144,11 +144,15 @@ class Stream:
     def held_out(self, block: int) -> np.ndarray:
         """The pairs of a block that are not trained on, sorted."""
         rows = self.store.rows(block)
+        order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(rows.stop - rows.start)
+        return rows.start + np.sort(order[: self._held_out_count(block)])
+
+    def _held_out_count(self, block: int) -> int:
+        rows = self.store.rows(block)
         first, last = (
             end * self.held_out_pairs // self.store.pairs for end in (rows.start, rows.stop)
         )
-        rng = np.random.default_rng([_HELD_OUT_SEED, block])
-        return rows.start + np.sort(rng.permutation(rows.stop - rows.start)[: last - first])
+        return last - first
 
     def _share(
         self, pairs: np.ndarray, device: torch.device, weight: float | None = None
@@ -169,7 +173,7 @@ class Stream:
         """The blocks in random order, and the number of training pairs up to the end of each
         window."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
-        counts = [self.store.length(b) - len(self.held_out(b)) for b in blocks.tolist()]
+        counts = [self.store.length(b) - self._held_out_count(b) for b in blocks.tolist()]
         ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
         return blocks, ends
 

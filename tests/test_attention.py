@@ -1,11 +1,11 @@
 """The attention rule against its definition, and both kernels against the rule."""
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_batches import pairs
 from test_scoring import random_pairs
 
 from fpocli import attention
@@ -13,10 +13,6 @@ from fpocli.attention import BY_SEQUENCE, FLEX, attend_by_sequence, mask, rule
 from fpocli.batches import pack
 from fpocli.model import LanguageModel
 from fpocli.scoring import score
-from fpocli.tokens import TokenPair
-
-runs = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(np.array)
-pairs = st.lists(st.builds(TokenPair, runs, runs, runs), min_size=1, max_size=4)
 
 
 def dense(batch, window=None):

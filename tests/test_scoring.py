@@ -108,12 +108,8 @@ def test_packed_and_unpacked_rows_give_the_same_scores_and_gradients(network):
 
     def run(rows):
         found = [score(model, encoders, pack(row)) for row in rows]
-        logp, pooled = (
-            torch.cat([getattr(scores, name) for scores in found])
-            if name == "logp"
-            else torch.cat([scores.pooled[str(SITES[2])] for scores in found])
-            for name in ("logp", "pooled")
-        )
+        logp = torch.cat([scores.logp for scores in found])
+        pooled = torch.cat([scores.pooled[str(SITES[2])] for scores in found])
         slope = torch.linspace(-1, 1, logp.numel()).view_as(logp)
         return logp.detach(), pooled, torch.autograd.grad((slope * logp).sum(), weights)
 
@@ -222,7 +218,7 @@ def test_chunked_logprobs_and_gradients_equal_the_plain_ones(network, monkeypatc
         logits = cap * (logits / cap).tanh()
     plain = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     expected = torch.autograd.grad((weights * plain).sum(), [final, weight])
-    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 5)
+    monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 4 * tiny.VOCABULARY * 5)
     assert head.chunk_size(network) == 5
     actual = head.logprobs(network, final, targets)
     gradients = torch.autograd.grad((weights * actual).sum(), [final, weight])
@@ -247,7 +243,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_tensor_of_all_positions_by_vocabulary_exists(monkeypatch):
     network = tiny.network("llama")
-    monkeypatch.setitem(head._CHUNK_BYTES, "cpu", 4 * tiny.VOCABULARY * 4)
+    monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 4 * tiny.VOCABULARY * 4)
     batch = pack(random_pairs(6, most=20))
     with Largest() as seen:
         scores = score(LanguageModel(network, []), {}, batch)
