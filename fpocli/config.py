@@ -11,7 +11,7 @@ from typer import Argument, Option
 
 from fpocli.errors import UserError
 
-Method = Literal["fpo", "dpo_norm", "dpo", "simpo", "sft"]
+Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl", "sft"]
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
 _TOKENS_PER_ROW = (
     "Tokens of one packed row, which is scored at once; pairs share rows. More is faster up to a "
@@ -132,7 +132,8 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train the policy alone against a store; no reference model is loaded.
+    """Train the policy alone against a store. Only tdpo1, tdpo2 and simpo_kl, which need the
+    reference's whole distribution, load the reference beside it.
 
     The same command given again goes on from the newest checkpoint in --out. For several
     processes: torchrun --nproc-per-node N -m fpocli train ...
@@ -140,19 +141,29 @@ class TrainConfig:
 
     cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
     method: Annotated[Method, Option(help="The loss.")] = "fpo"
-    alpha: Annotated[float, Option(min=0, help="Weight of the feature constraint (fpo).")] = 0.5
+    alpha: Annotated[
+        float, Option(min=0, help="Weight of the constraint (fpo, tdpo2, simpo_kl).")
+    ] = 0.5
     # None until __post_init__ knows the method.
     beta: Annotated[
-        float, Option(min=0, help="Scale of the rewards. Default: 0.1, for simpo 2.")
+        float, Option(min=0, help="Scale of the rewards. Default: 0.1, for simpo and simpo_kl 2.")
     ] = None  # type: ignore[assignment]
-    gamma: Annotated[float, Option(min=0, help="Target margin of simpo.")] = 0.5
+    gamma: Annotated[float, Option(min=0, help="Target margin of simpo and simpo_kl.")] = 0.5
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
     stop_gradient: Annotated[
         bool, Option(help="Let the constraint push the rejected response only.")
     ] = True
+    feature_weights: Annotated[
+        str | None,
+        Option(help="YAML or JSON with weights of single features in the distance, by site."),
+    ] = None
     model: Annotated[
         str | None,
         Option(help="Start from other weights of the same tokeniser. Default: the reference."),
+    ] = None
+    reference: Annotated[
+        str | None,
+        Option(help="Where the reference model is now, if no longer where the store says."),
     ] = None
     sae: Annotated[
         list[str],
@@ -190,6 +201,17 @@ class TrainConfig:
     eval_fraction: Annotated[
         float, Option(min=0, max=0.9, help="Share of the pairs held out and scored at both ends.")
     ] = 0.0
+    eval_every: Annotated[
+        int | None, Option(min=1, help="Score the held-out pairs after every so many steps, too.")
+    ] = None
+    measure_kl: Annotated[
+        bool,
+        Option(
+            "--measure-kl",
+            help="Load the reference, whatever the method, and measure the sequential KL of "
+            "held-out pairs.",
+        ),
+    ] = False
     save_every: Annotated[
         int, Option(min=1, help="Steps between checkpoints; the newest is kept.")
     ] = 500
@@ -199,7 +221,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self)
         if self.beta is None:
-            object.__setattr__(self, "beta", 2.0 if self.method == "simpo" else 0.1)
+            object.__setattr__(self, "beta", 2.0 if self.method.startswith("simpo") else 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)

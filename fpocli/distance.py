@@ -97,8 +97,11 @@ def policy_features(
     return torch.stack(rows).view_as(chosen.value)
 
 
-def feature_distance(policy: Tensor, chosen: Candidates, k: int) -> Tensor:
-    """D(y) = (1/k) sum over I of (policy - reference)^2 (paper, equation 10; v4 numbering).
+def feature_distance(
+    policy: Tensor, chosen: Candidates, k: int, weights: Tensor | None = None
+) -> Tensor:
+    """D(y) = (1/k) sum over I of omega (policy - reference)^2 (paper, equation 10; v4 numbering;
+    omega: section 5.3).
 
     Where the store misses a value it is known to lie in [0, chosen.value]; the nearest point of
     that interval is taken, which makes D its tightest lower bound, continuous, and 0 at step 0.
@@ -107,10 +110,14 @@ def feature_distance(policy: Tensor, chosen: Candidates, k: int) -> Tensor:
         policy: float32 [P, 2, J], pooled features of the policy at the candidates.
         chosen: the candidates.
         k: the paper's k.
+        weights: omega, float32 [m]; None is 1 for all.
 
     Returns:
         float32 [P, 2].
     """
     nearest = torch.minimum(policy.detach(), chosen.value)
     reference = torch.where(chosen.stored, chosen.value, nearest)
-    return (torch.where(chosen.used, policy - reference, 0) ** 2).sum(-1) / k
+    squares = torch.where(chosen.used, policy - reference, 0) ** 2
+    if weights is not None:
+        squares = weights[chosen.index] * squares
+    return squares.sum(-1) / k

@@ -14,7 +14,7 @@ import torch
 
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError
-from fpocli.model import LanguageModel
+from fpocli.model import FrozenReference, LanguageModel
 
 _STEP, _LATEST = "fpo_step", "latest"
 # Elements of a group of parameters, which the optimiser updates at once.
@@ -50,7 +50,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
         logger.setLevel("WARNING")
         # DeepSpeed still calls collectives that torch has renamed, in every step.
-        warnings.filterwarnings("ignore", r"torch\.distributed\..* is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
         # Needs a compiler and 40 seconds, to make what gloo already does on one machine.
         ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
@@ -88,6 +88,29 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
         # It would count as Adam's first step and make the next update 0.744 times too small.
         for state in engine.optimizer.optimizer.state.values():
             state["step"].zero_()
+    return engine
+
+
+def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
+    """Shard the frozen reference over the ranks, as ZeRO-3 does the policy; nothing is optimised.
+
+    Args:
+        model: the reference.
+        config: DeepSpeed's for the policy.
+    """
+    zero = config["zero_optimization"]
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "bf16": config["bf16"],
+                "zero_optimization": {k: v for k, v in zero.items() if k != "offload_optimizer"},
+            },
+        )
+    engine.eval()
     return engine
 
 

@@ -1,16 +1,12 @@
-"""Measurements of a policy on pairs of a store. Shapes: P pairs, M scored tokens, V vocabulary."""
+"""Measurements of a policy on pairs of a store."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fpocli.batches import Batch
 from fpocli.config import TrainConfig
-from fpocli.head import chunk_size, logits
-from fpocli.model import LanguageModel
 from fpocli.objective import Means, objective
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
@@ -23,7 +19,8 @@ def evaluate(
     encoders: dict[str, SparseEncoder],
     batches: Iterable[MicroBatch],
     settings: TrainConfig,
-    reference: LanguageModel | None = None,
+    weights: Mapping[str, Tensor],
+    reference: Any,
 ) -> dict[str, float]:
     """Means of the training metrics over batches, of all ranks together.
 
@@ -31,35 +28,16 @@ def evaluate(
         model: the policy, or an engine around it.
         encoders: an SAE for each site that is compared.
         batches: what to score.
-        settings: the method and its weights.
-        reference: the frozen reference; with it, the sequential KL is measured too.
+        settings: the method and its scalars.
+        weights: per-feature weights of the sites that have them.
+        reference: the FrozenReference, or an engine around it; with it, the sequential KL is
+            measured too, whatever the method. Or None.
     """
     model.eval()
     means = Means()
     for micro in batches:
-        _, metrics = objective(
-            score(model, encoders, micro.batch), micro.reference, encoders, settings
-        )
-        if reference is not None:
-            kl = sequential_kl(reference, model, micro.batch)
-            metrics |= {"kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
+        expected = reference(micro.batch) if reference is not None else None
+        scores = score(model, encoders, micro.batch, expected)
+        _, metrics = objective(scores, micro.reference, encoders, settings, weights)
         means.add(metrics, micro.weights)
     return means.result()
-
-
-@torch.no_grad()
-def sequential_kl(reference: LanguageModel, policy: LanguageModel, batch: Batch) -> Tensor:
-    """K(y) = sum over the response's positions of KL(reference || policy), nats, float32 [P, 2].
-
-    Paper, the definition after equation 3 (TDPO). Both heads run chunk by chunk.
-    """
-    expected, _ = reference.states(batch)
-    actual, _ = policy.states(batch)
-    divergences = []
-    size = chunk_size(policy.network)
-    for one, other in zip(expected.split(size), actual.split(size), strict=True):
-        target = F.log_softmax(logits(reference.network, one), -1)
-        guess = F.log_softmax(logits(policy.network, other), -1)
-        divergences.append(F.kl_div(guess, target, reduction="none", log_target=True).sum(-1))
-    per_response = torch.cat(divergences).split(batch.counts)
-    return torch.stack([tokens.sum() for tokens in per_response]).view(-1, 2)

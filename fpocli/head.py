@@ -3,6 +3,7 @@
 Shapes: M scored tokens, d model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -60,18 +61,53 @@ def logprobs(network: Any, final: Tensor, targets: Tensor) -> Tensor:
             accum_dtype=torch.float32,
         )
 
-    def chunk(states: Tensor, tokens: Tensor) -> Tensor:
-        return -F.cross_entropy(logits(network, states), tokens, reduction="none")
+    def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor]:
+        return (-F.cross_entropy(logits(network, states), tokens, reduction="none"),)
 
-    size = chunk_size(network)
-    return torch.cat(
-        [
-            checkpoint(chunk, states, tokens, use_reentrant=False)
-            if torch.is_grad_enabled()
-            else chunk(states, tokens)
-            for states, tokens in zip(final.split(size), targets.split(size), strict=True)
-        ]
-    )
+    (values,) = _by_chunk(chunk, network, final, targets)
+    return values
+
+
+def logprobs_and_kl(
+    network: Any, final: Tensor, targets: Tensor, reference: Any, expected: Tensor
+) -> tuple[Tensor, Tensor]:
+    """log pi(target), and KL(reference || policy) of the next token's distribution, per predictor.
+
+    Both heads run chunk by chunk, the policy's logits serve both results, and the chunks are
+    recomputed in the backward pass. The reference has no gradient.
+
+    Args:
+        network: the policy's.
+        final: [M, d] what its head reads.
+        targets: [M] token ids.
+        reference: the reference's network.
+        expected: [M, d] what the reference's head reads.
+
+    Returns:
+        two float32 [M], nats.
+    """
+
+    def chunk(states: Tensor, tokens: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        guess = F.log_softmax(logits(network, states), -1)
+        with torch.no_grad():
+            target = F.log_softmax(logits(reference, other), -1)
+        divergence = F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
+        return guess.gather(-1, tokens[:, None])[:, 0], divergence
+
+    logp, kl = _by_chunk(chunk, network, final, targets, expected)
+    return logp, kl
+
+
+def _by_chunk(
+    chunk: Callable[..., tuple[Tensor, ...]], network: Any, *rows: Tensor
+) -> list[Tensor]:
+    """What `chunk` returns, of all rows; it takes as many at a time as its size allows."""
+    parts = zip(*(part.split(chunk_size(network)) for part in rows), strict=True)
+    if torch.is_grad_enabled():
+        results = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
+    else:
+        results = [chunk(*part) for part in parts]
+    return [torch.cat(result) for result in zip(*results, strict=True)]
 
 
 def logits(network: Any, final: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fpocli.attention import check_kernel, choose_kernel, layer_kinds, mask, reg
 from fpocli.batches import Batch
 from fpocli.catalog import ModelFolder
 from fpocli.errors import UserError
-from fpocli.head import choose_head, logprobs
+from fpocli.head import choose_head, logprobs, logprobs_and_kl
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,27 @@ class LanguageModel(nn.Module):
         network.set_attn_implementation(choose_kernel(network.device))
         check_kernel(network)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, expected: "Expected | None" = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Score a batch.
+
+        Args:
+            batch: the row.
+            expected: what the reference makes of it, where the KL to it is asked for.
 
         Returns:
             log-probability of each target, float32 [M] in nats;
-            for every site the hidden states that predict the targets, [M, d].
+            for every site the hidden states that predict the targets, [M, d];
+            KL(reference || policy) of each predictor, float32 [M] in nats, or None.
         """
         final, states = self.states(batch)
-        return logprobs(self.network, final, batch.targets), states
+        if expected is None:
+            return logprobs(self.network, final, batch.targets), states, None
+        logp, kl = logprobs_and_kl(
+            self.network, final, batch.targets, expected.network, expected.final
+        )
+        return logp, states, kl
 
     def states(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the decoder; no logits yet.
@@ -135,6 +147,34 @@ class LanguageModel(nn.Module):
             return layer
         # Gemma-2 and 3 norm the MLP's output before they add it to the residual stream.
         return getattr(layer, "post_feedforward_layernorm", layer.mlp)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the frozen reference makes of a batch.
+
+    Args:
+        network: transformers' model, whose head makes distributions of `final`, chunk by chunk.
+        final: [M, d] what the head reads at each predictor.
+        states: of its sites, [M, d] each.
+    """
+
+    network: Any
+    final: Tensor
+    states: dict[str, Tensor]
+
+
+class FrozenReference(LanguageModel):
+    """The reference beside the policy, for what needs its whole distribution."""
+
+    def __init__(self, network: Any, sites: list[Site]) -> None:
+        super().__init__(network.requires_grad_(False), sites)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Expected:  # type: ignore[override]
+        """Run the decoder on a batch."""
+        return Expected(self.network, *self.states(batch))
 
 
 def read_config(folder: ModelFolder) -> Any:

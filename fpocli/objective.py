@@ -3,14 +3,16 @@
 Shapes: P pairs; column 0 is chosen, column 1 rejected.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from fpocli.config import TrainConfig
 from fpocli.distance import StoredFeatures, candidates, feature_distance, policy_features
-from fpocli.losses import METHODS, Terms, constraint
+from fpocli.losses import METHODS, Terms
 from fpocli.scoring import PairScores
 from fpocli.sparse import SparseEncoder
 
@@ -62,6 +64,7 @@ def objective(
     reference: ReferenceRows,
     encoders: dict[str, SparseEncoder],
     settings: TrainConfig,
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each pair and everything that is logged about it.
 
@@ -69,7 +72,8 @@ def objective(
         scores: the policy's.
         reference: rows of the same pairs.
         encoders: the SAE of each site the method constrains; none for the other methods.
-        settings: the method and its weights.
+        settings: the method and its scalars.
+        weights: per-feature weights float32 [m] of the sites that have them.
 
     Returns:
         loss float32 [P] with gradient, and metrics by name, each float32 [P] without.
@@ -83,6 +87,7 @@ def objective(
             policy_features(encoder, scores.states[site], compared[site]),
             compared[site],
             settings.k,
+            weights.get(site),
         )
         for site, encoder in encoders.items()
     ]
@@ -94,8 +99,9 @@ def objective(
         ref_logp=reference.logp,
         ref_margin=reference.margin,
         distance=distance,
+        kl=torch.zeros_like(scores.logp) if scores.kl is None else scores.kl,
     )
-    loss, (u, rewards) = METHODS[settings.method].loss(terms, settings)
+    loss, (u, rewards, delta) = METHODS[settings.method].loss(terms, settings)
     chosen, rejected = rewards.unbind(1)
     metrics = {
         "loss": loss,
@@ -110,11 +116,14 @@ def objective(
         "average_logp_chosen": scores.average[:, 0],
         "average_logp_rejected": scores.average[:, 1],
     }
+    if scores.kl is not None:
+        metrics |= {"kl_chosen": scores.kl[:, 0], "kl_rejected": scores.kl[:, 1]}
+    if delta is not None:
+        metrics["delta"] = delta
     if compared:
         metrics |= {
             "distance_chosen": distance[:, 0],
             "distance_rejected": distance[:, 1],
-            "delta": constraint(distance, settings),
             "missing": torch.stack(
                 [
                     ((~c.stored & c.used).sum(-1) / c.used.sum(-1).clamp(min=1)).mean(1)

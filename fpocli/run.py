@@ -37,6 +37,8 @@ class RunFolder:
         config = dataclasses.asdict(settings)
         identity = {name: value for name, value in config.items() if name not in _PLACE}
         identity["store"] = fingerprint
+        if settings.feature_weights:
+            identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # On one process, before any other looks; its error is everybody's.
         failure: list[UserError | None] = [None]
         if first:
@@ -105,7 +107,9 @@ def _step_of(line: str) -> float:
 
 
 # Where things are, which a resumed run may change.
-_PLACE = ("cache", "out", "overwrite", "sae", "device", "save_every", "deepspeed")
+_PLACE = (
+    "cache", "out", "overwrite", "sae", "reference", "device", "save_every", "deepspeed",
+)  # fmt: skip
 
 
 def _model_card(settings: TrainConfig, store: Store) -> str:

@@ -19,20 +19,27 @@ from fpocli.engine import (
     load_checkpoint,
     make_engine,
     save_checkpoint,
+    shard,
     start_processes,
     take_step,
 )
 from fpocli.errors import UserError
 from fpocli.evaluation import evaluate
+from fpocli.feature_weights import load_feature_weights
+from fpocli.loading import (
+    find_reference,
+    load_encoders,
+    load_reference,
+    sites_of,
+    tokenizer_of,
+)
 from fpocli.losses import METHODS
-from fpocli.model import LanguageModel, Site, choose_device, load_model
+from fpocli.model import LanguageModel, choose_device, load_model
 from fpocli.objective import Means, objective
 from fpocli.run import RunFolder
 from fpocli.scoring import score
-from fpocli.sparse import SparseEncoder, check_encoder, load_encoder
 from fpocli.store import Store
 from fpocli.stream import Stream
-from fpocli.tokens import load_tokenizer, vocabulary_hash
 
 
 def train(settings: TrainConfig) -> Path:
@@ -67,15 +74,27 @@ def train(settings: TrainConfig) -> Path:
     if not steps:
         raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
     deepspeed = deepspeed_config(settings)
+    omegas = (
+        load_feature_weights(settings.feature_weights, store.sites)
+        if settings.feature_weights
+        else {}
+    )
     run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
     if run.finished:
         console.print(f"{run.final} is there already; --overwrite trains anew")
         return run.final
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------
-    constrained = "features" in METHODS[settings.method].needs
-    model, tokenizer = _load_policy(store, settings, device)
-    encoders = _load_encoders(store, settings, model, device) if constrained else {}
+    needs = METHODS[settings.method].needs
+    # The store serves all methods but those that compare whole distributions.
+    beside = "distribution" in needs
+    model, tokenizer, reference = _load_models(
+        store, settings, deepspeed, device, beside=beside or settings.measure_kl
+    )
+    encoders, weights = {}, {}
+    if "features" in needs:
+        encoders = load_encoders(store, settings.sae, model.config.hidden_size, device)
+        weights = {site: omega.to(device) for site, omega in omegas.items()}
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
@@ -94,7 +113,8 @@ def train(settings: TrainConfig) -> Path:
 
     def measure(step: int) -> None:
         if stream.held_out_pairs:
-            means = evaluate(engine, encoders, stream.evaluation(device), settings)
+            pairs = stream.evaluation(device)
+            means = evaluate(engine, encoders, pairs, settings, weights, reference)
             run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -109,8 +129,9 @@ def train(settings: TrainConfig) -> Path:
             means = Means()
             engine.train()
             for number, micro in enumerate(micro_batches, 1):
-                scores = score(engine, encoders, micro.batch)
-                loss, metrics = objective(scores, micro.reference, encoders, settings)
+                expected = reference(micro.batch) if beside else None
+                scores = score(engine, encoders, micro.batch, expected)
+                loss, metrics = objective(scores, micro.reference, encoders, settings, weights)
                 # DeepSpeed averages over ranks; the weights already make this the mean over the
                 # step's pairs.
                 backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
@@ -131,14 +152,16 @@ def train(settings: TrainConfig) -> Path:
             run.log({"step": step + 1, "split": "train"} | line)
             check_finite(line["loss"], norm, step + 1)
             bar.advance(0, f"loss {line['loss']:.4f}")
+            if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
+                measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1)
     measure(steps)
 
     # -- the result -----------------------------------------------------------------------------
-    weights = gather_weights(engine)
-    if weights is not None:
-        run.save_model(model.network, weights, tokenizer, store)
+    state = gather_weights(engine)
+    if state is not None:
+        run.save_model(model.network, state, tokenizer, store)
         console.print(f"The trained model is in {run.final}")
     torch.distributed.barrier()
     return run.final
@@ -167,56 +190,30 @@ def check_served(store: Store, settings: TrainConfig) -> None:
             )
 
 
-def _load_policy(
-    store: Store, settings: TrainConfig, device: torch.device
-) -> tuple[LanguageModel, Any]:
-    """The starting weights, and the tokeniser with the store's template for the result."""
-    reference = store.meta["model"]
-    folder = (
-        find_model(settings.model)
-        if settings.model
-        else find_model(reference["source"], revision=reference["revision"])
-    )
-    if settings.model is None and folder.weights_hash() != reference["hash"]:
-        raise UserError(
-            f"the weights of {folder.source} are no longer those {store.path} was made with",
-            f"cache again, or start from these with --model {folder.source}",
-        )
-    tokenizer = load_tokenizer(folder)
-    if vocabulary_hash(tokenizer) != store.meta["tokenizer"]["vocabulary"]:
-        raise UserError(
-            f"the tokeniser of {folder.source} is not the one {store.path} was made with",
-            "start from weights of the same tokeniser, or cache again with this model",
-        )
-    tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
-    sites = [Site.parse(name) for name in store.sites]
+def _load_models(
+    store: Store,
+    settings: TrainConfig,
+    deepspeed: dict[str, Any],
+    device: torch.device,
+    *,
+    beside: bool,
+) -> tuple[LanguageModel, Any, Any]:
+    """The policy with its starting weights, its tokeniser, and the frozen reference where it is
+    needed `beside`: whole on each rank, or sharded under ZeRO-3 as the policy is."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    model = load_model(folder, sites, dtype, device)
+    if settings.model:
+        folder = find_model(settings.model)
+    else:
+        folder = find_reference(store, settings.reference)
+    tokenizer = tokenizer_of(store, folder)
+    model = load_model(folder, sites_of(store), dtype, device)
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
-    return model, tokenizer
-
-
-def _load_encoders(
-    store: Store, settings: TrainConfig, model: LanguageModel, device: torch.device
-) -> dict[str, SparseEncoder]:
-    sources = settings.sae or [about["sae"]["source"] for about in store.sites.values()]
-    if len(sources) != len(store.sites):
-        raise UserError(
-            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
-            f"give one --sae for each of {', '.join(store.sites)}",
-        )
-    encoders = {}
-    for (site, about), source in zip(store.sites.items(), sources, strict=True):
-        encoder = load_encoder(source, device)
-        check_encoder(encoder, source, Site.parse(site), model.config.hidden_size)
-        if encoder.hash() != about["sae"]["hash"]:
-            raise UserError(
-                f"the SAE {source} is not the one {store.path} was made with at {site}",
-                "name the right one with --sae, or cache again",
-            )
-        encoders[site] = encoder
-    return encoders
+    if not beside:
+        return model, tokenizer, None
+    original = find_reference(store, settings.reference) if settings.model else folder
+    reference = load_reference(original, [], dtype, device)
+    return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
 
 
 def warmup_steps(steps: int, settings: TrainConfig) -> int:

@@ -26,6 +26,7 @@ def make_terms(seed: int) -> Terms:
         ref_logp=ref_logp,
         ref_margin=average[:, 0] - average[:, 1],
         distance=torch.from_numpy(rng.gamma(2, 1, (PAIRS, 2))),
+        kl=torch.from_numpy(rng.gamma(2, 1, (PAIRS, 2))),
     )
 
 
@@ -39,13 +40,19 @@ def closed_form(method: str, t: Terms, p: int, c: TrainConfig) -> tuple[float, f
     n_w, n_l = t.count[p].tolist()
     r_w, r_l = t.ref_logp[p].tolist()
     d_w, d_l = t.distance[p].tolist()
+    k_w, k_l = t.kl[p].tolist()
     margin_ref = r_w / n_w - r_l / n_l
+    dpo = c.beta * ((s_w - s_l) - (r_w - r_l))
+    simpo = c.beta * (s_w / n_w - s_l / n_l) - c.gamma
     if method == "sft":
         return s_w / n_w, -s_w / n_w
     u = {
-        "dpo": c.beta * ((s_w - s_l) - (r_w - r_l)),
+        "dpo": dpo,
+        "tdpo1": dpo - c.beta * (k_l - k_w),
+        "tdpo2": dpo - c.alpha * c.beta * (k_l - k_w),
+        "simpo": simpo,
+        "simpo_kl": simpo - c.alpha * c.beta * (k_l / n_l - k_w / n_w),
         "dpo_norm": c.beta * ((s_w / n_w - s_l / n_l) - margin_ref),
-        "simpo": c.beta * (s_w / n_w - s_l / n_l) - c.gamma,
         "fpo": c.beta * ((s_w / n_w - s_l / n_l) - margin_ref) - c.alpha * c.beta * (d_l - d_w),
     }[method]
     return u, math.log1p(math.exp(-u)) if u > -30 else -u
@@ -69,7 +76,8 @@ def test_closed_forms(method, seed, alpha, beta, gamma):
 def test_gradients_equal_finite_differences(method, stop_gradient):
     base = make_terms(3)
     settings_ = config(method, stop_gradient=stop_gradient)
-    inputs = {name: getattr(base, name).clone().requires_grad_() for name in ("logp", "distance")}
+    names = ("logp", "distance", "kl")
+    inputs = {name: getattr(base, name).clone().requires_grad_() for name in names}
 
     def total(values):
         loss, _ = METHODS[method].loss(dataclasses.replace(base, **values), settings_)
@@ -79,7 +87,7 @@ def test_gradients_equal_finite_differences(method, stop_gradient):
     step = 1e-6
     for (name, tensor), gradient in zip(inputs.items(), gradients, strict=True):
         for place in np.ndindex(tensor.shape):
-            stopped = name == "distance" and place[1] == 0 and stop_gradient
+            stopped = name != "logp" and place[1] == 0 and stop_gradient and method != "tdpo1"
             moved = {key: value.detach().clone() for key, value in inputs.items()}
             moved[name][place] += step
             slope = 0.0 if stopped else (total(moved) - total(inputs)).item() / step
@@ -87,21 +95,49 @@ def test_gradients_equal_finite_differences(method, stop_gradient):
             assert actual == pytest.approx(slope, abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["fpo", "dpo_norm", "dpo"])
+@pytest.mark.parametrize("method", ["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2"])
 def test_loss_is_ln_2_where_the_policy_is_the_reference(method):
-    terms = make_terms(1)
-    terms = dataclasses.replace(terms, logp=terms.ref_logp, distance=torch.zeros(PAIRS, 2))
+    terms, zeros = make_terms(1), torch.zeros(PAIRS, 2)
+    terms = dataclasses.replace(terms, logp=terms.ref_logp, distance=zeros, kl=zeros)
     loss, preference = METHODS[method].loss(terms, config(method))
     assert torch.allclose(preference.u, torch.zeros(PAIRS).double(), atol=1e-15)
     assert torch.allclose(loss, torch.full((PAIRS,), math.log(2)).double(), atol=1e-15)
 
 
-def test_fpo_without_alpha_is_dpo_norm():
-    terms = make_terms(2)
-    own, other = METHODS["fpo"], METHODS["dpo_norm"]
-    assert torch.equal(
-        own.loss(terms, config("fpo", alpha=0))[0], other.loss(terms, config("dpo_norm"))[0]
-    )
+@pytest.mark.parametrize(
+    ("method", "plain"), [("fpo", "dpo_norm"), ("tdpo2", "dpo"), ("simpo_kl", "simpo")]
+)
+def test_without_alpha_a_constrained_method_is_the_plain_one(method, plain):
+    terms, beta = make_terms(2), 0.3
+    own, _ = METHODS[method].loss(terms, config(method, beta=beta, alpha=0))
+    other, _ = METHODS[plain].loss(terms, config(plain, beta=beta))
+    assert torch.equal(own, other)
+
+
+def test_tdpo2_with_alpha_1_is_tdpo1_up_to_the_stopped_gradient():
+    results = {}
+    for method, stop in (("tdpo1", True), ("tdpo2", False), ("tdpo2", True)):
+        terms = make_terms(8)
+        terms.kl.requires_grad_()
+        loss, _ = METHODS[method].loss(terms, config(method, alpha=1, stop_gradient=stop))
+        (gradient,) = torch.autograd.grad(loss.sum(), terms.kl)
+        results[method, stop] = loss, gradient
+    loss, gradient = results["tdpo1", True]
+    for stop in (False, True):
+        assert torch.equal(results["tdpo2", stop][0], loss)
+        assert torch.equal(results["tdpo2", stop][1][:, 1], gradient[:, 1])
+    assert torch.equal(results["tdpo2", False][1], gradient)
+    assert (results["tdpo2", True][1][:, 0] == 0).all() and (gradient[:, 0] != 0).all()
+
+
+def test_dpo_is_dpo_norm_n_times_stronger_where_all_responses_have_n_tokens():
+    terms = make_terms(9)
+    terms = dataclasses.replace(terms, count=torch.full((PAIRS, 2), 7.0).double())
+    average = terms.ref_logp / 7
+    terms = dataclasses.replace(terms, ref_margin=average[:, 0] - average[:, 1])
+    one, _ = METHODS["dpo"].loss(terms, config("dpo", beta=0.1))
+    other, _ = METHODS["dpo_norm"].loss(terms, config("dpo_norm", beta=0.7))
+    assert torch.allclose(one, other, rtol=1e-12)
 
 
 def test_dpo_norm_is_simpo_against_a_reference_without_preference():
@@ -127,8 +163,11 @@ def test_stop_gradient_changes_the_gradient_of_chosen_alone():
 def test_rewards_are_what_u_is_made_of():
     terms = make_terms(6)
     for method in ("dpo", "dpo_norm"):
-        _, (u, rewards) = METHODS[method].loss(terms, config(method))
-        assert torch.allclose(rewards[:, 0] - rewards[:, 1], u)
+        _, (u, rewards, delta) = METHODS[method].loss(terms, config(method))
+        assert torch.allclose(rewards[:, 0] - rewards[:, 1], u) and delta is None
+    for method in ("fpo", "tdpo1", "tdpo2"):
+        _, (u, rewards, delta) = METHODS[method].loss(terms, config(method))
+        assert torch.allclose(rewards[:, 0] - rewards[:, 1] - delta, u)
 
 
 def test_a_huge_u_stays_finite():

@@ -14,8 +14,8 @@ from fpocli import cache
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError
-from fpocli.evaluation import evaluate, sequential_kl
-from fpocli.model import LanguageModel, Site, load_model
+from fpocli.evaluation import evaluate
+from fpocli.model import FrozenReference, Site, load_model
 from fpocli.objective import objective
 from fpocli.scoring import score
 from fpocli.sparse import load_encoder
@@ -86,35 +86,14 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
             encoders,
             stream(store, size, eval_fraction=0.4).evaluation(CPU),
             settings,
-            reference=model,
+            {},
+            FrozenReference(model.network, []),
         )
         for size in (1, 400)
     ]
     for name in results[0]:
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
     assert results[0]["kl_chosen"] > 0.01
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_sequential_kl_equals_the_whole_vocabulary_computation(family, material, store_path):
-    one, other = (tiny.network(family, seed) for seed in (0, 1))
-
-    micro = first_step(stream(Store.open(store_path), 300))[0]
-    actual = sequential_kl(LanguageModel(one, []), LanguageModel(other, []), micro.batch)
-    place = 0
-    flat = []
-    with torch.no_grad():
-        for network in (one, other):
-            final, _ = LanguageModel(network, []).states(micro.batch)
-            logits = final.double() @ network.get_output_embeddings().weight.double().T
-            if cap := getattr(network.config, "final_logit_softcapping", None):
-                logits = cap * (logits / cap).tanh()
-            flat.append(logits.softmax(-1))
-    per_token = (flat[0] * (flat[0] / flat[1]).log()).sum(-1)
-    for number, count in enumerate(micro.batch.counts):
-        expected = per_token[place : place + count].sum()
-        assert actual.flatten()[number].item() == pytest.approx(expected.item(), rel=1e-5)
-        place += count
 
 
 def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):

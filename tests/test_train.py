@@ -342,7 +342,7 @@ def test_changed_weights_under_the_same_name_are_noticed(material, store_path, t
     words = command(folder, tmp_path / "run", "--no-bf16")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "are no longer those" in done.stderr
+    assert "are not those" in done.stderr
 
 
 def test_several_sites_inside_recomputed_layers(material, tmp_path):
@@ -371,3 +371,103 @@ def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_p
     assert done.returncode != 0
     assert "cannot be loaded" in done.stderr
     assert "as many processes as saved it" in done.stderr
+
+
+# -- methods that need the reference's distribution ------------------------------------------------
+
+
+def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
+    """Whole logits of both models, each sequence alone; the KL acts from the second step on."""
+    lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
+    stream, arrays = make_stream(Store.open(store_path)), contents(store_path)
+    network, reference = tiny.network("gemma2"), tiny.network("gemma2")
+    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
+
+    def naive(pair: int) -> torch.Tensor:
+        start, chosen, rejected, end = arrays["spans"][pair].tolist()
+        sums, divergences = [], []
+        for first, last in ((chosen, rejected), (rejected, end)):
+            sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
+            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+            own, other = (
+                model(sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
+                for model in (network, reference)
+            )
+            sums.append(own.gather(-1, sequence[0, chosen - start :, None]).sum())
+            divergences.append((other.exp() * (other - own)).sum())
+        of_reference = arrays["ref/logp"][pair]
+        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
+        return -torch.nn.functional.logsigmoid(
+            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
+        )
+
+    for line in lines[1:-1]:
+        loss = torch.stack([naive(int(pair)) for pair in stream.pairs(line["step"] - 1)]).mean()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
+        optimizer.step()
+    assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["tdpo1", "tdpo2", "simpo_kl"])
+def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
+    """ZeRO 3 on two processes shards the reference as it does the policy."""
+    whole = run(material, tmp_path / "whole", "--no-bf16", method=method, zero=2)
+    sharded = run(material, tmp_path / "sharded", "--no-bf16", method=method, zero=3, processes=2)
+    same(sharded, whole, 5e-5)
+    assert whole[0]["kl_chosen"] == whole[0]["kl_rejected"] == whole[0]["delta"] == 0
+    if method != "simpo_kl":
+        assert whole[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert whole[-1]["kl_chosen"] > 1e-4
+
+
+def test_bfloat16_reference_beside_the_policy(material, store_path, tmp_path):
+    settings = {"method": "tdpo1", "model": material / "policy"}
+    one = run(material, tmp_path / "one", **settings)
+    three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
+    assert one[0]["kl_chosen"] > 0.01, "the reference is the store's, not the starting weights"
+    same(three, one, 2e-3)
+
+
+def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
+    """Held-out pairs every second step; training itself is the same, to the digit."""
+    lines = run(material, tmp_path / "run", "--no-bf16", "--measure-kl", eval_every=2)
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 4, 5]
+    assert lines[0]["kl_chosen"] == 0 and lines[-1]["kl_chosen"] > 1e-4
+    train = [line for line in lines if line["split"] == "train"]
+    assert "kl_chosen" not in train[0]
+    same(train, [line for line in read(baseline) if line["split"] == "train"], 1e-6)
+
+
+def test_feature_weights_scale_the_distance(baseline, material, tmp_path):
+    file = tmp_path / "weights.yaml"
+    file.write_text(f"{SITE}:\n  default: 3.0\n")
+    lines = run(material, tmp_path / "three", "--no-bf16", feature_weights=file, alpha=0.5 / 3)
+    for one, other in zip(lines, read(baseline), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert one["distance_rejected"] == pytest.approx(
+            3 * other["distance_rejected"], rel=1e-3, abs=1e-8
+        )
+    file.write_text(f"{SITE}:\n  default: 0\n")
+    free = run(material, tmp_path / "free", "--no-bf16", feature_weights=file)
+    plain = run(material, tmp_path / "plain", "--no-bf16", method="dpo_norm")
+    assert [x["loss"] for x in free] == pytest.approx([x["loss"] for x in plain], abs=1e-7)
+    file.write_text(f"{SITE}:\n  96: 0\n")
+    words = command(material, tmp_path / "wrong", "--no-bf16", feature_weights=file)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "weighs the feature 96" in done.stderr
+
+
+def test_sft_first_then_a_store_of_its_result(material, store_path, tmp_path):
+    """The paper's two stages: the trained model is the next reference."""
+    run(material, tmp_path / "sft", "--no-bf16", method="sft")
+    folder = shutil.copytree(material, tmp_path / "material")
+    shutil.rmtree(folder / "ref.zarr")
+    cache(cache_config(folder, folder / "ref.zarr", model=str(tmp_path / "sft/final")))
+    lines = run(folder, tmp_path / "fpo", "--no-bf16")
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert lines[0]["distance_chosen"] < 1e-9

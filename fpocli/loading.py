@@ -1,0 +1,100 @@
+"""The reference, the tokeniser and the SAEs of a store, found again and held to what it says."""
+
+from typing import Any
+
+import torch
+
+from fpocli.catalog import ModelFolder, find_model
+from fpocli.errors import UserError
+from fpocli.model import FrozenReference, Site, load_model
+from fpocli.sparse import SparseEncoder, check_encoder, load_encoder
+from fpocli.store import Store
+from fpocli.tokens import load_tokenizer, vocabulary_hash
+
+
+def sites_of(store: Store) -> list[Site]:
+    """The sites that a store has features of."""
+    return [Site.parse(name) for name in store.sites]
+
+
+def find_reference(store: Store, name: str | None) -> ModelFolder:
+    """The model that a store was made with.
+
+    Args:
+        store: the store.
+        name: where the model is now; None is where the store says.
+
+    Raises:
+        UserError: it is not there, or its weights are others.
+    """
+    about = store.meta["model"]
+    folder = find_model(name) if name else find_model(about["source"], revision=about["revision"])
+    if folder.weights_hash() != about["hash"]:
+        raise UserError(
+            f"the weights of {folder.source} are not those {store.path} was made with",
+            "name the store's reference model, or cache again with this one",
+        )
+    return folder
+
+
+def load_reference(
+    folder: ModelFolder, sites: list[Site], dtype: torch.dtype, device: torch.device
+) -> FrozenReference:
+    """The frozen reference, to be run beside a policy.
+
+    Args:
+        folder: from `find_reference`.
+        sites: where hidden states are taken.
+        dtype: the policy's, or the KL is not 0 where both have the same weights.
+        device: where it runs.
+    """
+    return FrozenReference(load_model(folder, sites, dtype, device).network, sites)
+
+
+def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
+    """A model's tokeniser with the store's template.
+
+    Raises:
+        UserError: it is not the tokeniser the store was made with.
+    """
+    tokenizer = load_tokenizer(folder)
+    if vocabulary_hash(tokenizer) != store.meta["tokenizer"]["vocabulary"]:
+        raise UserError(
+            f"the tokeniser of {folder.source} is not the one {store.path} was made with",
+            "take a model of the same tokeniser, or cache again with this one",
+        )
+    tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
+    return tokenizer
+
+
+def load_encoders(
+    store: Store, given: list[str], width: int, device: torch.device
+) -> dict[str, SparseEncoder]:
+    """The SAE of each site of a store.
+
+    Args:
+        store: the store.
+        given: where the SAEs are now, in the store's order; empty is where the store says.
+        width: d of the model.
+        device: where they run.
+
+    Raises:
+        UserError: one is missing, or is not the one the store was made with.
+    """
+    sources = given or [about["sae"]["source"] for about in store.sites.values()]
+    if len(sources) != len(store.sites):
+        raise UserError(
+            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
+            f"give one --sae for each of {', '.join(store.sites)}",
+        )
+    encoders = {}
+    for (site, about), source in zip(store.sites.items(), sources, strict=True):
+        encoder = load_encoder(source, device)
+        check_encoder(encoder, source, Site.parse(site), width)
+        if encoder.hash() != about["sae"]["hash"]:
+            raise UserError(
+                f"the SAE {source} is not the one {store.path} was made with at {site}",
+                "name the right one with --sae, or cache again",
+            )
+        encoders[site] = encoder
+    return encoders
