@@ -9,17 +9,27 @@ The command line calls the same functions. Nothing heavy is loaded before one is
 from importlib import import_module
 from typing import Any
 
-from fpocli.config import CacheConfig, InspectConfig, TrainConfig
+from fpocli.config import CacheConfig, CompareConfig, EvalConfig, InspectConfig, TrainConfig
 from fpocli.errors import UserError
 
 _HOME = {
     "cache": "fpocli.reference",
     "train": "fpocli.training",
+    "evaluate": "fpocli.evaluation",
+    "compare": "fpocli.comparison",
     "inspect": "fpocli.report",
     "Store": "fpocli.store",
 }
 
-__all__ = ["CacheConfig", "InspectConfig", "TrainConfig", "UserError", *_HOME]
+__all__ = [
+    "CacheConfig",
+    "CompareConfig",
+    "EvalConfig",
+    "InspectConfig",
+    "TrainConfig",
+    "UserError",
+    *_HOME,
+]
 
 
 def __getattr__(name: str) -> Any:

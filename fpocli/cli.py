@@ -15,7 +15,14 @@ import yaml
 from rich.text import Text
 
 import fpocli
-from fpocli.config import PRESETS, CacheConfig, InspectConfig, TrainConfig
+from fpocli.config import (
+    PRESETS,
+    CacheConfig,
+    CompareConfig,
+    EvalConfig,
+    InspectConfig,
+    TrainConfig,
+)
 from fpocli.console import console
 from fpocli.errors import UserError
 
@@ -87,19 +94,20 @@ _PRESET = Annotated[
 ]
 
 
-def _command(name: str, config: type, extra: dict[str, Any]) -> None:
-    """Add `fpo NAME`, whose flags are the fields of `config` and which calls fpocli.NAME.
+def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> None:
+    """Add `fpo NAME`, whose flags are the fields of `config`.
 
     Args:
-        name: of the command and of the function.
-        config: its dataclass.
+        name: of the command.
+        function: what it calls, by its name in fpocli.
+        config: that function's dataclass.
         extra: flags that fill in others, by name.
     """
 
     def run(**flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
         try:
-            getattr(fpocli, name)(config(**settings))
+            getattr(fpocli, function)(config(**settings))
         except UserError as error:
             _fail(str(error), error.hint)
         except KeyboardInterrupt:
@@ -140,9 +148,11 @@ def _fail(message: str, hint: str) -> None:
     raise typer.Exit(2)
 
 
-_command("cache", CacheConfig, {"config": _CONFIG})
-_command("train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
-_command("inspect", InspectConfig, {})
+_command("cache", "cache", CacheConfig, {"config": _CONFIG})
+_command("train", "train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
+_command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
+_command("compare", "compare", CompareConfig, {})
+_command("inspect", "inspect", InspectConfig, {})
 
 
 @app.callback()

@@ -5,6 +5,7 @@ nothing is listed twice. A field's type is what the flag accepts.
 """
 
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
@@ -25,6 +26,8 @@ def _check(config: Any) -> None:
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
             continue
+        if NoneType in get_args(kind):
+            kind = get_args(kind)[0]  # of KIND | None
         flag = "--" + name.replace("_", "-")
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise UserError(f"{flag} {value} is unknown", f"take {', '.join(get_args(kind))}")
@@ -222,6 +225,80 @@ class TrainConfig:
         _check(self)
         if self.beta is None:
             object.__setattr__(self, "beta", 2.0 if self.method.startswith("simpo") else 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a policy on the pairs of a store, beside its reference, and sample answers.
+
+    Writes eval.json, pairs.jsonl, charts and answer files, and prints a table.
+    """
+
+    model: Annotated[str, Argument(help="A run's folder, a model folder or a hub id.")]
+    cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
+    split: Annotated[
+        Literal["eval", "train", "all"] | None,
+        Option(help="Which pairs. Default: the held-out ones where there are any, else all."),
+    ] = None
+    eval_fraction: Annotated[
+        float,
+        Option(min=0, max=0.9, help="Share held out, for a model that is no run of fpo train."),
+    ] = 0.0
+    reference: Annotated[
+        str | None,
+        Option(help="The store's reference model; with it the sequential KL is measured."),
+    ] = None
+    sae: Annotated[
+        list[str],
+        Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
+    ] = field(default_factory=list)
+    k: Annotated[
+        int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")
+    ] = None
+    generate: Annotated[
+        str | None,
+        Option(
+            metavar="PROMPTS",
+            help="Sample answers to the prompts of a JSON or JSONL file. The question files of "
+            "AlpacaEval, Arena-Hard and MT-Bench are known.",
+        ),
+    ] = None
+    temperature: Annotated[
+        list[float], Option(help="Of the sampling; repeat for several. 0 takes the likeliest.")
+    ] = field(default_factory=lambda: [0.7])
+    top_p: Annotated[float, Option(min=0, max=1, help="Of the sampling; 1 is all tokens.")] = 1.0
+    max_new_tokens: Annotated[int, Option(min=1, help="The longest answer.")] = 512
+    batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
+    seed: Annotated[int, Option(help="Of the sampling.")] = 0
+    tokens_per_row: Annotated[int | None, Option(min=1, help=_TOKENS_PER_ROW)] = None
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+    ] = None
+    out: Annotated[
+        str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Sample anew.")] = False
+    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if not self.temperature or min(self.temperature) < 0:
+            raise UserError("--temperature needs numbers from 0 up", "try --temperature 0.7")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Cache, train and evaluate a grid of runs, and write the paper's tables and figures.
+
+    What is done is not done anew, so the same command goes on where it was stopped.
+    """
+
+    config_file: Annotated[
+        str, Argument(metavar="CONFIG.yaml", help="The grid; examples/paper has some.")
+    ]
+    plan: Annotated[
+        bool, Option("--plan", help="Only list the commands, and which of them are done.")
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,42 @@
-"""Measurements of a policy on pairs of a store."""
+"""Measuring a policy on pairs of a store: means while training, and the command fpo eval.
 
+Shapes: P pairs of a row, N pairs of the split; column 0 is chosen, column 1 rejected.
+"""
+
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import yaml
+from rich.console import Console
 from torch import Tensor
 
-from fpocli.config import TrainConfig
-from fpocli.objective import Means, objective
-from fpocli.scoring import score
-from fpocli.sparse import SparseEncoder
-from fpocli.stream import MicroBatch
+from fpocli.batches import default_tokens_per_row
+from fpocli.bound import operator_norm, squared_change
+from fpocli.catalog import ModelFolder, find_model
+from fpocli.config import EvalConfig, TrainConfig
+from fpocli.console import console, progress
+from fpocli.engine import replace_text
+from fpocli.errors import UserError
+from fpocli.loading import find_reference, load_encoders, load_reference, sites_of, tokenizer_of
+from fpocli.model import FrozenReference, LanguageModel, choose_device, load_model
+from fpocli.objective import Means, compare, objective
+from fpocli.scoring import PairScores, score
+from fpocli.sparse import SparseEncoder, load_decoder
+from fpocli.store import Store
+from fpocli.stream import MicroBatch, Stream
+from fpocli.summary import summarise
+from fpocli.terminal import show_evaluation
+
+# Arrays of one number per pair, or one per response [N, 2].
+Values = dict[str, np.ndarray]
 
 
 @torch.no_grad()
-def evaluate(
+def held_out_means(
     model: Any,
     encoders: dict[str, SparseEncoder],
     batches: Iterable[MicroBatch],
@@ -41,3 +63,178 @@ def evaluate(
         _, metrics = objective(scores, micro.reference, encoders, settings, weights)
         means.add(metrics, micro.weights)
     return means.result()
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measure a policy on a store's pairs, sample from it, and write and print the results.
+
+    Args:
+        config: the settings.
+
+    Returns:
+        what eval.json holds.
+
+    Raises:
+        UserError: the model, store, reference or prompts cannot be used.
+    """
+    store = Store.open(config.cache)
+    store.require_complete()
+    device = choose_device(config.device)
+    folder, trained = find_policy(config.model)
+    out = Path(config.out) if config.out else _beside(config.model)
+    tokenizer = tokenizer_of(store, folder)
+    stream = Stream(
+        store,
+        batch_size=1,
+        tokens_per_row=config.tokens_per_row or default_tokens_per_row(device),
+        eval_fraction=trained.eval_fraction if trained else config.eval_fraction,
+        seed=0,
+        rank=0,
+        world=1,
+    )
+    split = config.split or ("eval" if stream.held_out_pairs else "all")
+    if not stream.split_size(split):
+        raise UserError(
+            f"the split {split} of {store.path} is empty",
+            "name another --split, or hold pairs out with --eval-fraction",
+        )
+    k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
+    values = _measure(config, store, folder, stream, split, k, device)
+    result: dict[str, Any] = {
+        "model": folder.source,
+        "method": trained.method if trained else None,
+        "store": {"path": str(store.path), "fingerprint": store.meta["fingerprint"]},
+        "split": split,
+        **summarise(values),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    _write_pairs(out / "pairs.jsonl", values)
+    if config.generate:
+        from fpocli.generation import generate
+
+        result["generation"] = generate(config, folder, tokenizer, store, out, device)
+    replace_text(out / "eval.json", json.dumps(result, indent=2))
+    from fpocli.charts import draw_evaluation
+
+    draw_evaluation(values, out)
+    console.print(f"the results are in {out}")
+    if config.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_evaluation(result, Console(highlight=False, markup=False, soft_wrap=True))
+    return result
+
+
+def find_policy(name: str) -> tuple[ModelFolder, TrainConfig | None]:
+    """The model of a run's folder, with the run's settings; or any model.
+
+    Raises:
+        UserError: the run has no final model yet, or there is no such model.
+    """
+    run = Path(name)
+    if not (run / "run.json").is_file():
+        return find_model(name), None
+    if not (run / "final").is_dir():
+        raise UserError(
+            f"the run {run} has no final model yet",
+            "finish it with the `fpo train` command that began it",
+        )
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return find_model(str(run / "final")), TrainConfig(**settings)
+
+
+def _beside(model: str) -> Path:
+    """Where results go by default: into a run's folder, else into the working directory."""
+    return Path(model) / "eval" if (Path(model) / "run.json").is_file() else Path("eval")
+
+
+# -- per pair --------------------------------------------------------------------------------------
+
+
+def _measure(
+    config: EvalConfig,
+    store: Store,
+    folder: ModelFolder,
+    stream: Stream,
+    split: str,
+    k: int,
+    device: torch.device,
+) -> Values:
+    """Everything that is known of the N pairs, in the store's order."""
+    dtype = getattr(torch, store.meta["model"]["dtype"])
+    sites = sites_of(store)
+    original = find_reference(store, config.reference) if config.reference else None
+    policy = load_model(folder, sites, dtype, device).eval()
+    encoders = load_encoders(store, config.sae, policy.config.hidden_size, device)
+    reference, norms = None, {}
+    if original:
+        reference = load_reference(original, sites, dtype, device)
+        norms = _operator_norms(config, store, policy)
+    parts: list[Values] = []
+    with (
+        torch.inference_mode(),
+        progress("Scoring pairs", stream.split_size(split)) as bar,
+    ):
+        for micro in stream.evaluation(device, split):
+            parts.append(_measure_row(policy, reference, encoders, micro, k, norms))
+            bar.advance(len(micro.pairs))
+    order = np.argsort(np.concatenate([part["pair"] for part in parts]))
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
+
+def _measure_row(
+    policy: LanguageModel,
+    reference: FrozenReference | None,
+    encoders: dict[str, SparseEncoder],
+    micro: MicroBatch,
+    k: int,
+    norms: dict[str, float],
+) -> Values:
+    expected = reference(micro.batch) if reference else None
+    scores = score(policy, encoders, micro.batch, expected)
+    _, distances = compare(scores, micro.reference, encoders, k)
+    values: dict[str, Tensor] = {
+        "tokens": scores.count,
+        "logp": scores.logp,
+        "ref_logp": micro.reference.logp,
+        **{f"distance.{site}": distance for site, distance in distances.items()},
+    }
+    if scores.kl is not None and expected is not None:
+        values["kl"] = scores.kl
+        for site, norm in norms.items():
+            change = _changes(scores, expected.states[site], encoders[site], site)
+            values[f"bound.{site}"] = norm**2 / 2 * change
+    return {"pair": micro.pairs} | {name: v.double().cpu().numpy() for name, v in values.items()}
+
+
+def _changes(scores: PairScores, states: Tensor, encoder: SparseEncoder, site: str) -> Tensor:
+    """sum over positions of ||c_policy - c_reference||^2, [P, 2]."""
+    own = scores.states[site]
+    other = states.split([len(response) for response in own])
+    pairs = zip(own, other, strict=True)
+    return torch.stack([squared_change(encoder, *pair) for pair in pairs]).view(-1, 2)
+
+
+def _operator_norms(config: EvalConfig, store: Store, policy: LanguageModel) -> dict[str, float]:
+    """M of each site."""
+    sources = config.sae or [about["sae"]["source"] for about in store.sites.values()]
+    head = policy.network.get_output_embeddings().weight
+    with progress("Appendix B's operator norm", len(sources)) as bar:
+        norms = {}
+        for site, source in zip(store.sites, sources, strict=True):
+            norms[site] = operator_norm(head, load_decoder(source, head.device))
+            bar.advance()
+    return norms
+
+
+def _write_pairs(path: Path, values: Values) -> None:
+    lines = []
+    for row in range(len(values["pair"])):
+        record: dict[str, Any] = {"pair": int(values["pair"][row])}
+        for name, array in values.items():
+            if name != "pair":
+                record |= dict(
+                    zip((f"{name}_chosen", f"{name}_rejected"), array[row].tolist(), strict=True)
+                )
+        lines.append(json.dumps(record) + "\n")
+    replace_text(path, "".join(lines))

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from fpocli.config import TrainConfig
-from fpocli.distance import StoredFeatures, candidates, feature_distance, policy_features
+from fpocli.distance import (
+    Candidates,
+    StoredFeatures,
+    candidates,
+    feature_distance,
+    policy_features,
+)
 from fpocli.losses import METHODS, Terms
 from fpocli.scoring import PairScores
 from fpocli.sparse import SparseEncoder
@@ -59,6 +65,31 @@ class Means:
         return dict(zip(self._names, self._sums.tolist(), strict=True))
 
 
+def compare(
+    scores: PairScores,
+    reference: ReferenceRows,
+    encoders: dict[str, SparseEncoder],
+    k: int,
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
+) -> tuple[dict[str, Candidates], dict[str, Tensor]]:
+    """What is compared at each site, and D there, float32 [P, 2] with gradient.
+
+    Args:
+        scores: the policy's.
+        reference: rows of the same pairs.
+        encoders: the SAE of each site.
+        k: features compared per side.
+        weights: per-feature weights float32 [m] of the sites that have them.
+    """
+    compared, distances = {}, {}
+    for site, encoder in encoders.items():
+        chosen = candidates(scores.pooled[site], reference.features[site], k)
+        policy = policy_features(encoder, scores.states[site], chosen)
+        compared[site] = chosen
+        distances[site] = feature_distance(policy, chosen, k, weights.get(site))
+    return compared, distances
+
+
 def objective(
     scores: PairScores,
     reference: ReferenceRows,
@@ -78,21 +109,11 @@ def objective(
     Returns:
         loss float32 [P] with gradient, and metrics by name, each float32 [P] without.
     """
-    compared = {
-        site: candidates(scores.pooled[site], reference.features[site], settings.k)
-        for site in encoders
-    }
-    distances = [
-        feature_distance(
-            policy_features(encoder, scores.states[site], compared[site]),
-            compared[site],
-            settings.k,
-            weights.get(site),
-        )
-        for site, encoder in encoders.items()
-    ]
-    # The mean over sites of D gives the mean over sites of delta, which is linear in D.
-    distance = torch.stack(distances).mean(0) if distances else torch.zeros_like(scores.logp)
+    compared, distances = compare(scores, reference, encoders, settings.k, weights)
+    distance = torch.zeros_like(scores.logp)
+    if distances:
+        # The mean over sites of D gives the mean over sites of delta, which is linear in D.
+        distance = torch.stack(list(distances.values())).mean(0)
     terms = Terms(
         logp=scores.logp,
         count=scores.count,

@@ -39,9 +39,7 @@ class SparseEncoder:
                 f"SAEs of the architecture {self.architecture} are not supported",
                 f"supported: {', '.join(self.ARCHITECTURES)}",
             )
-        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-            sae.fold_W_dec_norm()
-            sae.cfg.rescale_acts_by_decoder_norm = False
+        _fold(sae)
         # Features need the encoder alone; half of the SAE's memory is the decoder.
         del sae.W_dec
         self.sae = sae.requires_grad_(False).eval()
@@ -55,6 +53,11 @@ class SparseEncoder:
             digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @staticmethod
+    def chunks(states: Tensor) -> tuple[Tensor, ...]:
+        """States [n, d] in parts whose features [., m] may be held at once."""
+        return states.split(_POSITIONS_CPU if states.device.type == "cpu" else _POSITIONS)
+
     @torch.no_grad()
     def pool(self, states: Tensor) -> Tensor:
         """Mean of the features over a response's positions, without gradient.
@@ -66,7 +69,7 @@ class SparseEncoder:
             float32 [m].
         """
         total = torch.zeros(self.features, dtype=torch.float32, device=states.device)
-        for chunk in _chunks(states):
+        for chunk in self.chunks(states):
             total += self.sae.encode(chunk).sum(0)
         return total / len(states)
 
@@ -102,11 +105,7 @@ class SparseEncoder:
     @torch.no_grad()
     def _active(self, states: Tensor, index: Tensor) -> Tensor:
         """Which of `index` are active where that depends on all features: bool [n, J]."""
-        return torch.cat([self.sae.encode(chunk)[:, index] > 0 for chunk in _chunks(states)])
-
-
-def _chunks(states: Tensor) -> tuple[Tensor, ...]:
-    return states.split(_POSITIONS_CPU if states.device.type == "cpu" else _POSITIONS)
+        return torch.cat([self.sae.encode(chunk)[:, index] > 0 for chunk in self.chunks(states)])
 
 
 def top_k(pooled: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +138,17 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
     Raises:
         UserError: nothing is there, or it is no SAE that can be used.
     """
+    return SparseEncoder(_load(source, device))
+
+
+def load_decoder(source: str, device: torch.device) -> Tensor:
+    """W_dec of an SAE, float32 [m, d], which turns the features of `load_encoder` into states."""
+    sae = _load(source, device)
+    _fold(sae)
+    return sae.W_dec.detach()
+
+
+def _load(source: str, device: torch.device) -> Any:
     from sae_lens import SAE
 
     path = Path(source)
@@ -162,7 +172,14 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
             "give a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors, or a "
             "Gemma Scope params.npz",
         ) from error
-    return SparseEncoder(sae)
+    return sae
+
+
+def _fold(sae: Any) -> None:
+    """Take the norm of the decoder's rows into the encoder, where sae-lens would do it later."""
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        sae.fold_W_dec_norm()
+        sae.cfg.rescale_acts_by_decoder_norm = False
 
 
 def check_encoder(encoder: SparseEncoder, source: str, site: Any, width: int) -> None:

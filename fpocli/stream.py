@@ -33,13 +33,15 @@ class MicroBatch:
     """What one rank scores at once.
 
     Args:
-        batch: a row of P pairs.
+        pairs: int64 [P], their numbers in the store.
+        batch: a row of the P pairs.
         reference: the store's rows of the same pairs.
         weights: float32 [P], what each pair counts in the mean of the whole step; 0 for a pair
             that only keeps a rank without work in step with the others.
         tokens: float32 [P], tokens of each pair, the prompt once.
     """
 
+    pairs: np.ndarray
     batch: Batch
     reference: ReferenceRows
     weights: Tensor
@@ -133,13 +135,29 @@ class Stream:
         done = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.training_pairs - done)
 
-    def evaluation(self, device: torch.device) -> Iterator[MicroBatch]:
-        """This rank's rows of the held-out pairs, as many on every rank."""
+    def evaluation(self, device: torch.device, split: str = "eval") -> Iterator[MicroBatch]:
+        """This rank's rows of the pairs of a split, as many on every rank.
+
+        Args:
+            device: where they go.
+            split: eval, the held-out pairs; train, the others; or all.
+        """
         for first in range(0, self.store.blocks, _WINDOW):
             blocks = range(first, min(first + _WINDOW, self.store.blocks))
-            pairs = np.concatenate([self.held_out(block) for block in blocks])
+            pairs = np.concatenate([self._split(block, split) for block in blocks])
             if len(pairs):
-                yield from self._share(pairs, device, 1 / self.held_out_pairs)
+                yield from self._share(pairs, device, 1 / self.split_size(split))
+
+    def split_size(self, split: str) -> int:
+        """How many pairs a split has."""
+        sizes = {"eval": self.held_out_pairs, "train": self.training_pairs}
+        return sizes.get(split, self.store.pairs)
+
+    def _split(self, block: int, split: str) -> np.ndarray:
+        """The pairs of a block that belong to a split, sorted."""
+        rows = self.store.rows(block)
+        pairs, held_out = np.arange(rows.start, rows.stop), self.held_out(block)
+        return {"eval": held_out, "train": np.setdiff1d(pairs, held_out), "all": pairs}[split]
 
     def held_out(self, block: int) -> np.ndarray:
         """The pairs of a block that are not trained on, sorted."""
@@ -181,13 +199,7 @@ class Stream:
         """The training pairs of a window of blocks, shuffled."""
         order, _ = self._blocks(epoch)
         blocks = order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
-        rows = [self.store.rows(block) for block in blocks]
-        pairs = np.concatenate(
-            [
-                np.setdiff1d(np.arange(row.start, row.stop), self.held_out(block))
-                for row, block in zip(rows, blocks, strict=True)
-            ]
-        )
+        pairs = np.concatenate([self._split(block, "train") for block in blocks])
         return np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
 
     def _read_block(self, block: int) -> tuple[Tokens, Reference]:
@@ -205,6 +217,7 @@ class Stream:
         batch = pack(token_pairs, row_multiple(device))
         lengths = batch.spans[:, 3] - batch.spans[:, 0]
         return MicroBatch(
+            pairs=np.array([block * self.store.block_size + row for block, row in places]),
             batch=batch.to(device),
             reference=_reference_rows(rows, device),
             weights=torch.full((len(places),), weight, device=device),

@@ -1,4 +1,4 @@
-"""What `fpo inspect` found, laid out for a terminal."""
+"""What `fpo inspect` and `fpo eval` found, laid out for a terminal."""
 
 from typing import Any
 
@@ -119,6 +119,60 @@ def _show_verified(shown: dict[str, Any], out: Console) -> None:
         out.print(
             f"\nVerified {verified['blocks']} blocks ({verified['gaps']} not written yet): {found}"
         )
+
+
+def show_evaluation(result: dict[str, Any], out: Console) -> None:
+    """Print what evaluation.evaluate found."""
+    method = f", trained with {result['method']}" if result["method"] else ""
+    out.print(f"{result['model']}{method}: {result['pairs']:,} pairs, split {result['split']}\n")
+    table = Table("", "", "standard error", box=None, header_style="")
+    for title, name, of in (
+        ("accuracy, log-probability per token", "accuracy", "share"),
+        ("accuracy, implicit reward S - S_ref", "reward_accuracy", "share"),
+        ("accuracy, reward per token", "reward_accuracy_per_token", "share"),
+        ("margin, nats per token", "margin_per_token", "mean"),
+        ("reward margin, nats", "reward_margin", "mean"),
+        ("reward margin, nats per token", "reward_margin_per_token", "mean"),
+    ):
+        value = result[name]
+        table.add_row(title, f"{value[of]:.4f}", f"{value['standard_error']:.4f}")
+    out.print(table)
+    table = Table("", "chosen", "rejected", "|margin|", box=None, header_style="")
+    rows = {"perplexity": result["perplexity"]}
+    rows |= {f"D, {site}": value for site, value in result.get("distance", {}).items()}
+    if "kl" in result:
+        rows |= {"sequential KL, nats": result["kl"], "per token": result["kl_per_token"]}
+    for title, value in rows.items():
+        cells = [value["chosen"], value["rejected"], value.get("margin")]
+        table.add_row(title, *("" if cell is None else f"{cell:.5g}" for cell in cells))
+    out.print()
+    out.print(table)
+    for site, found in result.get("consistency", {}).items():
+        over = ", ".join(
+            f"{name} {_number(value['pearson'])} (Spearman {_number(value['spearman'])})"
+            for name, value in found.items()
+        )
+        out.print(f"\nCorrelation of D and KL at {site}, over {over}")
+    for site, found in result.get("bound", {}).items():
+        out.print(
+            f"Appendix B's bound at {site}: {found['bound_per_token']:.3g} nats per token, KL "
+            f"{found['kl_per_token']:.3g}; {found['kept']:.0%} of responses keep it"
+        )
+    if sampled := result.get("generation"):
+        heads = {
+            "temperature": "temp.", "responses": "answers", "tokens": "tokens", "ended": "ended",
+            "entropy": "entropy", "distinct_1": "distinct-1", "distinct_2": "-2",
+            "distinct_3": "-3",
+        }  # fmt: skip
+        table = Table(*heads.values(), box=None, header_style="")
+        for row in sampled:
+            table.add_row(*(_number(row[name]) for name in heads))
+        out.print("\nSamples (entropy in nats per token)")
+        out.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _grid() -> Table:

@@ -24,7 +24,7 @@ from fpocli.engine import (
     take_step,
 )
 from fpocli.errors import UserError
-from fpocli.evaluation import evaluate
+from fpocli.evaluation import held_out_means
 from fpocli.feature_weights import load_feature_weights
 from fpocli.loading import (
     find_reference,
@@ -114,7 +114,7 @@ def train(settings: TrainConfig) -> Path:
     def measure(step: int) -> None:
         if stream.held_out_pairs:
             pairs = stream.evaluation(device)
-            means = evaluate(engine, encoders, pairs, settings, weights, reference)
+            means = held_out_means(engine, encoders, pairs, settings, weights, reference)
             run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -144,6 +144,7 @@ def train(settings: TrainConfig) -> Path:
             line |= {
                 "gradient_norm": norm,
                 "lr": lr,
+                "seconds": now - began,
                 "tokens_per_second": tokens / (now - began),
                 "data_wait": (ahead.waited - waited) / (now - began),
                 "peak_memory_gb": peak_memory(device) / 1e9,

@@ -14,7 +14,7 @@ from fpocli import cache
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError
-from fpocli.evaluation import evaluate
+from fpocli.evaluation import held_out_means
 from fpocli.model import FrozenReference, Site, load_model
 from fpocli.objective import objective
 from fpocli.scoring import score
@@ -81,7 +81,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
             parameter.add_(0.02 * torch.randn_like(parameter))
     settings = TrainConfig(cache="unused")
     results = [
-        evaluate(
+        held_out_means(
             policy,
             encoders,
             stream(store, size, eval_fraction=0.4).evaluation(CPU),

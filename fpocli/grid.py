@@ -1,0 +1,231 @@
+"""A comparison's YAML file -> the stores, runs and evaluations it means.
+
+out: compare
+cache: {model: gemma-2-2b, layer: [25]}     # settings of fpo cache, or `store: ref.zarr`
+train: {preset: paper-2b, epochs: 1}        # of fpo train
+eval: {reference: gemma-2-2b}               # of fpo eval
+runs:                                       # lists are multiplied out
+  - method: [dpo, simpo, fpo]
+    seed: [0, 1, 2]
+  - {method: fpo, layer: [[7], [13]], site: [[resid_post], [mlp_out]]}
+reports: [table3, figure3]
+"""
+
+import dataclasses
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
+from fpocli.errors import UserError
+
+_SECTIONS = {
+    "out": str, "launch": str, "store": str, "cache": dict, "train": dict, "eval": dict,
+    "runs": list, "reports": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Args:
+        name: of its configuration, unique in the comparison.
+        words: how the program is started, up to the command's name.
+        settings: what stands in its configuration.
+        result: the file that is there when it is done.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    settings: dict[str, Any]
+    result: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy of the comparison.
+
+    Args:
+        name: from what the grid says of it.
+        settings: what sets it apart, defaults of the method included: method, alpha, layer, ...
+        folder: of the run.
+        train, evaluate: its two commands.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    folder: Path
+    train: Step
+    evaluate: Step
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a comparison's file means.
+
+    Args:
+        out: its folder.
+        stores: the caching commands, each store once.
+        runs: in the file's order.
+        reports: names of tables and figures.
+    """
+
+    out: Path
+    stores: list[Step]
+    runs: list[Run]
+    reports: list[str]
+
+
+def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
+    """Read and check a comparison's file.
+
+    Raises:
+        UserError: the file cannot be read, or says something that no command takes.
+    """
+    given = _read(path)
+    unknown = [name for name in given.get("reports", []) if name not in known_reports]
+    if unknown:
+        raise UserError(
+            f"{path} asks for the report {unknown[0]}, which is not known",
+            f"known: {', '.join(known_reports)}",
+        )
+    out = Path(given.get("out", Path(path).stem))
+    base = {
+        "cache": given.get("cache", {}),
+        "train": _with_preset(given.get("train", {})),
+        "eval": given.get("eval", {}),
+    }
+    if ("store" in given) == bool(base["cache"]):
+        raise UserError(
+            f"{path} must have either `store` or `cache`",
+            "name a store that is there, or give the settings of fpo cache",
+        )
+    stores: dict[str, Step] = {}
+    runs: dict[str, Run] = {}
+    for entry in given["runs"]:
+        for choice in _multiply(entry, path):
+            cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
+            trained = {name: value for name, value in choice.items() if name not in cached}
+            if cached and "store" in given:
+                raise UserError(
+                    f"{path} varies {', '.join(cached)}, which the store has settled",
+                    "give `cache` with the settings of fpo cache in place of `store`",
+                )
+            store = given.get("store") or str(out / "stores" / f"{_name(cached) or 'ref'}.zarr")
+            cache_settings = base["cache"] | cached | {"out": store}
+            if "store" not in given:
+                name = f"cache.{_name(cached) or 'ref'}"
+                stores[name] = Step(
+                    name, _program("cache"), cache_settings, Path(store) / "zarr.json"
+                )
+            run = _run(out, given, base, choice, trained, cache_settings, store)
+            if run.name in runs:
+                raise UserError(f"{path} means the run {run.name} twice", "name it once in `runs`")
+            runs[run.name] = run
+    return Grid(out, list(stores.values()), list(runs.values()), given.get("reports", ["all"]))
+
+
+def _run(
+    out: Path,
+    given: dict[str, Any],
+    base: dict[str, dict[str, Any]],
+    choice: dict[str, Any],
+    trained: dict[str, Any],
+    cached: dict[str, Any],
+    store: str,
+) -> Run:
+    name = _name(choice) or "run"
+    folder = out / "runs" / name
+    settings = base["train"] | trained | {"cache": store, "out": str(folder)}
+    evaluation = base["eval"] | {"model": str(folder), "cache": store}
+    # Both are held to what the commands take, before anything runs.
+    config = TrainConfig(**settings)
+    EvalConfig(**evaluation)
+    sites = {} if "store" in given else dataclasses.asdict(CacheConfig(**cached))
+    launch = tuple(shlex.split(given["launch"])) if "launch" in given else _program()
+    return Run(
+        name=name,
+        settings=sites | dataclasses.asdict(config),
+        folder=folder,
+        train=Step(f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json"),
+        evaluate=Step(f"eval.{name}", _program("eval"), evaluation, folder / "eval" / "eval.json"),
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}", "mend it") from error
+    if not isinstance(given, dict) or not given.get("runs"):
+        raise UserError(f"{path} has no `runs`", "list them: runs: [{method: [dpo, fpo]}]")
+    for name, value in given.items():
+        kind = _SECTIONS.get(name)
+        if kind is None:
+            raise UserError(
+                f"{path} has a section {name}, which is not known", f"known: {', '.join(_SECTIONS)}"
+            )
+        if not isinstance(value, kind):
+            raise UserError(f"{name} in {path} is no {kind.__name__}", "see docs/evaluation.md")
+    for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
+        _check_names(given.get(section, {}), {*_fields(config), "preset"}, f"{section} in {path}")
+    return given
+
+
+def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
+    if "preset" not in train:
+        return train
+    name = train["preset"]
+    if name not in PRESETS:
+        raise UserError(f"the preset {name} is not known", f"known: {', '.join(PRESETS)}")
+    return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}
+
+
+def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
+    """Every choice of an entry of `runs`: a list of values is a choice among them."""
+    if not isinstance(entry, dict):
+        raise UserError(f"an entry of `runs` in {path} is no set of flags", "write {method: fpo}")
+    _check_names(entry, {*_fields(TrainConfig), *_fields(CacheConfig)}, f"`runs` in {path}")
+    several = {name for config in (CacheConfig, TrainConfig) for name in _lists(config)}
+    choices = []
+    for name, value in entry.items():
+        # A flag that takes a list has a list of lists to choose from.
+        of_lists = isinstance(value, list) and any(isinstance(item, list) for item in value)
+        listed = of_lists if name in several else isinstance(value, list)
+        choices.append([(name, item) for item in (value if listed else [value])])
+    return [dict(choice) for choice in product(*choices)]
+
+
+def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(name) for name in given if name not in known):
+        raise UserError(f"{where} sets {', '.join(unknown)}, which is no flag", "see fpo --help")
+
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _lists(config: type) -> set[str]:
+    hints = get_type_hints(config, include_extras=True)
+    return {name for name, hint in hints.items() if get_origin(get_args(hint)[0]) is list}
+
+
+def _name(choice: dict[str, Any]) -> str:
+    """Such as method-fpo_layer-0+25_seed-1."""
+
+    def text(value: Any) -> str:
+        parts = value if isinstance(value, list) else [value]
+        return "+".join(Path(str(part)).name for part in parts)
+
+    return "_".join(f"{name}-{text(value)}" for name, value in choice.items())
+
+
+def _program(command: str | None = None) -> tuple[str, ...]:
+    program = (sys.executable, "-m", "fpocli")
+    return (*program, command) if command else program

@@ -1,0 +1,96 @@
+"""Per-pair measurements -> the figures that the paper reports, as data.
+
+Shapes: N pairs; column 0 is chosen, column 1 rejected.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The figures of fpo eval.
+
+    Args:
+        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, and where the
+            reference was at hand kl in nats and bound.SITE.
+
+    Returns:
+        JSON-ready results; docs/evaluation.md defines each.
+    """
+    tokens, logp = values["tokens"], values["logp"]
+    average, ratio = logp / tokens, logp - values["ref_logp"]
+    result: dict[str, Any] = {
+        "pairs": len(logp),
+        "accuracy": _share(average),
+        "reward_accuracy": _share(ratio),
+        "reward_accuracy_per_token": _share(ratio / tokens),
+        "margin_per_token": _gap(average),
+        "reward_margin": _gap(ratio),
+        "reward_margin_per_token": _gap(ratio / tokens),
+        "perplexity": _sides(np.exp(-logp.sum(0) / tokens.sum(0))),
+    }
+    sites = [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
+    if sites:
+        result["distance"] = {site: _spread(values[f"distance.{site}"]) for site in sites}
+    if "kl" in values:
+        kl = values["kl"]
+        result["kl"] = _spread(kl)
+        result["kl_per_token"] = _spread(kl / tokens)
+        result["consistency"] = {
+            site: _consistency(values[f"distance.{site}"], kl / tokens) for site in sites
+        }
+        result["bound"] = {site: _bound(kl, values[f"bound.{site}"], tokens) for site in sites}
+    return result
+
+
+def _share(values: np.ndarray) -> dict[str, float]:
+    """How often chosen is above rejected, and the standard error of that share."""
+    share = float((values[:, 0] > values[:, 1]).mean())
+    return {"share": share, "standard_error": float(np.sqrt(share * (1 - share) / len(values)))}
+
+
+def _gap(values: np.ndarray) -> dict[str, float]:
+    """Mean of chosen minus rejected, and its standard error."""
+    gaps = values[:, 0] - values[:, 1]
+    return {"mean": float(gaps.mean()), "standard_error": float(gaps.std() / np.sqrt(len(gaps)))}
+
+
+def _sides(values: np.ndarray) -> dict[str, float]:
+    return {"chosen": float(values[0]), "rejected": float(values[1])}
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    """Means of both sides, of rejected minus chosen, and of its size (the paper's margin)."""
+    gaps = values[:, 1] - values[:, 0]
+    return _sides(values.mean(0)) | {
+        "difference": float(gaps.mean()),
+        "margin": float(np.abs(gaps).mean()),
+    }
+
+
+def _consistency(distance: np.ndarray, kl: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """Correlations of D with K / n, over the 2N responses and over the N margins."""
+    margins = [np.abs(values[:, 1] - values[:, 0]) for values in (distance, kl)]
+    return {
+        "responses": _correlations(distance.ravel(), kl.ravel()),
+        "margins": _correlations(*margins),
+    }
+
+
+def _correlations(one: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
+    x, y = pd.Series(one), pd.Series(other)
+    if x.nunique() < 2 or y.nunique() < 2:
+        # Before training all are 0, and nothing correlates.
+        return {"pearson": None, "spearman": None}
+    return {"pearson": float(x.corr(y)), "spearman": float(x.rank().corr(y.rank()))}
+
+
+def _bound(kl: np.ndarray, bound: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """Appendix B: means per token, and how often a response's KL keeps below its bound."""
+    return {
+        "kl_per_token": float((kl / tokens).mean()),
+        "bound_per_token": float((bound / tokens).mean()),
+        "kept": float((kl <= bound).mean()),
+    }

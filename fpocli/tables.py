@@ -1,0 +1,198 @@
+"""The runs of a comparison -> the paper's tables and figures, over seeds.
+
+Win rates need a judge and are not made here; fpo eval --generate writes what judges read.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fpocli.grid import Grid, Run
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured column.
+
+    Args:
+        title: its head, unit included.
+        value: of a run's record; None where it was not measured.
+        digits: after the point.
+    """
+
+    title: str
+    value: Callable[[Row], float | None]
+    digits: int
+
+
+def _path(*names: str) -> Callable[[Row], float | None]:
+    """A nested value of a record."""
+
+    def value(row: Row) -> float | None:
+        found: Any = row
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    return value
+
+
+def _percent(row: Row) -> float:
+    return 100 * row["eval"]["accuracy"]["share"]
+
+
+def _entropy(row: Row) -> float | None:
+    """Of the first temperature."""
+    sampled = row["eval"].get("generation")
+    return sampled[0]["entropy"] if sampled else None
+
+
+def _distance(side: str) -> Callable[[Row], float | None]:
+    """The mean over sites."""
+
+    def value(row: Row) -> float | None:
+        sites = row["eval"].get("distance")
+        return statistics.mean(site[side] for site in sites.values()) if sites else None
+
+    return value
+
+
+_ACCURACY, _ENTROPY = Column("Accuracy (%)", _percent, 1), Column("Entropy (nats)", _entropy, 3)
+_PAPER = (_ACCURACY, _ENTROPY)
+_ALL = (
+    _ACCURACY,
+    Column("Reward acc. (%)", lambda row: 100 * row["eval"]["reward_accuracy"]["share"], 1),
+    _ENTROPY,
+    Column("KL chosen (nats)", _path("eval", "kl", "chosen"), 3),
+    Column("KL rejected (nats)", _path("eval", "kl", "rejected"), 3),
+    Column("KL margin", _path("eval", "kl", "margin"), 3),
+    Column("D chosen", _distance("chosen"), 5),
+    Column("D rejected", _distance("rejected"), 5),
+    Column("D margin", _distance("margin"), 5),
+    Column("Time (s)", _path("seconds"), 0),
+    Column("Peak (GB)", _path("peak_memory_gb"), 2),
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: above it.
+        keys: settings that tell its rows apart.
+        columns: what is measured.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+
+TABLES = {
+    "all": Table("All runs", ("method", "layer", "site", "alpha", "stop_gradient"), _ALL),
+    "table2": Table("The paper's Table 2, right", ("method",), _PAPER),
+    "table3": Table("The paper's Table 3", ("layer", "site", "alpha", "stop_gradient"), _PAPER),
+    "table6": Table("The paper's Table 6", ("method",), _PAPER),
+    "table7": Table("The paper's Table 7", ("layer",), _PAPER),
+}
+FIGURES = ("figure3", "figure4")
+REPORTS = (*TABLES, *FIGURES)
+
+
+def collect(runs: list[Run]) -> list[Row]:
+    """A record for each finished run: its settings, eval.json, curve, time and memory."""
+    rows = []
+    for run in runs:
+        lines = [
+            json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        train = [line for line in lines if line["split"] == "train"]
+        rows.append(
+            {
+                "name": run.name,
+                "settings": run.settings,
+                "eval": json.loads(run.evaluate.result.read_text()),
+                "curve": [line for line in lines if line["split"] == "eval"],
+                "seconds": sum(line["seconds"] for line in train),
+                "peak_memory_gb": max(line["peak_memory_gb"] for line in train),
+            }
+        )
+    return rows
+
+
+def write_reports(grid: Grid, rows: list[Row]) -> None:
+    """Write a table as NAME.md and NAME.csv, a figure as NAME.png, and print the tables."""
+    for name in grid.reports:
+        if name in TABLES:
+            text, values = make_table(TABLES[name], rows)
+            (grid.out / f"{name}.md").write_text(text)
+            values.to_csv(grid.out / f"{name}.csv", index=False)
+            print(text)
+        else:
+            from fpocli.charts import draw_figure3, draw_figure4
+
+            draw = {"figure3": draw_figure3, "figure4": draw_figure4}[name]
+            draw(by_method(rows), Path(grid.out / f"{name}.png"))
+
+
+def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
+    """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
+    # A setting that no run changes tells nothing apart.
+    keys = [key for key in table.keys if len({_text(row["settings"].get(key)) for row in rows}) > 1]
+    keys = keys or list(table.keys[:1])
+    columns = [column for column in table.columns if any(_known(column, row) for row in rows)]
+    lines, records = [], []
+    for key, group in grouped(rows, tuple(keys)).items():
+        record: Row = dict(zip(keys, key, strict=True)) | {"seeds": len(group)}
+        cells = [*key]
+        for column in columns:
+            known = [value for row in group if (value := column.value(row)) is not None]
+            cells.append(_cell(known, column.digits))
+            record[column.title] = statistics.mean(known) if known else None
+            record[f"{column.title}, std"] = statistics.stdev(known) if len(known) > 1 else None
+        lines.append("| " + " | ".join(cells) + " |")
+        records.append(record)
+    heads = [*keys, *(column.title for column in columns)]
+    text = "\n".join(
+        [f"# {table.title}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines]
+    )
+    seeds = {len(group) for group in grouped(rows, tuple(keys)).values()}
+    if max(seeds) > 1:
+        text += f"\n\nMean ± standard deviation over {max(seeds)} runs each."
+    return text + "\n", pd.DataFrame(records)
+
+
+def grouped(rows: list[Row], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
+    """Runs with the same settings `keys`, in order."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(_text(row["settings"].get(key)) for key in keys), []).append(row)
+    return groups
+
+
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """The runs of each method."""
+    return {method: group for (method,), group in grouped(rows, ("method",)).items()}
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _known(column: Column, row: Row) -> bool:
+    return column.value(row) is not None
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
