@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test check lint compare compare-short bench clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -10,12 +10,22 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/pytest
 
-check: lint test
+check: lint test compare-short
+
+# Every method of the paper on SmolLM2, compared in one table; over an hour on two cores.
+compare: demo/sae/cfg.json
+	$(BIN)/fpo compare examples/paper/smollm2.yaml
+
+# The same in a step or two per method.
+compare-short: demo/sae/cfg.json
+	$(BIN)/fpo compare examples/paper/smollm2-short.yaml
+
+demo/sae/cfg.json: .venv/demo
+	$(BIN)/python examples/demo.py --prepare
 
 # On a CPU, with the demo's model and this repository's pairs; about 40 minutes. A quiet machine.
-bench: .venv/bench
-	test -d demo/sae || $(BIN)/python examples/demo.py
-	for name in cache train constraint noise breakdown growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+bench: .venv/bench demo/sae/cfg.json
+	for name in cache train constraint kl noise breakdown growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """The main job on a real model, on a CPU, in minutes: `make demo`.
 
 SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained here with
-sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then the three
-commands of fpo run as a user would type them, and held-out pairs are scored before and after.
+sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then four
+commands of fpo run as a user would type them. With --prepare only the model and the SAE are made.
 """
 
 import json
@@ -17,11 +17,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
-from rich.table import Table
 
-from fpocli.config import TrainConfig
 from fpocli.console import progress
 
 PAIRS = Path("examples/preferences.jsonl")
@@ -46,6 +43,8 @@ def main() -> None:
         convert_model()
     if not SAE.is_dir():
         train_sae(collect_activations())
+    if sys.argv[1:] == ["--prepare"]:
+        return
     fpo(
         f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 50 --block 25 "
         f"--out {STORE}"
@@ -55,7 +54,7 @@ def main() -> None:
         f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 "
         f"--no-activation-checkpointing --eval-fraction 0.2 --out {RUN}"
     )
-    show_result()
+    fpo(f"eval {RUN} --cache {STORE} --reference {MODEL}")
     out.print(f"\nAll of it took {time.perf_counter() - began:.0f} seconds.")
 
 
@@ -141,52 +140,6 @@ def train_sae(activations: torch.Tensor) -> None:
         left = (sae(activations) - activations).var(0).sum() / activations.var(0).sum()
     out.print(f"The SAE explains {1 - left:.0%} of the variance of layer {LAYER}.")
     sae.save_inference_model(SAE)
-
-
-def show_result() -> None:
-    """Score the held-out pairs with the reference and with the trained policy; print a table."""
-    from fpocli.batches import default_tokens_per_row
-    from fpocli.catalog import find_model
-    from fpocli.evaluation import evaluate
-    from fpocli.model import Site, load_model
-    from fpocli.sparse import load_encoder
-    from fpocli.store import Store
-    from fpocli.stream import Stream
-
-    device = torch.device("cpu")
-    settings = TrainConfig(**yaml.safe_load((RUN / "config.yaml").read_text()))
-    store = Store.open(STORE)
-    names = list(store.sites)
-    encoders = {name: load_encoder(str(SAE), device) for name in names}
-    stream = Stream(
-        store, batch_size=1, tokens_per_row=default_tokens_per_row(device),
-        eval_fraction=settings.eval_fraction, seed=0, rank=0, world=1,
-    )  # fmt: skip
-    sites = [Site.parse(name) for name in names]
-    reference, policy = (
-        load_model(find_model(str(path)), sites, torch.bfloat16, device).eval()
-        for path in (MODEL, RUN / "final")
-    )
-    results = []
-    with progress("Scoring held-out pairs", 2) as bar:
-        for model in (reference, policy):
-            pairs = stream.evaluation(device)
-            results.append(evaluate(model, encoders, pairs, settings, reference=reference))
-            bar.advance()
-    table = Table("held-out pairs", "before", "after", box=None, header_style="bold")
-    for title, name in (
-        ("loss", "loss"),
-        ("accuracy (chosen likelier per token)", "accuracy"),
-        ("accuracy of the reward", "reward_accuracy"),
-        ("margin of the reward", "margin"),
-        ("KL to the reference, chosen (nats)", "kl_chosen"),
-        ("KL to the reference, rejected (nats)", "kl_rejected"),
-        ("feature distance, chosen", "distance_chosen"),
-        ("feature distance, rejected", "distance_rejected"),
-    ):
-        table.add_row(title, *(f"{result[name]:.4f}" for result in results))
-    out.print(f"\n{stream.held_out_pairs} held-out pairs")
-    out.print(table)
 
 
 if __name__ == "__main__":

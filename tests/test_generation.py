@@ -259,3 +259,14 @@ def test_prompts_that_are_wrong_are_told(tmp_path, text, message):
         read_prompts(str(file))
     with pytest.raises(UserError, match="do not exist"):
         read_prompts(str(tmp_path / "nothing"))
+
+
+def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path, prompts):
+    store = Store.open(store_path)
+    mouth = sampler(material, material / "policy", store, prompts)
+    rows = [json.loads(line) for line in (material / "pairs.jsonl").read_text().splitlines()]
+    tokens = store.tokens(0)
+    for number in range(len(tokens)):
+        pair = tokens.pair(number)
+        talk = [{"role": "user", "content": rows[pair.row]["prompt"]}]
+        assert mouth._encode(talk) == list(pair.prompt)

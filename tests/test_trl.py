@@ -78,3 +78,69 @@ def test_references_and_losses_agree(peer):
     (own_gradient,) = torch.autograd.grad(loss.mean(), weight)
     assert torch.allclose(own_gradient, their_gradient, atol=1e-6)
     assert their_gradient.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "sft"])
+def test_simpo_and_sft_agree_with_trls(material, tmp_path, loss_type):
+    """Its CPO trainer has SimPO's loss, its SFT trainer the mean of -log pi over all tokens: with
+    responses of one length, our mean of -a(w)."""
+    from trl import SFTConfig, SFTTrainer
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    rng = np.random.default_rng(0)
+    runs = [[rng.integers(5, tiny.VOCABULARY, n) for n in (4, 7, 7)] for _ in range(5)]
+    pairs = [TokenPair(*run) for run in runs]
+    common = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 5, "use_cpu": True,
+        "bf16": False, "report_to": "none", "max_length": None, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    network = tiny.network("llama", seed=1)
+    if loss_type == "simpo":
+        settings = CPOConfig(**common, loss_type="simpo", cpo_alpha=0.0, beta=BETA, simpo_gamma=0.4)
+        theirs = CPOTrainer(
+            model=network,
+            args=settings,
+            train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+            processing_class=tiny.tokenizer(),
+        )
+        rows = [cpo_row(pair) for pair in pairs]
+        their_loss = theirs.compute_loss(network, theirs.data_collator(rows))
+        # TRL takes gamma inside beta: beta (a_w - a_l - gamma / beta).
+        own = TrainConfig(cache="unused", method="simpo", beta=BETA, gamma=0.4)
+    else:
+        rows = [
+            {
+                "input_ids": [*pair.prompt.tolist(), *pair.chosen.tolist()],
+                "completion_mask": [0] * 4 + [1] * 7,
+            }
+            for pair in pairs
+        ]
+        theirs = SFTTrainer(
+            model=network,
+            args=SFTConfig(**common, completion_only_loss=True),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tiny.tokenizer(),
+        )
+        inputs = theirs.data_collator([dict(row) for row in theirs.train_dataset])
+        their_loss = theirs.compute_loss(network, inputs)
+        own = TrainConfig(cache="unused", method="sft")
+    weight = network.model.layers[0].mlp.up_proj.weight
+    (their_gradient,) = torch.autograd.grad(their_loss, weight)
+    nothing = ReferenceRows(torch.zeros(5, 2), torch.zeros(5), {})
+    scores = score(LanguageModel(network, []), {}, pack(pairs))
+    loss, _ = objective(scores, nothing, {}, own)
+    (own_gradient,) = torch.autograd.grad(loss.mean(), weight)
+    assert loss.mean().item() == pytest.approx(their_loss.item(), abs=1e-5)
+    assert torch.allclose(own_gradient, their_gradient, atol=1e-6)
+    assert their_gradient.abs().max() > 1e-5
+
+
+def cpo_row(pair: TokenPair) -> dict:
+    """What TRL's CPO makes of a pair's texts."""
+    prompt, row = pair.prompt.tolist(), {}
+    for side in ("chosen", "rejected"):
+        response = getattr(pair, side).tolist()
+        row[f"{side}_input_ids"] = prompt + response
+        row[f"{side}_attention_mask"] = [1] * (len(prompt) + len(response))
+        row[f"{side}_labels"] = [-100] * len(prompt) + response
+    return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
