@@ -4,6 +4,7 @@ Shapes: P pairs of a row, N pairs of the split; column 0 is chosen, column 1 rej
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from fpocli.config import EvalConfig, TrainConfig
 from fpocli.console import console, progress
 from fpocli.engine import replace_text
 from fpocli.errors import UserError
-from fpocli.loading import find_reference, load_encoders, load_reference, sites_of, tokenizer_of
+from fpocli.generation import Samples, generate
+from fpocli.loading import (
+    check_k,
+    find_reference,
+    load_encoders,
+    load_reference,
+    sites_of,
+    tokenizer_of,
+)
 from fpocli.model import FrozenReference, LanguageModel, choose_device, load_model
 from fpocli.objective import Means, compare, objective
 from fpocli.scoring import PairScores, score
@@ -77,12 +86,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: the model, store, reference or prompts cannot be used.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("fpo eval runs in one process", "start it without torchrun")
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
-    folder, trained = find_policy(config.model)
+    folder, trained = find_policy(config.model, store)
     out = Path(config.out) if config.out else _beside(config.model)
     tokenizer = tokenizer_of(store, folder)
+    k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
+    check_k(store, k)
     stream = Stream(
         store,
         batch_size=1,
@@ -98,7 +111,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             f"the split {split} of {store.path} is empty",
             "name another --split, or hold pairs out with --eval-fraction",
         )
-    k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
+    out.mkdir(parents=True, exist_ok=True)
+    samples = Samples(config, folder, out) if config.generate else None
     values = _measure(config, store, folder, stream, split, k, device)
     result: dict[str, Any] = {
         "model": folder.source,
@@ -107,12 +121,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         "split": split,
         **summarise(values),
     }
-    out.mkdir(parents=True, exist_ok=True)
     _write_pairs(out / "pairs.jsonl", values)
-    if config.generate:
-        from fpocli.generation import generate
-
-        result["generation"] = generate(config, folder, tokenizer, store, out, device)
+    if samples:
+        result["generation"] = generate(config, samples, folder, tokenizer, store, device)
     replace_text(out / "eval.json", json.dumps(result, indent=2))
     from fpocli.charts import draw_evaluation
 
@@ -125,11 +136,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def find_policy(name: str) -> tuple[ModelFolder, TrainConfig | None]:
-    """The model of a run's folder, with the run's settings; or any model.
+def find_policy(name: str, store: Store) -> tuple[ModelFolder, TrainConfig | None]:
+    """The model of a run's folder, with the run's settings; or any model, without.
 
     Raises:
-        UserError: the run has no final model yet, or there is no such model.
+        UserError: the run has no final model yet or was trained on another store, whose held-out
+            pairs are not this one's; or there is no such model.
     """
     run = Path(name)
     if not (run / "run.json").is_file():
@@ -138,6 +150,12 @@ def find_policy(name: str) -> tuple[ModelFolder, TrainConfig | None]:
         raise UserError(
             f"the run {run} has no final model yet",
             "finish it with the `fpo train` command that began it",
+        )
+    if json.loads((run / "run.json").read_text())["store"] != store.meta["fingerprint"]:
+        raise UserError(
+            f"the run {run} was trained on another store than {store.path}, so it may have seen "
+            "the pairs that would be held out here",
+            f"name its own store, or its model alone: {run / 'final'}",
         )
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return find_model(str(run / "final")), TrainConfig(**settings)

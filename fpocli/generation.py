@@ -32,30 +32,26 @@ _IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
 
 def generate(
     config: EvalConfig,
+    samples: "Samples",
     folder: ModelFolder,
     tokenizer: Any,
     store: Store,
-    out: Path,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Answer the prompts at every temperature, or go on where that was stopped.
 
     Args:
-        config: which prompts and how.
+        config: of the sampling.
+        samples: the prompts, and the answers that are there already.
         folder: the policy.
         tokenizer: with the store's template.
         store: says how its template begins a prompt and ends a turn.
-        out: where samples.jsonl and the judges' files go.
         device: where the policy runs.
 
     Returns:
         by temperature: number of responses, mean tokens, share that ended, entropy, distinct-n.
-
-    Raises:
-        UserError: the prompts cannot be read, or `out` holds samples of other settings.
     """
-    prompts = read_prompts(str(config.generate))
-    samples = _Samples(config, folder, prompts, out)
+    prompts = samples.prompts
     if todo := list(samples.missing()):
         sampler = Sampler(folder, tokenizer, store, config, device)
         with progress("Sampling answers", len(config.temperature) * len(prompts)) as bar:
@@ -67,7 +63,8 @@ def generate(
     results = []
     for temperature in config.temperature:
         rows = [samples.done[temperature][number] for number in range(len(prompts))]
-        write_answers(prompts, rows, f"{_name(config.model)}-t{temperature:g}", out)
+        name = f"{_name(config.model)}-t{temperature:g}"
+        write_answers(prompts, rows, name, samples.file.parent)
         results.append({"temperature": temperature, **diversity(rows)})
     return results
 
@@ -77,16 +74,23 @@ def _name(model: str) -> str:
     return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")
 
 
-class _Samples:
-    """samples.jsonl: one line per prompt and temperature, whole batches only."""
+class Samples:
+    """samples.jsonl: one line per prompt and temperature, whole batches only.
 
-    def __init__(
-        self, config: EvalConfig, folder: ModelFolder, prompts: list[Prompt], out: Path
-    ) -> None:
-        self.config, self.prompts = config, prompts
+    Args:
+        config: which prompts and how.
+        folder: the policy.
+        out: where the file is.
+
+    Raises:
+        UserError: the prompts cannot be read, or `out` holds samples of other settings.
+    """
+
+    def __init__(self, config: EvalConfig, folder: ModelFolder, out: Path) -> None:
+        self.config, self.prompts = config, read_prompts(str(config.generate))
         self.file = out / "samples.jsonl"
         about = out / "samples.json"
-        text = json.dumps([prompt.row for prompt in prompts], sort_keys=True)
+        text = json.dumps([prompt.row for prompt in self.prompts], sort_keys=True)
         identity = {name: getattr(config, name) for name in _IDENTITY} | {
             "prompts": hashlib.sha256(text.encode()).hexdigest(),
             "weights": folder.weights_hash(),

@@ -17,6 +17,21 @@ def sites_of(store: Store) -> list[Site]:
     return [Site.parse(name) for name in store.sites]
 
 
+def check_k(store: Store, k: int) -> None:
+    """Refuse to compare more features than a store holds.
+
+    Raises:
+        UserError: k is larger than K at a site that does not hold all its features.
+    """
+    for site, about in store.sites.items():
+        if k > about["k"] < about["d_sae"]:
+            raise UserError(
+                f"--k {k} compares more features than the {about['k']} that {store.path} holds at "
+                f"{site}",
+                f"give --k {about['k']} or less, or cache again with a larger --top-k",
+            )
+
+
 def find_reference(store: Store, name: str | None) -> ModelFolder:
     """The model that a store was made with.
 

@@ -27,6 +27,7 @@ from fpocli.errors import UserError
 from fpocli.evaluation import held_out_means
 from fpocli.feature_weights import load_feature_weights
 from fpocli.loading import (
+    check_k,
     find_reference,
     load_encoders,
     load_reference,
@@ -182,13 +183,7 @@ def check_served(store: Store, settings: TrainConfig) -> None:
             f"{settings.method} needs features and {store.path} holds none",
             "write the store again with --layer, or train with --method dpo_norm",
         )
-    for site, about in store.sites.items():
-        if settings.k > about["k"] < about["d_sae"]:
-            raise UserError(
-                f"--k {settings.k} compares more features than the {about['k']} that "
-                f"{store.path} holds at {site}",
-                f"give --k {about['k']} or less, or cache again with a larger --top-k",
-            )
+    check_k(store, settings.k)
 
 
 def _load_models(

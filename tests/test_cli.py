@@ -17,16 +17,39 @@ import zarr
 from typer.testing import CliRunner
 
 import fpocli
-from fpocli import CacheConfig, InspectConfig, TrainConfig, UserError, cli
+from fpocli import (
+    CacheConfig,
+    CompareConfig,
+    EvalConfig,
+    InspectConfig,
+    TrainConfig,
+    UserError,
+    cli,
+)
 from fpocli.config import PRESETS
 
-HEAVY = {"torch", "zarr", "numpy", "transformers", "deepspeed", "datasets", "sae_lens"}
-COMMANDS = {"cache": CacheConfig, "train": TrainConfig, "inspect": InspectConfig}
+HEAVY = {"torch", "zarr", "numpy", "transformers", "deepspeed", "datasets", "sae_lens", "pandas"}
+COMMANDS = {
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "compare": CompareConfig,
+    "inspect": InspectConfig,
+}
+FUNCTIONS = {name: "evaluate" if name == "eval" else name for name in COMMANDS}
+POSITIONAL = {"eval": "model", "compare": "config_file", "inspect": "store"}
+REQUIRED = {
+    "cache": "--model m --layer 1",
+    "train": "--cache s",
+    "eval": "m --cache s",
+    "compare": "c.yaml",
+    "inspect": "s",
+}
 ORDERS = [
     " ".join(order)
     for order in itertools.permutations(["--preset paper-control", "--config c.yaml", "--epochs 5"])
 ]
-EXTRA = {"cache": ["config"], "train": ["config", "preset"], "inspect": []}
+EXTRA = {"cache": ["config"], "train": ["config", "preset"], "eval": ["config"]}
 FLAGS = {"model": "model", "layer": 2, "sae": "sae", "data": "ten.jsonl", "out": "new.zarr"}
 
 
@@ -49,11 +72,12 @@ def test_flags_are_the_fields():
     commands = typer.main.get_command(cli.app).commands
     assert [*commands] == [*COMMANDS]
     for name, config in COMMANDS.items():
-        names = [field.name for field in dataclasses.fields(config)] + EXTRA[name]
-        flags = ["--" + name.replace("_", "-") for name in names if name != "store"]
+        names = [field.name for field in dataclasses.fields(config)] + EXTRA.get(name, [])
+        words = POSITIONAL.get(name)
+        flags = ["--" + name.replace("_", "-") for name in names if name != words]
         parameters = commands[name].params
         assert [parameter.name for parameter in parameters] == names
-        assert [item.opts[0] for item in parameters if item.name != "store"] == flags
+        assert [item.opts[0] for item in parameters if item.name != words] == flags
         assert all(parameter.help for parameter in parameters)
 
 
@@ -61,8 +85,8 @@ def test_flags_are_the_fields():
 def resolve(monkeypatch, tmp_path):
     """Give a command line, and a YAML file as `c.yaml`; get the config that the function gets."""
     calls = []
-    for name in COMMANDS:
-        monkeypatch.setitem(vars(fpocli), name, calls.append)
+    for function in FUNCTIONS.values():
+        monkeypatch.setitem(vars(fpocli), function, calls.append)
     monkeypatch.chdir(tmp_path)
 
     def resolve(command, file=None):
@@ -79,6 +103,10 @@ def resolve(monkeypatch, tmp_path):
 def test_flags(resolve):
     assert resolve("train --cache s") == TrainConfig(cache="s")
     assert resolve("inspect s --pair 3 --json") == InspectConfig(store="s", pair=3, json=True)
+    assert resolve("compare c.yaml --plan") == CompareConfig(config_file="c.yaml", plan=True)
+    sampled = EvalConfig(model="run", cache="s", generate="p", temperature=[0.2, 1.0])
+    flags = "--generate p --temperature 0.2 --temperature 1"
+    assert resolve(f"eval run --cache s {flags}") == sampled
     assert resolve("train --cache s --no-bf16") == TrainConfig(cache="s", bf16=False)
     several = CacheConfig(model="m", layer=[3, 1])
     assert resolve("cache --model m --layer 3 --layer 1") == several
@@ -89,13 +117,15 @@ def test_flags(resolve):
     [
         TrainConfig(cache="s"),
         TrainConfig(cache="s", method="simpo", sae=["a", "b"], bf16=False, device="cpu", lr=1e-3),
+        EvalConfig(model="run", cache="s", split="all", temperature=[0.5]),
         CacheConfig(model="m", layer=[3]),
         CacheConfig(model="m", layer=[3, 1], site=["mlp_out", "resid_post"], limit=5, top_k="7"),
     ],
 )
 def test_a_saved_config_gives_itself_back(resolve, config):
-    name = "train" if isinstance(config, TrainConfig) else "cache"
-    assert resolve(f"{name} --config c.yaml", dataclasses.asdict(config)) == config
+    (name,) = (name for name, kind in COMMANDS.items() if kind is type(config))
+    word = "run " if name == "eval" else ""
+    assert resolve(f"{name} {word}--config c.yaml", dataclasses.asdict(config)) == config
 
 
 def test_file_may_use_dashes_whole_numbers_and_no_list(resolve):
@@ -294,9 +324,21 @@ def test_a_full_disk_is_told(monkeypatch, name):
     def full(config):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setitem(vars(fpocli), name, full)
-    required = {"cache": "--model m --layer 1", "train": "--cache s", "inspect": "s"}
-    assert error(name, *required[name].split()) == "the disk is full"
+    monkeypatch.setitem(vars(fpocli), FUNCTIONS[name], full)
+    assert error(name, *REQUIRED[name].split()) == "the disk is full"
+
+
+@pytest.mark.parametrize("command", ["train --cache ref.zarr --k 16 --feature-weights", "compare"])
+def test_a_file_that_is_not_there_is_told(work, command):
+    assert error(*command.split(), "none.yaml") == "none.yaml: No such file or directory"
+
+
+def test_eval_tells_a_mistake(work):
+    assert error("eval", "./none", "--cache", "ref.zarr").startswith("the model ./none is neither")
+    assert "--k 50 compares more" in error("eval", "model", "--cache", "ref.zarr")
+    assert error("eval", "model", "--cache", "none.zarr") == "none.zarr does not exist"
+    command = "eval model --cache ref.zarr --device cpu --k 16 --generate none.json"
+    assert error(*command.split()) == "the prompts none.json do not exist"
 
 
 def test_version():

@@ -135,6 +135,14 @@ def test_an_unfinished_run_is_told(material, store_path, tmp_path):
         evaluate(config(material, tmp_path, model=str(run)))
 
 
+def test_a_run_of_another_store_is_told(material, store_path, tmp_path):
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "run.json").write_text('{"store": "another"}')
+    with pytest.raises(UserError, match="was trained on another store"):
+        evaluate(config(material, tmp_path, model=str(run)))
+
+
 def test_another_tokeniser_is_told(material, store_path, tmp_path):
     folder = shutil.copytree(material / "policy", tmp_path / "policy")
     file = folder / "tokenizer.json"

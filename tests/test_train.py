@@ -430,7 +430,7 @@ def test_bfloat16_reference_beside_the_policy(material, store_path, tmp_path):
     one = run(material, tmp_path / "one", **settings)
     three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
     assert one[0]["kl_chosen"] > 0.01, "the reference is the store's, not the starting weights"
-    same(three, one, 2e-3)
+    same(three, one, 1e-2)
 
 
 def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
