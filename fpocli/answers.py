@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from fpocli.engine import replace_text
+from fpocli.files import replace_text
 from fpocli.prompts import Prompt
 
 
@@ -26,13 +26,15 @@ def write_answers(
         out: a folder in it for each judge.
 
     Returns:
-        the files: MT-Bench's for questions with an id and turns as texts, Arena-Hard's for those
-        with a `uid`, AlpacaEval's for any others.
+        the files: MT-Bench's for questions with a `question_id`, Arena-Hard's for those with a
+        `uid` or, as in its version 0.1, turns that are records; AlpacaEval's for any others.
     """
     texts = [[turn["text"] for turn in row["turns"]] for row in rows]
     pairs = list(zip(prompts, texts, strict=True))
     if all("question_id" in prompt.row for prompt in prompts):
-        return [_lines(out / "mt_bench" / f"{name}.jsonl", [_mt_bench(*p, name) for p in pairs])]
+        first = all(isinstance(turn, dict) for p in prompts for turn in p.row.get("turns", [""]))
+        folder, make = ("arena_hard", _arena_hard_01) if first else ("mt_bench", _mt_bench)
+        return [_lines(out / folder / f"{name}.jsonl", [make(*pair, name) for pair in pairs])]
     if all("uid" in prompt.row for prompt in prompts):
         return [
             _lines(out / "arena_hard" / f"{name}.jsonl", [_arena_hard(*p, name) for p in pairs])
@@ -60,6 +62,12 @@ def _mt_bench(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:
         "choices": [{"index": 0, "turns": texts}],
         "tstamp": time.time(),
     }
+
+
+def _arena_hard_01(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:
+    answer = _mt_bench(prompt, texts, name)
+    answer["choices"] = [{"index": 0, "turns": [{"content": text} for text in texts]}]
+    return answer
 
 
 def _arena_hard(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, top_k
 from fpocli.store import Store, index_dtype
 
+# Tokens of a pair whose log-probabilities are held against the model's own forward pass.
+_CHECKED = 32
+
 
 def score_block(
     model: LanguageModel,
@@ -100,8 +103,9 @@ def _check_finite(scores: PairScores, source_rows: np.ndarray) -> None:
         )
 
 
-def check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
-    """Refuse a model that does not follow the attention rule of packed rows.
+def check_model(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
+    """Refuse a model whose head does more than a product and a soft-cap, or that does not follow
+    the attention rule of packed rows.
 
     Model families are many, and one that ignores a mask or the positions makes every number
     wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
@@ -109,6 +113,16 @@ def check_attention_rule(model: LanguageModel, tokens: Tokens, device: torch.dev
     place, which may change them by rounding only.
     """
     pair = tokens.pair(0)
+    batch = pack([pair], row_multiple(device)).to(device)
+    with torch.inference_mode():
+        own = model.own_logprobs(batch, _CHECKED)
+        difference = (model(batch)[0][:_CHECKED] - own).abs().max().item()
+    if difference > (1e-3 if model.network.dtype == torch.float32 else 0.5):
+        raise UserError(
+            f"{type(model.network).__name__} makes its logits in a way of its own: "
+            f"log-probabilities differ by {difference:.3g} nats",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )
     chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
     foreign = pair.prompt[-1]
     other = replace(pair, rejected=np.full_like(rejected, foreign))

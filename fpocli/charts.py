@@ -58,10 +58,9 @@ def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
         for axis, site in zip(axes, sites, strict=True):
             bound = values[f"bound.{site}"] / values["tokens"]
             _scatter(axis, kl, bound)
-            ends = [max(1e-12, kl.min()), max(1e-12, kl.max())]
-            axis.plot(ends, ends, color="black", linewidth=0.8)
-            if kl.max() > 0 and bound.max() > 0:
-                axis.set(xscale="log", yscale="log")
+            axis.plot([kl.min(), kl.max()], [kl.min(), kl.max()], color="black", linewidth=0.8)
+            # The bound lies orders of magnitude above.
+            axis.set(yscale="log" if kl.min() > 0 and bound.min() > 0 else "linear")
             axis.set(xlabel="KL (nats per token)", ylabel="Appendix B's bound", title=site)
             axis.legend()
 
@@ -73,7 +72,7 @@ def _scatter(axis: Any, x: np.ndarray, y: np.ndarray) -> None:
 
 def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """The paper's Figure 3: sequential KL of held-out chosen and rejected responses over the steps,
-    and the size of the difference of their means.
+    and the size of the difference of their means. The band is from the least to the largest run.
 
     Args:
         runs: records of fpo compare by method; those without a measured KL are left out.
@@ -89,7 +88,7 @@ def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
             ]
             if not curves:
                 continue
-            points = np.array(curves)  # [seeds, steps, 3]
+            points = np.array(curves)  # [runs, steps, 3]
             steps, chosen, rejected = points[0, :, 0], points[..., 1], points[..., 2]
             for axis, values in zip(axes, (chosen, rejected, abs(rejected - chosen)), strict=True):
                 (line,) = axis.plot(steps, values.mean(0), label=method)
@@ -97,7 +96,7 @@ def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
                 axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, xlabel="step", ylabel="nats")
-        axes[-1].legend(fontsize="small")
+        _legend(axes[-1])
 
 
 def draw_figure4(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
@@ -107,24 +106,29 @@ def draw_figure4(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
         runs: records of fpo compare by method.
         file: PNG.
     """
-    memory = {name: [row["peak_memory_gb"] for row in rows] for name, rows in runs.items()}
-    margins = {
-        name: [
-            float(np.mean([site["margin"] for site in row["eval"]["distance"].values()]))
-            for row in rows
-            if row["eval"].get("distance")
-        ]
-        for name, rows in runs.items()
+
+    def margins(row: dict[str, Any]) -> float | None:
+        sites = row["eval"].get("distance")
+        return float(np.mean([site["margin"] for site in sites.values()])) if sites else None
+
+    panels = {
+        "peak memory of training (GB)": lambda row: row["peak_memory_gb"],
+        "D margin": margins,
     }
     with figure(file, 2) as axes:
-        for axis, values, title in zip(
-            axes,
-            (memory, {name: found for name, found in margins.items() if found}),
-            ("peak memory of training (GB)", "D margin"),
-            strict=True,
-        ):
-            heights = [np.mean(found) for found in values.values()]
-            errors = [np.std(found) for found in values.values()]
-            axis.bar(list(values), heights, yerr=errors, color=_COLOURS[0], capsize=3)
+        for axis, (title, value) in zip(axes, panels.items(), strict=True):
+            known = {
+                name: [found for row in rows if (found := value(row)) is not None]
+                for name, rows in runs.items()
+            }
+            known = {name: values for name, values in known.items() if values}
+            heights = [np.mean(values) for values in known.values()]
+            errors = [np.std(values) for values in known.values()]
+            axis.bar(list(known), heights, yerr=errors, color=_COLOURS[0], capsize=3)
             axis.set(title=title)
             axis.tick_params(axis="x", rotation=40)
+
+
+def _legend(axis: Any) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize="small")

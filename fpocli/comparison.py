@@ -1,16 +1,19 @@
 """fpo compare: caches, trains and evaluates a grid of runs, and writes the paper's tables."""
 
+import hashlib
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fpocli.config import CompareConfig
 from fpocli.console import console
-from fpocli.engine import replace_text
 from fpocli.errors import UserError
+from fpocli.files import replace_text
 from fpocli.grid import Grid, Step, read_grid
+from fpocli.store import Store
 from fpocli.tables import REPORTS, collect, write_reports
 
 
@@ -29,12 +32,14 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is wrong, or a command of the grid stopped.
     """
-    grid = read_grid(config.config_file, tuple(REPORTS))
+    grid = read_grid(config.config_file, REPORTS)
     steps = [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
     if config.plan:
         for step in steps:
             print(f"{'done' if _done(grid, step) else 'to do'}  {step.name}")
         return []
+    if missing := [file for step in steps for file in step.files if not file.is_file()]:
+        raise UserError(f"{missing[0]}, which {config.config_file} names, is not there", "mend it")
     grid.out.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps, 1):
         if not _done(grid, step):
@@ -48,30 +53,42 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def _done(grid: Grid, step: Step) -> bool:
-    """Whether the result is there, made with these very settings and marked as whole."""
-    file = _file(grid, step)
-    same = file.is_file() and yaml.safe_load(file.read_text()) == step.settings
-    return same and step.result.is_file() and file.with_suffix(".done").is_file()
+    """Whether its result is there, made of what it would be made of now."""
+    mark = _mark(grid, step)
+    return step.result.is_file() and mark.is_file() and mark.read_text() == _inputs(step)
+
+
+def _inputs(step: Step) -> str:
+    """sha256 of all that a step's result is made of: settings, files, and the step before."""
+    digest = hashlib.sha256(json.dumps(step.settings, sort_keys=True).encode())
+    for file in step.files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    if step.after:
+        digest.update(_inputs(step.after).encode())
+    # A store may have been made anew by hand.
+    store = Path(step.settings.get("cache") or step.settings["out"])
+    if (store / "zarr.json").is_file():
+        digest.update(Store.open(store).meta["fingerprint"].encode())
+    return digest.hexdigest()
 
 
 def _run(grid: Grid, step: Step) -> None:
-    file = _file(grid, step)
-    file.parent.mkdir(exist_ok=True)
-    done = file.with_suffix(".done")
-    done.unlink(missing_ok=True)
+    mark = _mark(grid, step)
+    mark.parent.mkdir(exist_ok=True)
+    mark.unlink(missing_ok=True)
+    file = mark.with_suffix(".yaml")
     replace_text(file, yaml.safe_dump(step.settings, sort_keys=False))
-    words = [*step.words, "--config", str(file)]
-    if step.words[-1] == "eval":
-        words.insert(len(step.words), step.settings["model"])
+    # What fpo eval measures has no flag.
+    model = [step.settings["model"]] if step.words[-1] == "eval" else []
     # The commands' own tables would mix with ours on stdout.
-    finished = subprocess.run(words, stdout=subprocess.DEVNULL)
-    if finished.returncode:
+    done = subprocess.run([*step.words, *model, "--config", str(file)], stdout=subprocess.DEVNULL)
+    if done.returncode:
         raise UserError(
-            f"{step.name} stopped with exit code {finished.returncode}, as told above",
+            f"{step.name} stopped with exit code {done.returncode}, as told above",
             "mend it and give the same command again; what is done is not done anew",
         )
-    done.touch()
+    replace_text(mark, _inputs(step))
 
 
-def _file(grid: Grid, step: Step) -> Any:
-    return grid.out / "configs" / f"{step.name}.yaml"
+def _mark(grid: Grid, step: Step) -> Path:
+    return grid.out / "configs" / f"{step.name}.done"

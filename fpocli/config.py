@@ -4,6 +4,7 @@ The command line makes its flags from these fields and the Python API takes the 
 nothing is listed twice. A field's type is what the flag accepts.
 """
 
+import math
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,7 +22,7 @@ _TOKENS_PER_ROW = (
 
 
 def _check(config: Any) -> None:
-    """Hold a config made in Python to what its flags would accept."""
+    """Hold a config made in Python, or from a grid's YAML, to what its flags would accept."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
@@ -29,14 +30,39 @@ def _check(config: Any) -> None:
         if NoneType in get_args(kind):
             kind = get_args(kind)[0]  # of KIND | None
         flag = "--" + name.replace("_", "-")
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise UserError(f"{flag} {value} is unknown", f"take {', '.join(get_args(kind))}")
-        if get_origin(kind) is list and not isinstance(value, (list, tuple)):
-            raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise UserError(f"{flag} {value} is unknown", f"take {', '.join(get_args(kind))}")
+            continue
+        if get_origin(kind) is list:
+            if not isinstance(value, (list, tuple)):
+                raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
+            value = [_convert(flag, item, get_args(kind)[0]) for item in value]
+        else:
+            value = _convert(flag, value, kind)
+        object.__setattr__(config, name, value)
         for bound in flags:
             low, high = bound.min, bound.max
-            if (low is not None and value < low) or (high is not None and value > high):
+            # Written so that nan is out of every range.
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
                 raise UserError(f"{flag} {value} is out of range", f"see `fpo --help` for {flag}")
+
+
+def _convert(flag: str, value: Any, kind: type) -> Any:
+    """The value as its type; YAML reads 2e-5 as a text, and 3 where 3.0 is meant."""
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+    elif isinstance(value, (str, int, float)):
+        try:
+            converted = kind(value)
+        except (ValueError, OverflowError):
+            pass
+        else:
+            # 2.5 is no whole number.
+            if kind is not int or isinstance(value, str) or converted == value:
+                return converted
+    raise UserError(f"{flag} {value} is no {kind.__name__}", f"see `fpo --help` for {flag}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +131,6 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        object.__setattr__(self, "top_k", str(self.top_k))
         if not self.layer:
             raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
@@ -225,6 +250,16 @@ class TrainConfig:
         _check(self)
         if self.beta is None:
             object.__setattr__(self, "beta", 2.0 if self.method.startswith("simpo") else 0.1)
+        if (self.measure_kl or self.eval_every) and not self.eval_fraction:
+            raise UserError(
+                "--measure-kl and --eval-every measure held-out pairs, and none are held out",
+                "give --eval-fraction, such as 0.05",
+            )
+        if self.feature_weights and self.method != "fpo":
+            raise UserError(
+                f"{self.method} compares no features, so --feature-weights would do nothing",
+                "leave it out, or take --method fpo",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,8 +317,10 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _check(self)
-        if not self.temperature or min(self.temperature) < 0:
+        if not self.temperature or not all(0 <= t < math.inf for t in self.temperature):
             raise UserError("--temperature needs numbers from 0 up", "try --temperature 0.7")
+        if len(set(self.temperature)) < len(self.temperature):
+            raise UserError("a --temperature is given twice", "give each once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ import torch
 
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError
+from fpocli.files import replace_text
 from fpocli.model import FrozenReference, LanguageModel
 
 _STEP, _LATEST = "fpo_step", "latest"
@@ -261,13 +262,6 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
             f"the checkpoint {folder / tag} cannot be loaded: {error}",
             "go on with as many processes as saved it, or start anew with --overwrite",
         ) from error
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    partial.replace(file)
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:

@@ -20,8 +20,8 @@ from fpocli.bound import operator_norm, squared_change
 from fpocli.catalog import ModelFolder, find_model
 from fpocli.config import EvalConfig, TrainConfig
 from fpocli.console import console, progress
-from fpocli.engine import replace_text
 from fpocli.errors import UserError
+from fpocli.files import replace_text
 from fpocli.generation import Samples, generate
 from fpocli.loading import (
     check_k,
@@ -91,7 +91,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
-    folder, trained = find_policy(config.model, store)
+    folder, trained = find_policy(config, store)
     out = Path(config.out) if config.out else _beside(config.model)
     tokenizer = tokenizer_of(store, folder)
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
@@ -106,13 +106,15 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         world=1,
     )
     split = config.split or ("eval" if stream.held_out_pairs else "all")
+    if trained and split != "eval":
+        console.print(f"note: the split {split} has pairs that {config.model} was trained on")
     if not stream.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
             "name another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
-    samples = Samples(config, folder, out) if config.generate else None
+    samples = Samples(config, folder, store, out) if config.generate else None
     values = _measure(config, store, folder, stream, split, k, device)
     result: dict[str, Any] = {
         "model": folder.source,
@@ -136,34 +138,45 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def find_policy(name: str, store: Store) -> tuple[ModelFolder, TrainConfig | None]:
+def find_policy(config: EvalConfig, store: Store) -> tuple[ModelFolder, TrainConfig | None]:
     """The model of a run's folder, with the run's settings; or any model, without.
 
     Raises:
         UserError: the run has no final model yet or was trained on another store, whose held-out
             pairs are not this one's; or there is no such model.
     """
-    run = Path(name)
-    if not (run / "run.json").is_file():
-        return find_model(name), None
+    run = run_folder(config.model)
+    if run is None:
+        return find_model(config.model), None
     if not (run / "final").is_dir():
         raise UserError(
             f"the run {run} has no final model yet",
             "finish it with the `fpo train` command that began it",
         )
-    if json.loads((run / "run.json").read_text())["store"] != store.meta["fingerprint"]:
+    own = json.loads((run / "run.json").read_text())["store"] == store.meta["fingerprint"]
+    if not own and config.split != "all":
         raise UserError(
             f"the run {run} was trained on another store than {store.path}, so it may have seen "
             "the pairs that would be held out here",
-            f"name its own store, or its model alone: {run / 'final'}",
+            "name its own store, or take the pairs as they are with --split all",
         )
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     return find_model(str(run / "final")), TrainConfig(**settings)
 
 
+def run_folder(model: str) -> Path | None:
+    """The run that a path means, by its folder or by its final model."""
+    path = Path(model)
+    for folder in (path, path.parent) if path.name == "final" else (path,):
+        if (folder / "run.json").is_file():
+            return folder
+    return None
+
+
 def _beside(model: str) -> Path:
     """Where results go by default: into a run's folder, else into the working directory."""
-    return Path(model) / "eval" if (Path(model) / "run.json").is_file() else Path("eval")
+    run = run_folder(model)
+    return run / "eval" if run else Path("eval")
 
 
 # -- per pair --------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ from fpocli.answers import write_answers
 from fpocli.catalog import ModelFolder
 from fpocli.config import EvalConfig
 from fpocli.console import progress
-from fpocli.engine import replace_text
 from fpocli.errors import UserError, differences
+from fpocli.files import replace_text
 from fpocli.prompts import Prompt, read_prompts
 from fpocli.store import Store
 
@@ -80,13 +80,14 @@ class Samples:
     Args:
         config: which prompts and how.
         folder: the policy.
+        store: whose template is used.
         out: where the file is.
 
     Raises:
         UserError: the prompts cannot be read, or `out` holds samples of other settings.
     """
 
-    def __init__(self, config: EvalConfig, folder: ModelFolder, out: Path) -> None:
+    def __init__(self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path) -> None:
         self.config, self.prompts = config, read_prompts(str(config.generate))
         self.file = out / "samples.jsonl"
         about = out / "samples.json"
@@ -94,9 +95,16 @@ class Samples:
         identity = {name: getattr(config, name) for name in _IDENTITY} | {
             "prompts": hashlib.sha256(text.encode()).hexdigest(),
             "weights": folder.weights_hash(),
+            "dtype": store.meta["model"]["dtype"],
+            "template": store.meta["tokenizer"]["chat_template"]["hash"],
+            "special_tokens": store.meta["tokenizer"]["special_tokens"],
         }
         if about.is_file() and self.file.is_file() and not config.overwrite:
-            if other := differences(json.loads(about.read_text()), identity):
+            try:
+                there = json.loads(about.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{about} is damaged: {error}", "give --overwrite") from error
+            if other := differences(there, identity):
                 raise UserError(
                     f"{self.file} was sampled with other settings: {other}",
                     "give another --out, or --overwrite",
@@ -162,20 +170,23 @@ class Sampler:
         config: EvalConfig,
         device: torch.device,
     ) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.config, self.tokenizer = config, tokenizer
         special = store.meta["tokenizer"]["special_tokens"]
         self.bos: int | None = special["bos"]
-        # A template may end a turn with several tokens; then the first that is special ends it.
-        ends = {tokenizer.eos_token_id, *special["end_of_turn"][:1]} - {None}
-        self.ends = sorted(ends)
+        # A tokeniser may need several tokens for the end of a turn; then they end it together.
+        self.ends: list[list[int]] = [special["end_of_turn"]]
+        if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in self.ends:
+            self.ends.append([tokenizer.eos_token_id])
         dtype = getattr(torch, store.meta["model"]["dtype"])
         # Packed rows are for scoring; here the model keeps transformers' own attention.
         network: Any = AutoModelForCausalLM.from_pretrained(
             folder.path, dtype=dtype, use_safetensors=True
         )
         self.network = network.to(device).eval()
+        # A model may come with penalties and filters of its own; only what is asked for counts.
+        self.network.generation_config = GenerationConfig()
 
     def answer(self, prompts: list[Prompt], temperature: float, first: int) -> list[dict[str, Any]]:
         """Answers to a batch of prompts, turn by turn.
@@ -206,7 +217,8 @@ class Sampler:
         prompts = [self._encode(talk) for talk in talks]
         width = max(len(ids) for ids in prompts)
         device = self.network.device
-        padding = self.ends[0]
+        single = [end[0] for end in self.ends if len(end) == 1]
+        padding = single[0] if single else 0
         ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=device)
         seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         sampling: dict[str, Any] = {"do_sample": False}
@@ -215,12 +227,14 @@ class Sampler:
                 "do_sample": True, "temperature": temperature, "top_p": self.config.top_p,
                 "top_k": 0,
             }  # fmt: skip
+        if several := [self.tokenizer.decode(end) for end in self.ends if len(end) > 1]:
+            sampling |= {"stop_strings": several, "tokenizer": self.tokenizer}
         with torch.inference_mode(), _entropies(self.network) as entropies:
             tokens = self.network.generate(
                 ids,
                 attention_mask=seen,
                 max_new_tokens=self.config.max_new_tokens,
-                eos_token_id=self.ends,
+                eos_token_id=single or None,
                 pad_token_id=padding,
                 **sampling,
             )[:, width:]
@@ -237,15 +251,20 @@ class Sampler:
         return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _reply(self, tokens: list[int], entropy: list[float]) -> dict[str, Any]:
-        """Up to the end of the turn, whose token counts in the entropy but is no text."""
-        stop = next((i for i, token in enumerate(tokens) if token in self.ends), None)
-        count = len(tokens) if stop is None else stop + 1
-        ids = tokens[: count if stop is None else stop]
+        """Up to the end of the turn, whose tokens count in the entropy but are no text."""
+        found = [
+            (start, start + len(end))
+            for end in self.ends
+            for start in range(len(tokens) - len(end) + 1)
+            if tokens[start : start + len(end)] == end
+        ]
+        stop, count = min(found, default=(len(tokens), len(tokens)))
+        ids = tokens[:stop]
         return {
             "text": self.tokenizer.decode(ids, skip_special_tokens=True),
             "ids": ids,
             "entropy": sum(entropy[:count]) / count,
-            "ended": stop is not None,
+            "ended": bool(found),
         }
 
 

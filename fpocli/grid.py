@@ -12,6 +12,8 @@ reports: [table3, figure3]
 """
 
 import dataclasses
+import hashlib
+import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ import yaml
 from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
 from fpocli.errors import UserError
 
+# What the comparison itself sets.
+_OWN = {"cache": {"out"}, "train": {"out", "cache"}, "eval": {"model", "cache", "out", "json"}}
+_FILES = ("feature_weights", "deepspeed", "generate")
 _SECTIONS = {
     "out": str, "launch": str, "store": str, "cache": dict, "train": dict, "eval": dict,
     "runs": list, "reports": list,
@@ -39,12 +44,19 @@ class Step:
         words: how the program is started, up to the command's name.
         settings: what stands in its configuration.
         result: the file that is there when it is done.
+        after: the step whose result it reads.
     """
 
     name: str
     words: tuple[str, ...]
     settings: dict[str, Any]
     result: Path
+    after: "Step | None" = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the user's that it reads."""
+        return [Path(self.settings[name]) for name in _FILES if self.settings.get(name)]
 
 
 @dataclass(frozen=True)
@@ -111,24 +123,31 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     for entry in given["runs"]:
         for choice in _multiply(entry, path):
             cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
-            trained = {name: value for name, value in choice.items() if name not in cached}
             if cached and "store" in given:
                 raise UserError(
                     f"{path} varies {', '.join(cached)}, which the store has settled",
                     "give `cache` with the settings of fpo cache in place of `store`",
                 )
-            store = given.get("store") or str(out / "stores" / f"{_name(cached) or 'ref'}.zarr")
-            cache_settings = base["cache"] | cached | {"out": store}
+            step = None
             if "store" not in given:
-                name = f"cache.{_name(cached) or 'ref'}"
-                stores[name] = Step(
-                    name, _program("cache"), cache_settings, Path(store) / "zarr.json"
-                )
-            run = _run(out, given, base, choice, trained, cache_settings, store)
+                step = _store(out, base["cache"] | cached, path)
+                step = stores.setdefault(step.name, step)
+            run = _run(out, given, base, choice, step, path)
             if run.name in runs:
                 raise UserError(f"{path} means the run {run.name} twice", "name it once in `runs`")
             runs[run.name] = run
     return Grid(out, list(stores.values()), list(runs.values()), given.get("reports", ["all"]))
+
+
+def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
+    """The command that makes a store; whoever needs the same settings shares it."""
+    whole = dataclasses.asdict(_make(CacheConfig, settings, f"`cache` in {path}"))
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
+    sites = zip(whole["layer"], whole["site"] * len(whole["layer"]), strict=False)
+    name = "+".join(f"{layer}.{kind}" for layer, kind in sites) + f"-{digest}"
+    file = out / "stores" / f"{name}.zarr"
+    settings = settings | {"out": str(file)}
+    return Step(f"cache.{name}", _program("cache"), settings, file / "zarr.json")
 
 
 def _run(
@@ -136,26 +155,52 @@ def _run(
     given: dict[str, Any],
     base: dict[str, dict[str, Any]],
     choice: dict[str, Any],
-    trained: dict[str, Any],
-    cached: dict[str, Any],
-    store: str,
+    store: Step | None,
+    path: str,
 ) -> Run:
     name = _name(choice) or "run"
     folder = out / "runs" / name
-    settings = base["train"] | trained | {"cache": store, "out": str(folder)}
-    evaluation = base["eval"] | {"model": str(folder), "cache": store}
-    # Both are held to what the commands take, before anything runs.
-    config = TrainConfig(**settings)
-    EvalConfig(**evaluation)
-    sites = {} if "store" in given else dataclasses.asdict(CacheConfig(**cached))
-    launch = tuple(shlex.split(given["launch"])) if "launch" in given else _program()
+    cache = store.settings["out"] if store else given["store"]
+    trained = {key: value for key, value in choice.items() if key not in _fields(CacheConfig)}
+    settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
+    evaluation = base["eval"] | {
+        "model": str(folder), "cache": cache, "out": str(folder / "eval"),
+    }  # fmt: skip
+    config = _make(TrainConfig, settings, f"`train` of {name} in {path}")
+    _make(EvalConfig, evaluation, f"`eval` in {path}")
+    sites = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
+    try:
+        launch = tuple(shlex.split(given.get("launch", ""))) or _program()
+    except ValueError as error:
+        raise UserError(f"`launch` in {path} is no command line: {error}", "mend it") from error
+    train = Step(
+        f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json", store
+    )
     return Run(
         name=name,
         settings=sites | dataclasses.asdict(config),
         folder=folder,
-        train=Step(f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json"),
-        evaluate=Step(f"eval.{name}", _program("eval"), evaluation, folder / "eval" / "eval.json"),
+        train=train,
+        evaluate=Step(
+            f"eval.{name}", _program("eval"), evaluation, folder / "eval" / "eval.json", train
+        ),
     )
+
+
+def _make(config: type, settings: dict[str, Any], where: str) -> Any:
+    """A command's settings, held to what it takes before anything runs."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.default is field.default_factory is dataclasses.MISSING
+        and field.name not in settings
+    ]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}", "see fpo --help")
+    try:
+        return config(**settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.hint) from error
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -174,7 +219,8 @@ def _read(path: str) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise UserError(f"{name} in {path} is no {kind.__name__}", "see docs/evaluation.md")
     for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
-        _check_names(given.get(section, {}), {*_fields(config), "preset"}, f"{section} in {path}")
+        known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())
+        _check_names(given.get(section, {}), known, f"`{section}` in {path}")
     return given
 
 
@@ -182,7 +228,7 @@ def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
     if "preset" not in train:
         return train
     name = train["preset"]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"the preset {name} is not known", f"known: {', '.join(PRESETS)}")
     return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}
 
@@ -191,7 +237,8 @@ def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
     """Every choice of an entry of `runs`: a list of values is a choice among them."""
     if not isinstance(entry, dict):
         raise UserError(f"an entry of `runs` in {path} is no set of flags", "write {method: fpo}")
-    _check_names(entry, {*_fields(TrainConfig), *_fields(CacheConfig)}, f"`runs` in {path}")
+    known = _fields(TrainConfig) | _fields(CacheConfig)
+    _check_names(entry, known - _OWN["train"] - _OWN["cache"], f"`runs` in {path}")
     several = {name for config in (CacheConfig, TrainConfig) for name in _lists(config)}
     choices = []
     for name, value in entry.items():
@@ -204,7 +251,10 @@ def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
 
 def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(str(name) for name in given if name not in known):
-        raise UserError(f"{where} sets {', '.join(unknown)}, which is no flag", "see fpo --help")
+        raise UserError(
+            f"{where} sets {', '.join(unknown)}, which is no flag, or one that fpo compare sets",
+            "see fpo --help",
+        )
 
 
 def _fields(config: type) -> set[str]:
@@ -221,7 +271,7 @@ def _name(choice: dict[str, Any]) -> str:
 
     def text(value: Any) -> str:
         parts = value if isinstance(value, list) else [value]
-        return "+".join(Path(str(part)).name for part in parts)
+        return "+".join(str(part).strip("/").replace("/", "-") for part in parts)
 
     return "_".join(f"{name}-{text(value)}" for name, value in choice.items())
 

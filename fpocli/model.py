@@ -94,6 +94,20 @@ class LanguageModel(nn.Module):
         Returns:
             what the head reads at each predictor, [M, d], and the sites' states there, [M, d].
         """
+        with self._capture() as captured:
+            final = self.network.get_decoder()(**self._inputs(batch)).last_hidden_state
+        return final[0].index_select(0, batch.predictors), {
+            name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
+        }
+
+    def own_logprobs(self, batch: Batch, count: int) -> Tensor:
+        """What the model's own forward pass gives for the first targets: float32 [count], nats."""
+        logits = self.network(**self._inputs(batch), logits_to_keep=batch.predictors[:count]).logits
+        targets = batch.targets[:count, None]
+        return logits[0].float().log_softmax(-1).gather(-1, targets)[:, 0]
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """A batch as transformers takes it."""
         kernel = self.config._attn_implementation
         masks = {
             kind: mask(
@@ -104,17 +118,13 @@ class LanguageModel(nn.Module):
             )
             for kind in layer_kinds(self.config)
         }
-        with self._capture() as captured:
-            final = self.network.get_decoder()(
-                input_ids=batch.ids[None],
-                position_ids=batch.positions[None],
-                # Models with layers of several kinds take a mask for each.
-                attention_mask=masks if hasattr(self.config, "layer_types") else masks.popitem()[1],
-                spans=batch.spans,
-                use_cache=False,
-            ).last_hidden_state
-        return final[0].index_select(0, batch.predictors), {
-            name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
+        return {
+            "input_ids": batch.ids[None],
+            "position_ids": batch.positions[None],
+            # Models with layers of several kinds take a mask for each.
+            "attention_mask": masks if hasattr(self.config, "layer_types") else masks.popitem()[1],
+            "spans": batch.spans,
+            "use_cache": False,
         }
 
     @property

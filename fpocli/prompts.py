@@ -38,7 +38,7 @@ def read_prompts(path: str) -> list[Prompt]:
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is neither JSON nor JSONL: {error}", "mend the file") from error
     prompts = [Prompt(_turns(row, path, number), row) for number, row in enumerate(rows, 1)]
@@ -52,6 +52,11 @@ def _turns(row: Any, path: str, number: int) -> tuple[str, ...]:
     if isinstance(row, dict):
         given = row.get("turns") or row.get("instruction") or row.get("prompt")
     texts = given if isinstance(given, list) else [given]
+    if len(texts) > 1 and "question_id" not in row:
+        raise UserError(
+            f"record {number} of {path} has several turns and no question_id",
+            "only MT-Bench's judge reads several turns, and it needs the id",
+        )
     texts = [text.get("content") if isinstance(text, dict) else text for text in texts]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(

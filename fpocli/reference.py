@@ -17,7 +17,7 @@ from rich.filesize import decimal
 
 from fpocli.attention import choose_kernel
 from fpocli.batches import default_tokens_per_row
-from fpocli.blocks import check_attention_rule, score_block
+from fpocli.blocks import check_model, score_block
 from fpocli.catalog import ModelFolder, default_sae, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import console, progress
@@ -76,7 +76,7 @@ def _cache(
     todo = store.missing_blocks()
     if todo:
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
-        check_attention_rule(model, store.tokens(todo[0]), device)
+        check_model(model, store.tokens(todo[0]), device)
         budget = config.tokens_per_row or default_tokens_per_row(device)
         console.print(f"rows of {budget:,} tokens on {device}; {model.kernels}")
         with (

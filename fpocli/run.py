@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from fpocli.config import TrainConfig
-from fpocli.engine import newest_checkpoint, replace_text
+from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences
+from fpocli.files import replace_text
 from fpocli.store import Store
 
 
@@ -62,7 +63,11 @@ class RunFolder:
                     f"{self.folder} exists and is no run of fpo", "give another folder with --out"
                 )
             if self.settings.overwrite:
-                shutil.rmtree(self.folder)
+                # Aside first: a kill must not leave a folder that is no run any more.
+                removed = self.folder.with_name(self.folder.name + ".removed")
+                shutil.rmtree(removed, ignore_errors=True)
+                self.folder.rename(removed)
+                shutil.rmtree(removed)
             elif begun and (other := differences(json.loads(known.read_text()), identity)):
                 raise UserError(
                     f"{self.folder} holds a run with other settings: {other}",

@@ -45,16 +45,20 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     return result
 
 
-def _share(values: np.ndarray) -> dict[str, float]:
+def _share(values: np.ndarray) -> dict[str, float | None]:
     """How often chosen is above rejected, and the standard error of that share."""
-    share = float((values[:, 0] > values[:, 1]).mean())
-    return {"share": share, "standard_error": float(np.sqrt(share * (1 - share) / len(values)))}
+    return _mean((values[:, 0] > values[:, 1]).astype(float), "share")
 
 
-def _gap(values: np.ndarray) -> dict[str, float]:
+def _gap(values: np.ndarray) -> dict[str, float | None]:
     """Mean of chosen minus rejected, and its standard error."""
-    gaps = values[:, 0] - values[:, 1]
-    return {"mean": float(gaps.mean()), "standard_error": float(gaps.std() / np.sqrt(len(gaps)))}
+    return _mean(values[:, 0] - values[:, 1], "mean")
+
+
+def _mean(values: np.ndarray, name: str) -> dict[str, float | None]:
+    count = len(values)
+    error = float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else None
+    return {name: float(values.mean()), "standard_error": error}
 
 
 def _sides(values: np.ndarray) -> dict[str, float]:

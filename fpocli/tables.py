@@ -5,9 +5,8 @@ Win rates need a judge and are not made here; fpo eval --generate writes what ju
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,6 +14,8 @@ import pandas as pd
 from fpocli.grid import Grid, Run
 
 Row = dict[str, Any]
+# Settings that make no other kind of run.
+_NO_DIFFERENCE = ("seed", "out", "cache", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def collect(runs: list[Run]) -> list[Row]:
                 "eval": json.loads(run.evaluate.result.read_text()),
                 "curve": [line for line in lines if line["split"] == "eval"],
                 "seconds": sum(line["seconds"] for line in train),
-                "peak_memory_gb": max(line["peak_memory_gb"] for line in train),
+                # With --measure-kl the reference was in memory too, whatever the method.
+                "peak_memory_gb": None
+                if run.settings["measure_kl"]
+                else max(line["peak_memory_gb"] for line in train),
             }
         )
     return rows
@@ -140,19 +144,18 @@ def write_reports(grid: Grid, rows: list[Row]) -> None:
             from fpocli.charts import draw_figure3, draw_figure4
 
             draw = {"figure3": draw_figure3, "figure4": draw_figure4}[name]
-            draw(by_method(rows), Path(grid.out / f"{name}.png"))
+            _, groups = grouped(rows, ("method",))
+            draw({", ".join(key): group for key, group in groups.items()}, grid.out / f"{name}.png")
 
 
 def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
     """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
-    # A setting that no run changes tells nothing apart.
-    keys = [key for key in table.keys if len({_text(row["settings"].get(key)) for row in rows}) > 1]
-    keys = keys or list(table.keys[:1])
+    keys, groups = grouped(rows, table.keys)
     columns = [column for column in table.columns if any(_known(column, row) for row in rows)]
     lines, records = [], []
-    for key, group in grouped(rows, tuple(keys)).items():
-        record: Row = dict(zip(keys, key, strict=True)) | {"seeds": len(group)}
-        cells = [*key]
+    for key, group in groups.items():
+        record: Row = dict(zip(keys, key, strict=True)) | {"runs": len(group)}
+        cells = [*key, str(len(group))]
         for column in columns:
             known = [value for row in group if (value := column.value(row)) is not None]
             cells.append(_cell(known, column.digits))
@@ -160,27 +163,47 @@ def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
             record[f"{column.title}, std"] = statistics.stdev(known) if len(known) > 1 else None
         lines.append("| " + " | ".join(cells) + " |")
         records.append(record)
-    heads = [*keys, *(column.title for column in columns)]
+    heads = [*keys, "runs", *(column.title for column in columns)]
+    splits = sorted({f"{row['eval']['split']} ({row['eval']['pairs']:,} pairs)" for row in rows})
     text = "\n".join(
-        [f"# {table.title}", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines]
+        [
+            f"# {table.title}",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|---" * len(heads) + "|",
+            *lines,
+            "",
+            f"Measured on the split {', '.join(splits)}. ± is the standard deviation over runs "
+            "that differ in nothing but the seed.",
+        ]
     )
-    seeds = {len(group) for group in grouped(rows, tuple(keys)).values()}
-    if max(seeds) > 1:
-        text += f"\n\nMean ± standard deviation over {max(seeds)} runs each."
     return text + "\n", pd.DataFrame(records)
 
 
-def grouped(rows: list[Row], keys: tuple[str, ...]) -> dict[tuple[str, ...], list[Row]]:
-    """Runs with the same settings `keys`, in order."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(_text(row["settings"].get(key)) for key in keys), []).append(row)
-    return groups
+def grouped(
+    rows: list[Row], keys: tuple[str, ...]
+) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
+    """Runs that differ in nothing but the seed, in order, and the settings that tell them apart.
 
+    Args:
+        rows: records of the runs.
+        keys: settings to tell them apart by, where they differ; others follow if they must.
+    """
 
-def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """The runs of each method."""
-    return {method: group for (method,), group in grouped(rows, ("method",)).items()}
+    def differ(names: Iterable[str], among: list[Row]) -> list[str]:
+        return [n for n in names if len({_text(row["settings"].get(n)) for row in among}) > 1]
+
+    def split(names: list[str]) -> dict[tuple[str, ...], list[Row]]:
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(_text(row["settings"].get(n)) for n in names), []).append(row)
+        return groups
+
+    found = differ(keys, rows) or list(keys[:1])
+    others = [name for name in rows[0]["settings"] if name not in {*_NO_DIFFERENCE, *found}]
+    # Such as beta, which the methods' defaults change but which tells no two runs apart.
+    found += [n for n in others if any(differ([n], group) for group in split(found).values())]
+    return found, split(found)
 
 
 def _text(value: Any) -> str:

@@ -135,7 +135,7 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         ("reward margin, nats per token", "reward_margin_per_token", "mean"),
     ):
         value = result[name]
-        table.add_row(title, f"{value[of]:.4f}", f"{value['standard_error']:.4f}")
+        table.add_row(title, f"{value[of]:.4f}", _number(value["standard_error"]))
     out.print(table)
     table = Table("", "chosen", "rejected", "|margin|", box=None, header_style="")
     rows = {"perplexity": result["perplexity"]}

@@ -106,6 +106,11 @@ def train(settings: TrainConfig) -> Path:
             f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
             f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
         )
+        if (own := "bfloat16" if settings.bf16 else "float32") != store.meta["model"]["dtype"]:
+            console.print(
+                f"note: the policy runs in {own}, the store was made in "
+                f"{store.meta['model']['dtype']}: at step 0 u, D and KL are not quite 0"
+            )
         if warmup_steps(steps, settings) > steps:
             console.print(
                 f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
@@ -150,7 +155,6 @@ def train(settings: TrainConfig) -> Path:
                 "data_wait": (ahead.waited - waited) / (now - began),
                 "peak_memory_gb": peak_memory(device) / 1e9,
             }
-            began, waited = now, ahead.waited
             run.log({"step": step + 1, "split": "train"} | line)
             check_finite(line["loss"], norm, step + 1)
             bar.advance(0, f"loss {line['loss']:.4f}")
@@ -158,6 +162,7 @@ def train(settings: TrainConfig) -> Path:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1)
+            began, waited = time.perf_counter(), ahead.waited
     measure(steps)
 
     # -- the result -----------------------------------------------------------------------------

@@ -1,13 +1,16 @@
 """fpo compare: what a grid means, a small one run from end to end, and its tables."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 import yaml
+import zarr
 
+from fpocli.comparison import _inputs
 from fpocli.errors import UserError
 from fpocli.grid import read_grid
 from fpocli.tables import REPORTS, TABLES, make_table
@@ -44,31 +47,47 @@ def test_lists_are_multiplied_out(tmp_path):
     assert found.runs[0].settings["beta"] == 0.1
 
 
-def test_runs_of_the_same_sites_share_a_store(tmp_path):
+def test_runs_of_the_same_cache_settings_share_a_store(tmp_path):
     file = tmp_path / "grid.yaml"
     content = {
-        "cache": {"model": "m", "layer": [25], "sae": ["a"]},
+        "cache": {"model": "m", "layer": [25], "sae": ["a/canonical"]},
         "runs": [
             {"method": ["dpo", "fpo"]},
-            {"method": "fpo", "layer": [[7]], "site": [["mlp_out"], ["resid_post"]]},
-            {"method": "fpo", "layer": [0, 12], "sae": ["a", "b"]},
+            {"method": "sft", "layer": [[25]], "site": [["resid_post"]]},
+            {"method": "fpo", "sae": [["b/canonical"]]},
+            {"method": "fpo", "layer": [0, 12], "sae": ["a", "b"], "site": ["mlp_out"]},
         ],
     }
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     found = read_grid(str(file), REPORTS)
-    assert [step.name for step in found.stores] == [
-        "cache.ref",
-        "cache.layer-7_site-mlp_out",
-        "cache.layer-7_site-resid_post",
-        "cache.layer-0+12_sae-a+b",
+    assert [step.name.rpartition("-")[0] for step in found.stores] == [
+        "cache.25.resid_post",
+        "cache.25.resid_post",
+        "cache.0.mlp_out+12.mlp_out",
     ]
-    first, second, third, _, last = found.runs
-    assert first.train.settings["cache"] == second.train.settings["cache"]
-    assert third.train.settings["cache"] == found.stores[1].settings["out"]
-    assert last.settings["layer"] == [0, 12]
-    content["runs"][2]["sae"] = ["a"]
+    stores = [run.train.settings["cache"] for run in found.runs]
+    assert stores[0] == stores[1] == stores[2] == found.stores[0].settings["out"]
+    assert stores[3] == found.stores[1].settings["out"] != stores[0]
+    assert found.runs[3].settings["sae"] == []
+    assert found.runs[4].settings["layer"] == [0, 12]
+    content["runs"][3]["sae"] = ["a"]
     file.write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(UserError, match="1 SAEs are given for 2 layers"):
+        read_grid(str(file), REPORTS)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """YAML 1.1 wants a point in 2e-5."""
+    file = tmp_path / "grid.yaml"
+    file.write_text("store: s\ntrain: {lr: 2e-5, warmup: 3}\nruns: [{method: fpo, alpha: [1e-1]}]")
+    (run,) = read_grid(str(file), REPORTS).runs
+    assert run.settings["lr"] == 2e-5 and run.settings["alpha"] == 0.1
+
+
+def test_a_cache_without_a_model_is_told(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("cache: {layer: [3]}\nruns: [{method: fpo}]")
+    with pytest.raises(UserError, match="lacks model"):
         read_grid(str(file), REPORTS)
 
 
@@ -88,11 +107,35 @@ def test_runs_of_the_same_sites_share_a_store(tmp_path):
         ({"reports": ["table1"]}, "table1, which is not known"),
         ({"seeds": 3}, "a section seeds"),
         ({"runs": "all"}, "runs in .* is no list"),
+        ({"train": {"lr": "fast"}}, "--lr fast is no float"),
+        ({"train": {"epochs": 1.5}}, "--epochs 1.5 is no int"),
+        ({"train": {"bf16": "yes"}}, "--bf16 yes is no bool"),
+        ({"train": {"out": "x"}}, "sets out"),
+        ({"train": {"preset": ["paper-2b"]}}, "is not known"),
+        ({"train": {"measure_kl": True}}, "none are held out"),
+        ({"eval": {"out": "x"}}, "sets out"),
+        ({"eval": {"preset": "paper-2b"}}, "sets preset"),
+        ({"eval": {"temperature": ["hot"]}}, "--temperature hot is no float"),
+        ({"eval": {"temperature": [float("nan")]}}, "--temperature"),
+        ({"eval": {"temperature": [0.7, 0.7]}}, "given twice"),
+        ({"runs": [{"seed": "abc"}]}, "--seed abc is no int"),
+        ({"runs": [{"cache": "x"}]}, "sets cache"),
+        ({"launch": "torchrun 'x"}, "no command line"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, **content)
+
+
+def remark(out, file):
+    """Mark every step as done."""
+    for step in comparison_steps(read_grid(str(file), REPORTS)):
+        (out / "configs" / f"{step.name}.done").write_text(_inputs(step))
+
+
+def comparison_steps(grid):
+    return [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
 
 
 def fpo(*words, cwd=None):
@@ -148,8 +191,9 @@ def test_tables_hold_what_eval_and_metrics_say(finished):
         assert row["KL rejected (nats)"] == pytest.approx(result["kl"]["rejected"])
         assert row["D chosen"] == pytest.approx(result["distance"]["layer_3.resid_post"]["chosen"])
         assert row["Entropy (nats)"] == pytest.approx(result["generation"][0]["entropy"])
-        peaks = [line["peak_memory_gb"] for line in lines if line["split"] == "train"]
-        assert row["Peak (GB)"] == pytest.approx(max(peaks))
+        seconds = [line["seconds"] for line in lines if line["split"] == "train"]
+        assert row["Time (s)"] == pytest.approx(sum(seconds))
+        assert "Peak (GB)" not in frame, "the reference was in memory for both"
         last = [line for line in lines if line["split"] == "eval"][-1]
         assert last["kl_chosen"] == pytest.approx(result["kl"]["chosen"], rel=1e-4)
         assert last["accuracy"] == pytest.approx(result["accuracy"]["share"])
@@ -180,6 +224,37 @@ def test_what_is_done_is_not_done_anew(finished):
     assert again.stdout == first.stdout
 
 
+def test_what_lies_upstream_counts(finished, tmp_path):
+    """Other prompts, another store: what was made of the old ones is to be made anew."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    out = tmp_path / "copy/out"
+    content = yaml.safe_load((folder / "grid.yaml").read_text()) | {"out": str(out)}
+    file = tmp_path / "grid.yaml"
+
+    def plan(**changes):
+        changed = {
+            name: content[name] | values if isinstance(values, dict) else values
+            for name, values in changes.items()
+        }
+        file.write_text(yaml.safe_dump(content | changed, sort_keys=False))
+        lines = fpo("compare", file, "--plan").stdout.splitlines()
+        return [line.split()[-1].partition(".")[0] for line in lines if line.startswith("to do")]
+
+    # The copy lies elsewhere, so it counts as nothing until it is marked again.
+    assert plan() == ["cache", "train", "eval", "train", "eval"]
+    remark(out, file)
+    assert plan() == []
+    (tmp_path / "other.jsonl").write_text('{"prompt": "rat"}\n')
+    assert plan(eval={"generate": str(tmp_path / "other.jsonl")}) == ["eval", "eval"]
+    assert plan(train={"lr": 5e-4}) == ["train", "eval", "train", "eval"]
+    assert plan(cache={"limit": 9}) == ["cache", "train", "eval", "train", "eval"]
+    (store,) = (out / "stores").glob("*.zarr")
+    group = zarr.open_group(store, mode="r+")
+    group.attrs["fpo"] = group.attrs["fpo"] | {"fingerprint": "made anew"}
+    assert plan() == ["cache", "train", "eval", "train", "eval"]
+
+
 def test_a_step_that_fails_stops_the_comparison(finished, tmp_path):
     folder, _ = finished
     content = yaml.safe_load((folder / "grid.yaml").read_text())
@@ -191,16 +266,31 @@ def test_a_step_that_fails_stops_the_comparison(finished, tmp_path):
     assert "train.method-fpo_k-80 stopped with exit code 2" in done.stderr
 
 
-def test_means_and_deviations_over_seeds():
-    def row(method, seed, share):
-        return {
-            "settings": {"method": method, "seed": seed, "layer": [1]},
-            "eval": {"accuracy": {"share": share}},
-        }
+def row(share, **settings):
+    return {
+        "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1]}
+        | settings,
+        "eval": {"accuracy": {"share": share}, "split": "eval", "pairs": 20},
+    }
 
-    rows = [row("fpo", 0, 0.5), row("fpo", 1, 0.7), row("dpo", 0, 0.25)]
+
+def test_means_and_deviations_over_seeds():
+    rows = [
+        row(0.5, method="fpo", seed=0),
+        row(0.7, method="fpo", seed=1),
+        row(0.25, method="simpo", seed=0),
+    ]
     text, frame = make_table(TABLES["table2"], rows)
-    assert "| fpo | 60.0 ± 14.1 |" in text and "| dpo | 25.0 |" in text
-    assert frame["seeds"].tolist() == [2, 1]
+    assert "| fpo | 2 | 60.0 ± 14.1 |" in text and "| simpo | 1 | 25.0 |" in text
+    assert frame["runs"].tolist() == [2, 1]
     assert frame["Accuracy (%), std"][0] == pytest.approx(14.142, abs=1e-3)
     assert "Entropy" not in text, "a column that nothing was measured for"
+    assert "beta" not in text, "it differs with the method alone"
+    assert "eval (20 pairs)" in text
+
+
+def test_runs_of_other_settings_are_not_averaged():
+    rows = [row(0.5, method="fpo", alpha=0.1), row(0.9, method="fpo", alpha=2.0)]
+    text, frame = make_table(TABLES["table2"], rows)
+    assert list(frame.columns[:1]) == ["alpha"] or list(frame.columns[:2]) == ["method", "alpha"]
+    assert "50.0" in text and "90.0" in text and "±" not in text.splitlines()[4]

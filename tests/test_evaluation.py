@@ -139,8 +139,9 @@ def test_a_run_of_another_store_is_told(material, store_path, tmp_path):
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
     (run / "run.json").write_text('{"store": "another"}')
-    with pytest.raises(UserError, match="was trained on another store"):
-        evaluate(config(material, tmp_path, model=str(run)))
+    for model in (run, run / "final"):
+        with pytest.raises(UserError, match="was trained on another store"):
+            evaluate(config(material, tmp_path, model=str(model)))
 
 
 def test_another_tokeniser_is_told(material, store_path, tmp_path):

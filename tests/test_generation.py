@@ -1,6 +1,7 @@
 """Sampling: entropy against plain transformers, seeds, resuming, and the judges' files."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -128,11 +129,47 @@ def test_samples_of_other_settings_are_kept(material, store_path, tmp_path, prom
     evaluate(config(material, prompts, tmp_path / "out", seed=5, overwrite=True))
 
 
+def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tmp_path, prompts):
+    """The tokeniser does not know chatml's <|im_end|>; a lone < is an ordinary character."""
+    store = cache(cache_config(material, tmp_path / "ref.zarr", chat_template="chatml"))
+    mouth = sampler(material, material / "policy", store, prompts)
+    assert len(mouth.ends[0]) > 1 and len(mouth.ends) == 2
+    ids = mouth.tokenizer("if x < y: code<|im_end|> and", add_special_tokens=False).input_ids
+    reply = mouth._reply(ids, [1.0] * len(ids))
+    assert reply["text"] == "if x < y: code" and reply["ended"]
+    assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0))
+
+
+def test_a_models_own_penalties_do_not_count(material, store_path, tmp_path, prompts):
+    folder = shutil.copytree(material / "policy", tmp_path / "policy")
+    about = {"repetition_penalty": 1.8, "do_sample": True, "temperature": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(about))
+    store = Store.open(store_path)
+    one, other = (
+        sampler(material, path, store, prompts).answer(questions(*QUESTIONS), 0, 0)
+        for path in (material / "policy", folder)
+    )
+    assert one == other
+
+
+def test_samples_of_another_template_are_not_taken(material, store_path, tmp_path, prompts):
+    evaluate(config(material, prompts, tmp_path / "out"))
+    store = cache(cache_config(material, tmp_path / "chatml.zarr", chat_template="chatml"))
+    with pytest.raises(UserError, match="template is"):
+        evaluate(config(material, prompts, tmp_path / "out", cache=str(store.path)))
+    (tmp_path / "out/samples.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        evaluate(config(material, prompts, tmp_path / "out"))
+
+
 def test_an_answer_ends_with_its_turn(material, store_path, prompts):
     mouth = sampler(material, material / "policy", Store.open(store_path), prompts)
-    end = mouth.ends[0]
+    (end,) = mouth.ends[0]
     reply = mouth._reply([40, 41, end, 7, 7], [1.0, 2.0, 3.0, 50.0, 50.0])
     assert reply["ids"] == [40, 41] and reply["ended"] and reply["entropy"] == 2
+    mouth.ends.append([41, 42])
+    reply = mouth._reply([41, 40, 41, 42, end], [1.0, 2.0, 3.0, 2.0, 50.0])
+    assert reply["ids"] == [41, 40] and reply["ended"] and reply["entropy"] == 2
     reply = mouth._reply([40, 41], [1.0, 2.0])
     assert reply["ids"] == [40, 41] and not reply["ended"] and reply["entropy"] == 1.5
 
@@ -224,13 +261,25 @@ def test_arena_hard_answers_are_as_its_judge_reads_them(material, store_path, tm
         assert isinstance(row["messages"][-1]["content"]["answer"], str)
 
 
+def test_arena_hard_01_answers_have_records_as_turns(material, store_path, tmp_path):
+    file = tmp_path / "question.jsonl"
+    rows = [{"question_id": f"q{i}", "turns": [{"content": t}]} for i, t in enumerate(QUESTIONS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(config(material, file, tmp_path / "out"))
+    (answers,) = (tmp_path / "out/arena_hard").glob("*.jsonl")
+    for line in answers.read_text().splitlines():
+        (turn,) = json.loads(line)["choices"][0]["turns"]
+        assert isinstance(turn["content"], str)
+
+
 @pytest.mark.parametrize(
     ("text", "turns"),
     [
         ('{"prompt": "a"}\n\n{"instruction": "b"}\n', [("a",), ("b",)]),
-        ('[{"turns": ["a", "b"]}]', [("a", "b")]),
+        ('[{"turns": ["a", "b"], "question_id": 1}]', [("a", "b")]),
         ('{"turns": [{"content": "a"}]}', [("a",)]),
         ('  [{"prompt": "ünï"}]', [("ünï",)]),
+        ('{"prompt": "one\u2028two"}\r\n{"prompt": "b"}', [("one\u2028two",), ("b",)]),
     ],
 )
 def test_prompt_files(tmp_path, text, turns):
@@ -247,6 +296,7 @@ def test_prompt_files(tmp_path, text, turns):
         ('["a"]', "record 1 of"),
         ('{"turns": ["a", 3]}', "record 1 of"),
         ('{"turns": []}', "record 1 of"),
+        ('{"turns": ["a", "b"]}', "several turns and no question_id"),
         ("{", "neither JSON nor JSONL"),
         ("[]", "holds no prompt"),
         ("", "holds no prompt"),
