@@ -28,6 +28,7 @@ from fpocli.loading import (
     find_reference,
     load_encoders,
     load_reference,
+    sae_sources,
     sites_of,
     tokenizer_of,
 )
@@ -248,11 +249,10 @@ def _changes(scores: PairScores, states: Tensor, encoder: SparseEncoder, site: s
 
 def _operator_norms(config: EvalConfig, store: Store, policy: LanguageModel) -> dict[str, float]:
     """M of each site."""
-    sources = config.sae or [about["sae"]["source"] for about in store.sites.values()]
     head = policy.network.get_output_embeddings().weight
-    with progress("Appendix B's operator norm", len(sources)) as bar:
-        norms = {}
-        for site, source in zip(store.sites, sources, strict=True):
+    norms = {}
+    with progress("Appendix B's operator norm", len(store.sites)) as bar:
+        for site, source in sae_sources(store, config.sae).items():
             norms[site] = operator_norm(head, load_decoder(source, head.device))
             bar.advance()
     return norms

@@ -82,6 +82,17 @@ def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
     return tokenizer
 
 
+def sae_sources(store: Store, given: list[str]) -> dict[str, str]:
+    """Where the SAE of each site of a store is: as given, in the store's order, or as it says."""
+    sources = given or [about["sae"]["source"] for about in store.sites.values()]
+    if len(sources) != len(store.sites):
+        raise UserError(
+            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
+            f"give one --sae for each of {', '.join(store.sites)}",
+        )
+    return dict(zip(store.sites, sources, strict=True))
+
+
 def load_encoders(
     store: Store, given: list[str], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
@@ -96,17 +107,11 @@ def load_encoders(
     Raises:
         UserError: one is missing, or is not the one the store was made with.
     """
-    sources = given or [about["sae"]["source"] for about in store.sites.values()]
-    if len(sources) != len(store.sites):
-        raise UserError(
-            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
-            f"give one --sae for each of {', '.join(store.sites)}",
-        )
     encoders = {}
-    for (site, about), source in zip(store.sites.items(), sources, strict=True):
+    for site, source in sae_sources(store, given).items():
         encoder = load_encoder(source, device)
         check_encoder(encoder, source, Site.parse(site), width)
-        if encoder.hash() != about["sae"]["hash"]:
+        if encoder.hash() != store.sites[site]["sae"]["hash"]:
             raise UserError(
                 f"the SAE {source} is not the one {store.path} was made with at {site}",
                 "name the right one with --sae, or cache again",

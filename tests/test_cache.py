@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import transformers
 from conftest import cache_config, write_pairs
 from test_store import contents
 
@@ -348,3 +349,26 @@ def test_totals_that_are_lost_are_made_again(material, tmp_path, store_path, mon
     whole, mended = contents(store_path), contents(path)
     for name, values in whole.items():
         np.testing.assert_array_equal(mended[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["Granite", "Cohere"])
+def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
+    """Its log-probabilities would be wrong without a word."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=tiny.WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=tiny.LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **({"logits_scaling": 8.0} if name == "Granite" else {"logit_scale": 0.25}),
+    )
+    torch.manual_seed(0)
+    network = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    network.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="makes its logits in a way of its own"):
+        cache(cache_config(material, tmp_path / "ref.zarr", model=str(tmp_path / "model")))
