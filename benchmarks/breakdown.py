@@ -12,16 +12,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from common import machine, measure_parser, middle, write_page
+from common import machine, measure_parser, middle, real_rows, write_page
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from fpocli.attention import BY_SEQUENCE, attend_by_sequence, mask
-from fpocli.batches import default_tokens_per_row, fill_rows, pack
+from fpocli.batches import default_tokens_per_row
 from fpocli.catalog import find_model
 from fpocli.model import load_model
-from fpocli.pairs import open_source, read_pairs
-from fpocli.tokens import PairTokenizer
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm"),
@@ -43,13 +41,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=12)
     arguments = parser.parse_args()
     device = torch.device("cpu")
-    folder = find_model(arguments.model)
-    tokenizer = PairTokenizer(folder, None, arguments.max_length, arguments.max_length - 1)
-    pairs = list(tokenizer(read_pairs(open_source(arguments.data, None, arguments.pairs))))
-    rows = fill_rows([len(pair) for pair in pairs], default_tokens_per_row(device))
-    batches = [pack([pairs[i] for i in row]) for row in rows]
-    tokens = sum(len(pair) for pair in pairs)
-    model = load_model(folder, [], torch.bfloat16, device)
+    tokens, batches = real_rows(arguments)
+    model = load_model(find_model(arguments.model), [], torch.bfloat16, device)
 
     def score() -> None:
         with torch.inference_mode():

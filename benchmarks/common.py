@@ -1,12 +1,14 @@
 """What the benchmarks share: arguments, a store, contestants in processes of their own, pages."""
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -93,6 +95,33 @@ def middle(values: Iterable[float], form: str = ".2f") -> str:
     """Median, least and largest as text."""
     values = list(values)
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def by_turns(
+    names: Iterable[str], rows: list[Any], work: Callable[[str, Any], None]
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Do the same work in several ways, row by row in turn, in this process.
+
+    Args:
+        names: of the ways.
+        rows: what is worked on; the first one also warms up.
+        work: does a row in the way of a name.
+
+    Returns:
+        seconds of each row, and the most GB the process held during it, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, list[float]] = {name: [] for name in seconds}
+    for number, row in enumerate([rows[0], *rows]):
+        for name in seconds if number % 2 else reversed(seconds):
+            gc.collect()
+            forget_peak()
+            began = time.perf_counter()
+            work(name, row)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+                peaks[name].append(memory("VmHWM") / 1e3)
+    return seconds, peaks
 
 
 def forget_peak() -> None:
@@ -198,6 +227,23 @@ def make_store(arguments: argparse.Namespace, folder: str, pairs: int, **changes
         **changes,
     )
     return cache(config)
+
+
+def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
+    """Packed rows of the first pairs, for a CPU: how many tokens they have, and the batches."""
+    import torch
+
+    from fpocli.batches import default_tokens_per_row, fill_rows, pack
+    from fpocli.catalog import find_model
+    from fpocli.pairs import open_source, read_pairs
+    from fpocli.tokens import PairTokenizer
+
+    folder, most = find_model(arguments.model), arguments.max_length
+    source = open_source(arguments.data, None, arguments.pairs)
+    pairs = list(PairTokenizer(folder, None, most, most - 1)(read_pairs(source)))
+    lengths = [len(pair) for pair in pairs]
+    rows = fill_rows(lengths, default_tokens_per_row(torch.device("cpu")))
+    return sum(lengths), [pack([pairs[i] for i in row]) for row in rows]
 
 
 def load_encoders(store: Any, device: Any) -> dict[str, Any]:

@@ -9,20 +9,17 @@ one. The default model is the demo's (run `make demo` first), the pairs are this
 """
 
 import argparse
-import gc
 import statistics
 import tempfile
-import time
 from datetime import UTC, datetime
 
 import torch
 from common import (
-    forget_peak,
+    by_turns,
     load_encoders,
     machine,
     make_store,
     measure_parser,
-    memory,
     middle,
     model_width,
     write_page,
@@ -34,7 +31,7 @@ from fpocli.config import TrainConfig
 from fpocli.model import Site, load_model
 from fpocli.objective import objective
 from fpocli.scoring import score
-from fpocli.stream import Stream
+from fpocli.stream import MicroBatch, Stream
 
 FEATURES, PAIRS = 16_384, 24
 
@@ -58,22 +55,14 @@ def main() -> None:
     model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).train()
     model.network.activation_checkpointing_enable()
     methods = {"simpo": {}, "fpo": encoders}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    peaks: dict[str, list[float]] = {name: [] for name in methods}
-    # The first row warms up.
-    for number, row in enumerate([rows[0], *rows]):
-        for name in methods if number % 2 else reversed(methods):
-            gc.collect()
-            forget_peak()
-            began = time.perf_counter()
-            scores = score(model, methods[name], row.batch)
-            settings = TrainConfig(cache="unused", method=name)
-            loss, _ = objective(scores, row.reference, methods[name], settings)
-            loss.mean().backward()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-                peaks[name].append(memory("VmHWM") / 1e3)
-            del scores, loss
+
+    def work(name: str, row: MicroBatch) -> None:
+        scores = score(model, methods[name], row.batch)
+        settings = TrainConfig(cache="unused", method=name)
+        loss, _ = objective(scores, row.reference, methods[name], settings)
+        loss.mean().backward()
+
+    seconds, peaks = by_turns(methods, rows, work)
     report(arguments, seconds, peaks)
 
 

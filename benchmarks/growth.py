@@ -8,13 +8,12 @@ fpo and simpo in turn. One size changes at a time; nothing needs to be downloade
 
 import statistics
 import tempfile
-import time
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import torch
-from common import machine, random_sae, write_page
+from common import by_turns, machine, random_sae, write_page
 
 BASE = {"K": 256, "m": 16_384, "vocabulary": 49_152, "length": 128, "pairs": 2}
 SIZES = {
@@ -89,20 +88,18 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
         margin=torch.zeros(pairs, device=device),
         features={str(site): StoredFeatures(index, value, nonzero)},
     )
-    times: dict[str, list[float]] = {"simpo": [], "fpo": []}
-    for number in range(ROUNDS + 1):
-        for method in times if number % 2 else reversed(times):
-            encoders = {str(site): encoder} if method == "fpo" else {}
-            began = time.perf_counter()
-            scores = score(model, encoders, batch)
-            settings = TrainConfig(cache="unused", method=method)
-            loss, _ = objective(scores, reference, encoders, settings)
-            loss.mean().backward()
-            loss.mean().item()
-            if number:
-                times[method].append(time.perf_counter() - began)
-            model.zero_grad()
-    return times
+    ways = {"simpo": {}, "fpo": {str(site): encoder}}
+
+    def work(method: str, row: Any) -> None:
+        settings = TrainConfig(cache="unused", method=method)
+        scores = score(model, ways[method], row)
+        loss, _ = objective(scores, reference, ways[method], settings)
+        loss.mean().backward()
+        loss.mean().item()
+        model.zero_grad()
+
+    seconds, _ = by_turns(ways, [batch] * ROUNDS, work)
+    return seconds
 
 
 def report(rows: list[str]) -> None:

@@ -108,7 +108,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     )
     split = config.split or ("eval" if stream.held_out_pairs else "all")
     if trained and split != "eval":
-        console.print(f"note: the split {split} has pairs that {config.model} was trained on")
+        console.print(f"note: {config.model} may have been trained on pairs of the split {split}")
     if not stream.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
