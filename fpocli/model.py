@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,9 +159,8 @@ class LanguageModel(nn.Module):
         return getattr(layer, "post_feedforward_layernorm", layer.mlp)
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the frozen reference makes of a batch.
+class Expected(NamedTuple):
+    """What the frozen reference makes of a batch. A tuple, which DeepSpeed sees into.
 
     Args:
         network: transformers' model, whose head makes distributions of `final`, chunk by chunk.

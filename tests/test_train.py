@@ -471,3 +471,43 @@ def test_sft_first_then_a_store_of_its_result(material, store_path, tmp_path):
     lines = run(folder, tmp_path / "fpo", "--no-bf16")
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
     assert lines[0]["distance_chosen"] < 1e-9
+
+
+SHARDED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import tiny
+from test_scoring import random_pairs
+from fpocli.batches import pack
+from fpocli.config import TrainConfig
+from fpocli.engine import deepspeed_config, shard, start_processes
+from fpocli.model import FrozenReference, Site
+
+rank, world = start_processes(torch.device("cpu"))
+batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
+whole = FrozenReference(tiny.network("gemma2"), [site])
+config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
+# DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
+config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
+for _ in range(3):
+    one, other = whole(batch), engine(batch)
+    assert torch.equal(one.final, other.final)
+    assert torch.equal(one.states[str(site)], other.states[str(site)])
+own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
+held = sum(p.numel() for p in engine.module.parameters())
+total = sum(p.numel() for p in whole.parameters())
+assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
+print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
+"""
+
+
+def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
+    """And gathers the same states as a whole one gives, to the bit."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launch, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr
