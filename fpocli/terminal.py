@@ -135,7 +135,7 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         ("reward margin, nats per token", "reward_margin_per_token", "mean"),
     ):
         value = result[name]
-        table.add_row(title, f"{value[of]:.4f}", _number(value["standard_error"]))
+        table.add_row(title, *(_number(value[part], ".4f") for part in (of, "standard_error")))
     out.print(table)
     table = Table("", "chosen", "rejected", "|margin|", box=None, header_style="")
     rows = {"perplexity": result["perplexity"]}
@@ -171,8 +171,8 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         out.print(table)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _grid() -> Table:
