@@ -235,12 +235,14 @@ def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
 
     from fpocli.batches import default_tokens_per_row, fill_rows, pack
     from fpocli.catalog import find_model
+    from fpocli.drops import Drops
     from fpocli.pairs import open_source, read_pairs
     from fpocli.tokens import PairTokenizer
 
     folder, most = find_model(arguments.model), arguments.max_length
     source = open_source(arguments.data, None, arguments.pairs)
-    pairs = list(PairTokenizer(folder, None, most, most - 1)(read_pairs(source)))
+    tokenize = PairTokenizer(folder, None, most, most - 1, Drops())
+    pairs = list(tokenize(read_pairs(source, tokenize.drops)))
     lengths = [len(pair) for pair in pairs]
     rows = fill_rows(lengths, default_tokens_per_row(torch.device("cpu")))
     return sum(lengths), [pack([pairs[i] for i in row]) for row in rows]

@@ -97,6 +97,9 @@ class CacheConfig:
         Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
     ] = None
     limit: Annotated[int | None, Option(min=1, help="Read only the first so many rows.")] = None
+    strict: Annotated[
+        bool, Option("--strict", help="Stop at the first row of the data that cannot be used.")
+    ] = False
     chat_template: Annotated[
         str | None,
         Option(

@@ -25,6 +25,7 @@ from fpocli.errors import UserError, differences
 from fpocli.files import replace_text
 from fpocli.prompts import Prompt, read_prompts
 from fpocli.store import Store
+from fpocli.tokens import encode_prompt
 
 # What an answer is made from: another value of one of these makes others.
 _IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
@@ -214,7 +215,7 @@ class Sampler:
         return answers
 
     def _sample(self, talks: list[list[dict[str, str]]], temperature: float) -> list[dict]:
-        prompts = [self._encode(talk) for talk in talks]
+        prompts = [encode_prompt(self.tokenizer, talk, self.bos) for talk in talks]
         width = max(len(ids) for ids in prompts)
         device = self.network.device
         single = [end[0] for end in self.ends if len(end) == 1]
@@ -244,11 +245,6 @@ class Sampler:
                 tokens.tolist(), torch.stack(entropies, 1).tolist(), strict=True
             )
         ]
-
-    def _encode(self, talk: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
 
     def _reply(self, tokens: list[int], entropy: list[float]) -> dict[str, Any]:
         """Up to the end of the turn, whose tokens count in the entropy but are no text."""

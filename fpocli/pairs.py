@@ -11,13 +11,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fpocli.catalog import hub_errors
 from fpocli.config import DEFAULT_DATA
+from fpocli.drops import Drops
 from fpocli.errors import UserError
 
 Message = dict[str, str]
@@ -34,19 +35,22 @@ class Pair:
         chosen: the preferred answer.
         rejected: the other answer.
         row: its row in the source, from 0.
+        place: where people find it, such as "pairs.jsonl, line 3".
     """
 
     prompt: list[Message]
     chosen: str
     rejected: str
     row: int
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: `rows` yields its raw rows, `identity` says what they are."""
+    """A data set: `rows` yields its raw rows with their places, a BadRow for one that cannot be
+    read; `identity` says what they are."""
 
-    rows: Iterator[tuple[str, dict[str, Any]]]
+    rows: Iterator[tuple[str, Any]]
     identity: dict[str, Any]
 
 
@@ -89,44 +93,52 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
     return Source(islice(rows, limit), identity)
 
 
-def read_pairs(source: Source) -> Iterator[Pair]:
-    """The pairs of a source, in order.
-
-    Raises:
-        UserError: a row has none of the layouts; the sentence names it.
-    """
-    for number, (name, row) in enumerate(source.rows):
+def read_pairs(source: Source, drops: Drops) -> Iterator[Pair]:
+    """The pairs of a source, in order; rows that are none go to `drops`."""
+    for number, (place, row) in enumerate(source.rows):
+        drops.read += 1
         try:
-            yield _parse(row, number)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{name}: {_reason(error)}",
-                "a row needs prompt, chosen and rejected as text or messages, UltraFeedback's or "
-                "HH-RLHF's layout; see docs/data.md",
-            ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _parse(row: dict[str, Any], number: int) -> Pair:
-    if not isinstance(row, dict):
-        raise ValueError("the row is not an object with named fields")
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    for name in ("chosen", "rejected"):
-        if row[name] is None:
-            raise ValueError(f"the field {name} is null")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise ValueError("chosen is text and rejected is not, or the other way round")
-    if isinstance(chosen, str):
-        if prompt is None:
-            chosen, rejected = _transcript(chosen), _transcript(rejected)
+            if isinstance(row, BadRow):
+                raise row
+            pair = _parse(row, number, place)
+        except BadRow as bad:
+            drops.add(bad.reason, number, place, bad.detail)
         else:
-            _check_unicode(chosen + rejected)
-            messages = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
-            return Pair(messages, chosen, rejected, number)
-    chosen, rejected = _messages(chosen), _messages(rejected)
+            yield pair
+
+
+class BadRow(Exception):
+    """A row that is no pair.
+
+    Args:
+        reason: the kind of mistake, as docs/data.md lists them.
+        detail: what is wrong with this row.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def _parse(row: Any, number: int, place: str) -> Pair:
+    if not isinstance(row, dict):
+        raise BadRow("no object", f"it is {type(row).__name__}")
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise BadRow("missing field", name)
+        if row[name] is None:
+            raise BadRow("null field", name)
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("wrong type", "chosen is text and rejected is not, or the other way round")
+    if isinstance(chosen, str) and prompt is not None:
+        head = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
+        answers = [_message("assistant", text) for text in (chosen, rejected)]
+        return _pair(head, answers, number, place)
+    if isinstance(chosen, str):
+        chosen, rejected = _transcript(chosen), _transcript(rejected)
+    else:
+        chosen, rejected = _messages(chosen), _messages(rejected)
     if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
         prompt = [_message("user", prompt)]
     if isinstance(prompt, list):
@@ -136,15 +148,22 @@ def _parse(row: dict[str, Any], number: int) -> Pair:
         # The conversations share all turns but the last.
         head = chosen[:-1]
         if rejected[:-1] != head:
-            raise ValueError("chosen and rejected do not share their turns before the last")
+            raise BadRow("different prompts", "turns before the last differ")
         chosen, rejected = chosen[-1:], rejected[-1:]
     if len(chosen) != 1 or len(rejected) != 1:
-        raise ValueError("chosen and rejected must each end in one answer after the prompt")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        raise ValueError("chosen and rejected must end in an assistant message")
-    if not head:
-        raise ValueError("the prompt is empty")
-    return Pair(head, chosen[0]["content"], rejected[0]["content"], number)
+        raise BadRow("not one answer", "each side must end in one answer after the prompt")
+    return _pair(head, [chosen[0], rejected[0]], number, place)
+
+
+def _pair(head: list[Message], answers: list[Message], number: int, place: str) -> Pair:
+    if any(answer["role"] != "assistant" for answer in answers):
+        raise BadRow("wrong role", "an answer must be an assistant message")
+    if not any(message["content"].strip() for message in head):
+        raise BadRow("empty prompt")
+    chosen, rejected = (answer["content"] for answer in answers)
+    if not chosen.strip() or not rejected.strip():
+        raise BadRow("empty response", "" if chosen.strip() else "chosen")
+    return Pair(head, chosen, rejected, number, place)
 
 
 def _without(head: list[Message], conversation: list[Message]) -> list[Message]:
@@ -153,21 +172,25 @@ def _without(head: list[Message], conversation: list[Message]) -> list[Message]:
 
 def _message(role: Any, content: Any) -> Message:
     if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError("a message's role and content must be text")
-    _check_unicode(content)
+        raise BadRow("wrong type", "a message's role and content must be text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("half a character", "a lone surrogate") from error
     return {"role": role, "content": content}
 
 
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the text holds half a character (a lone surrogate)") from error
-
-
 def _messages(value: Any) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise ValueError("messages must be a list that is not empty")
+    if not isinstance(value, list):
+        raise BadRow("wrong type", "messages must be a list")
+    if not value:
+        raise BadRow("empty messages")
+    for item in value:
+        if not isinstance(item, dict):
+            raise BadRow("wrong type", "a message must be an object with role and content")
+        for name in ("role", "content"):
+            if name not in item:
+                raise BadRow("missing field", f"{name} of a message")
     return [_message(item["role"], item["content"]) for item in value]
 
 
@@ -175,12 +198,12 @@ def _transcript(text: str) -> list[Message]:
     """HH-RLHF's transcript as messages."""
     head, *parts = _TURN.split(text)
     if head.strip() or not parts:
-        raise ValueError("there is no prompt, and the text is no Human/Assistant transcript")
+        raise BadRow("missing field", "prompt; and the text is no Human/Assistant transcript")
     turns = zip(parts[::2], parts[1::2], strict=True)
     return [_message(_ROLE[speaker], content) for speaker, content in turns]
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
         from pyarrow import ArrowException
@@ -211,8 +234,9 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 try:
                     yield f"{path}, line {number}", json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise UserError(f"{path}, line {number}: {error}", "mend the line") from error
+                # A line nested too deep is a RecursionError.
+                except (ValueError, RecursionError) as error:
+                    yield f"{path}, line {number}", BadRow("broken line", str(error))
     else:
         raise UserError(
             f"{path} is of no known kind", "data files end in .json, .jsonl or .parquet"

@@ -21,6 +21,7 @@ from fpocli.blocks import check_model, score_block
 from fpocli.catalog import ModelFolder, default_sae, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import console, progress
+from fpocli.drops import Drops
 from fpocli.errors import UserError, differences
 from fpocli.model import Site, check_layers, choose_device, load_model, read_config
 from fpocli.pairs import Pair, Source, open_source, read_pairs
@@ -67,8 +68,9 @@ def _cache(
     """The command itself, once the store is ours to write."""
     # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
     Store.require_replaceable(Path(config.out))
+    drops = Drops(config.strict)
     tokenizer = PairTokenizer(
-        folder, config.chat_template, config.max_length, config.max_prompt_length
+        folder, config.chat_template, config.max_length, config.max_prompt_length, drops
     )
     source = open_source(config.data, config.split, config.limit)
     encoders = _load_encoders(config, sites, model_config.hidden_size, device)
@@ -162,16 +164,21 @@ def _open_or_tokenise(
         done = store.blocks - len(store.missing_blocks())
         console.print(f"{path}: {done} of {store.blocks} blocks are there already")
         return store
-    tokens = _tokenise(tokenizer, read_pairs(source), config.limit)
+    drops = tokenizer.drops
+    tokens = _tokenise(tokenizer, read_pairs(source, drops), config.limit)
     meta = identity | {
         "writer": {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__},
         "pairs": {
-            "read": tokenizer.read,
+            "read": drops.read,
             "kept": len(tokens),
-            "dropped": dict(tokenizer.dropped),
+            "dropped": dict(drops.counts),
         },
     }
     _print_plan(path, meta, tokens)
+    listed = path.with_name(path.name + ".dropped.jsonl")
+    drops.write(listed)
+    if drops.counts:
+        console.print(f"the dropped rows are listed in {listed}")
     Store.remove(path)
     return Store.create(path, meta, tokens)
 
@@ -209,13 +216,12 @@ def _tokenise(tokenizer: PairTokenizer, pairs: Iterator[Pair], limit: int | None
                 runs.append(np.asarray(run, np.uint32))
             rows.append(pair.row)
             bar.advance()
-    if not tokenizer.read:
+    if not tokenizer.drops.read:
         raise UserError("the data hold no rows", "check --data")
     if not rows:
-        reasons = ", ".join(f"{count} {why}" for why, count in tokenizer.dropped.items())
         raise UserError(
-            f"no pair is left of {tokenizer.read}" + (f": {reasons}" if reasons else ""),
-            "check the data, --max-length and --max-prompt-length",
+            f"no pair is left of {tokenizer.drops.read}: {tokenizer.drops}",
+            "check the data, --max-length and --max-prompt-length; --strict names the first row",
         )
     ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
     starts = np.concatenate([[0], ends[:-1, 2]])

@@ -2,14 +2,15 @@
 
 The prompt is the chat template with its generation prompt; each response is tokenised on its own
 and joined as ids, so no token boundary moves. Responses end with the template's end-of-turn
-token, unless they were cut.
+token, unless they were cut. Text of the data never becomes a special token.
 """
 
 import hashlib
 import json
-from collections import Counter
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 
 from fpocli.catalog import ModelFolder
 from fpocli.console import console
+from fpocli.drops import Drops
 from fpocli.errors import UserError
 from fpocli.pairs import Message, Pair
 
@@ -72,6 +74,7 @@ class PairTokenizer:
         chat_template: a name of CHAT_TEMPLATES, a Jinja file, or None for the tokeniser's own.
         max_length: tokens of prompt plus response; a longer response loses its end.
         max_prompt_length: a pair with a longer prompt is dropped.
+        drops: told of the pairs that are dropped.
 
     Raises:
         UserError: there is no tokeniser, or the template cannot be read or rendered.
@@ -83,12 +86,12 @@ class PairTokenizer:
         chat_template: str | None,
         max_length: int,
         max_prompt_length: int,
+        drops: Drops,
     ) -> None:
         self.tokenizer = load_tokenizer(folder)
+        self.drops = drops
         self.max_length = max_length
         self.max_prompt_length = min(max_prompt_length, max_length - 1)
-        self.read = 0
-        self.dropped: Counter[str] = Counter()
         self.template_name = self._set_template(chat_template)
         self.end_of_turn = self._end_of_turn()
         self.bos = self._bos()
@@ -105,25 +108,34 @@ class PairTokenizer:
         }
 
     def __call__(self, pairs: Iterable[Pair]) -> Iterator[TokenPair]:
-        """The pairs that can be scored, in order; the others are counted in `dropped`."""
+        """The pairs that can be scored, in order; `drops` is told of the others."""
         pairs = iter(pairs)
         while group := list(islice(pairs, 512)):
-            prompts = self._encode([self._render(pair.prompt, pair.row) for pair in group])
-            responses = self._encode(list(chain(*((p.chosen, p.rejected) for p in group))))
+            prompts = [self._prompt(pair) for pair in group]
+            texts = list(chain(*((pair.chosen, pair.rejected) for pair in group)))
+            responses = encode_text(self.tokenizer, texts)
             chosen, rejected = responses[::2], responses[1::2]
             for pair, prompt, good, bad in zip(group, prompts, chosen, rejected, strict=True):
-                self.read += 1
+                if prompt is None:
+                    continue
                 tokens, reason = self._assemble(pair, prompt, good, bad)
                 if tokens is None:
-                    self.dropped[reason] += 1
+                    self.drops.add(reason, pair.row, pair.place)
                 else:
                     yield tokens
+
+    def _prompt(self, pair: Pair) -> list[int] | None:
+        """The ids of a pair's prompt; None, and told to `drops`, if the template refuses it."""
+        try:
+            return encode_prompt(self.tokenizer, pair.prompt, self.bos)
+        except Exception as error:  # a template is a program of the user's and may raise anything
+            detail = f"{self.template_name}: {error}"
+            self.drops.add("refused by the chat template", pair.row, pair.place, detail)
+            return None
 
     def _assemble(
         self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
     ) -> tuple[TokenPair | None, str]:
-        if self.bos is not None and prompt[:1] != [self.bos]:
-            prompt = [self.bos, *prompt]
         if not prompt:
             return None, "empty prompt"
         if len(prompt) > self.max_prompt_length:
@@ -143,17 +155,17 @@ class PairTokenizer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False).input_ids
 
-    def _render(self, messages: list[Message], row: int | None = None, answer: str = "") -> str:
+    def _render(self, question: str, answer: str = "") -> str:
+        messages = [{"role": "user", "content": question}]
         if answer:
-            messages = [*messages, {"role": "assistant", "content": answer}]
+            messages.append({"role": "assistant", "content": answer})
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not answer
             )
-        except Exception as error:  # a template is a program of the user's and may raise anything
-            where = "" if row is None else f"row {row}: "
+        except Exception as error:  # as in _prompt
             raise UserError(
-                f"{where}the chat template {self.template_name} refuses the messages: {error}",
+                f"the chat template {self.template_name} refuses a question: {error}",
                 "give another one with --chat-template",
             ) from error
 
@@ -176,7 +188,7 @@ class PairTokenizer:
 
     def _end_of_turn(self) -> list[int]:
         """What the template puts after an answer, without the white space that follows it."""
-        whole = self._render([{"role": "user", "content": "a question"}], answer=_ANSWER)
+        whole = self._render("a question", _ANSWER)
         _, found, end = whole.rpartition(_ANSWER)
         if not found:
             raise UserError(
@@ -205,9 +217,53 @@ class PairTokenizer:
         tokeniser to add it.
         """
         bos = self.tokenizer.bos_token_id
-        prompt = self._encode([self._render([{"role": "user", "content": "a question"}])])[0]
+        prompt = self._encode([self._render("a question")])[0]
         adds = self.tokenizer("a").input_ids[:1] == [bos]
         return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
+
+
+def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of texts of the data; what spells a special token stays text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> list[int]:
+    """Ids of a conversation in the tokeniser's chat template, with its generation prompt.
+
+    Args:
+        tokenizer: transformers', with a chat template.
+        messages: the conversation; what spells a special token in it stays text.
+        bos: the id to begin with, once, whether the template writes it or not; or None.
+    """
+    spelt = _special_pattern(tokenizer)
+    left, right = _unused_characters(messages)
+    marked = [
+        message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
+        for message in messages
+    ]
+    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = []
+    for number, part in enumerate(re.split(f"[{left}{right}]", text)):
+        if part and number % 2:
+            ids += encode_text(tokenizer, [part])[0]
+        elif part:
+            ids += tokenizer(part, add_special_tokens=False).input_ids
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+@lru_cache(maxsize=4)
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds what spells a special token; never, if there is none."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unused_characters(messages: list[Message]) -> tuple[str, str]:
+    """Two characters for private use that are not in the conversation."""
+    used = {character for message in messages for character in message["content"]}
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return next(free), next(free)
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:

@@ -261,8 +261,6 @@ def error(*arguments):
         ({"sae": "narrow"}, "reads states of width 24, the model's are 32 wide"),
         ({"sae": "elsewhere"}, "trained at blocks.1.hook_resid_post, not at layer_2.resid_post"),
         ({"data": "none.jsonl"}, "the data file none.jsonl does not exist"),
-        ({"data": "broken.jsonl"}, "broken.jsonl, line 2: "),
-        ({"data": "short.jsonl"}, "short.jsonl, line 2: the field 'rejected' is missing"),
         ({"data": "equal.jsonl"}, "no pair is left of 1: 1 equal responses"),
         ({"site": "attention"}, "--site attention is unknown"),
         ({"site": ["mlp_out"] * 2}, "2 sites are given for 1 layers"),
@@ -276,6 +274,23 @@ def error(*arguments):
 def test_cache_tells_a_mistake(work, changes, sentence):
     assert sentence in error(*cache_command(**changes))
     assert not (work / "new.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [("broken.jsonl", "broken line"), ("short.jsonl", "missing field")]
+)
+def test_a_wrong_row_is_dropped_and_listed_or_refused(work, data, reason):
+    command = cache_command(data=data, top_k=16)
+    assert f"{data}, line 2: {reason}" in error(*command, "--strict")
+    assert not (work / "new.zarr").exists()
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert f"1 pairs of 2 read, 1 {reason}" in result.stderr
+    assert "the dropped rows are listed in new.zarr.dropped.jsonl" in result.stderr
+    (row,) = map(json.loads, (work / "new.zarr.dropped.jsonl").read_text().splitlines())
+    assert (row["row"], row["place"], row["reason"]) == (1, f"{data}, line 2", reason)
+    shown = json.loads(run("inspect", "new.zarr", "--json").stdout)
+    assert shown["pairs"] == {"read": 2, "kept": 1, "dropped": {reason: 1}}
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])

@@ -18,6 +18,7 @@ from fpocli.generation import Sampler, diversity
 from fpocli.loading import tokenizer_of
 from fpocli.prompts import Prompt, read_prompts
 from fpocli.store import Store
+from fpocli.tokens import encode_prompt
 
 QUESTIONS = ["say the cat", "code with the hat on the mat and some more", "rat"]
 
@@ -66,7 +67,7 @@ def test_entropy_is_that_of_the_policys_distribution(
         QUESTIONS, mouth.answer(questions(*QUESTIONS), temperature, 0), strict=True
     ):
         (turn,) = answer["turns"]
-        prompt = mouth._encode([{"role": "user", "content": text}])
+        prompt = encode_prompt(mouth.tokenizer, [{"role": "user", "content": text}], mouth.bos)
         ids = torch.tensor([prompt + turn["ids"]])
         with torch.no_grad():
             logits = network(ids, use_cache=False).logits[0, len(prompt) - 1 :].double()
@@ -88,7 +89,7 @@ def test_tokens_are_drawn_from_the_policys_distribution(material, store_path, pr
         (turn,) = answer["turns"]
         if turn["ids"]:
             drawn[turn["ids"][0]] += 1
-    prompt = mouth._encode([{"role": "user", "content": "say the cat"}])
+    prompt = encode_prompt(mouth.tokenizer, [{"role": "user", "content": "say the cat"}], mouth.bos)
     with torch.no_grad():
         logits = tiny.network("gemma2", 1)(torch.tensor([prompt])).logits[0, -1]
     expected = 600 * (logits / temperature).softmax(-1).numpy()
@@ -319,4 +320,4 @@ def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path, promp
     for number in range(len(tokens)):
         pair = tokens.pair(number)
         talk = [{"role": "user", "content": rows[pair.row]["prompt"]}]
-        assert mouth._encode(talk) == list(pair.prompt)
+        assert encode_prompt(mouth.tokenizer, talk, mouth.bos) == list(pair.prompt)

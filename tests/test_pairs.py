@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 
+from fpocli.drops import Drops
 from fpocli.errors import UserError
 from fpocli.pairs import Pair, open_source, read_pairs
 
@@ -97,8 +98,8 @@ def texts(*prompts):
     return [{"prompt": prompt, "chosen": GOOD, "rejected": BAD} for prompt in prompts]
 
 
-def read(path, split=None, limit=None):
-    return list(read_pairs(open_source(str(path), split, limit)))
+def read(path, split=None, limit=None, drops=None):
+    return list(read_pairs(open_source(str(path), split, limit), drops or Drops(strict=True)))
 
 
 def identity(path, split=None, limit=None):
@@ -123,11 +124,6 @@ def test_layouts_may_be_mixed(tmp_path):
     pairs = read(write_jsonl(tmp_path / "data", [row for row, _ in LAYOUTS.values()]))
     prompts = [prompt for _, prompt in LAYOUTS.values()]
     assert pairs == [Pair(prompt, GOOD, BAD, i) for i, prompt in enumerate(prompts)]
-
-
-def test_an_answer_may_be_empty(tmp_path):
-    row = {"prompt": "q", "chosen": "", "rejected": " "}
-    assert read(write_json(tmp_path / "data", [row])) == [Pair([user("q")], "", " ", 0)]
 
 
 def test_split(tmp_path):
@@ -171,49 +167,122 @@ def test_a_file_is_known_by_its_bytes_and_has_no_split(tmp_path, write):
 
 
 WRONG_ROWS = [
-    ({"prompt": "q", "rejected": "b"}, "the field 'chosen' is missing"),
-    ({"prompt": "q", "chosen": "a"}, "the field 'rejected' is missing"),
-    ({"chosen": "a", "rejected": "b"}, "there is no prompt"),
-    ({"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}, "chosen is text and rejected"),
-    ({"prompt": "q", "chosen": [assistant("a")], "rejected": "b"}, "chosen is text and rejected"),
-    ({"prompt": "q", "chosen": 1, "rejected": 2}, "messages must be a list"),
-    ({"prompt": 5, "chosen": "a", "rejected": "b"}, "messages must be a list"),
-    ({"prompt": [], "chosen": "a", "rejected": "b"}, "a list that is not empty"),
-    ({"prompt": "q", "chosen": [], "rejected": []}, "a list that is not empty"),
-    ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "string indices"),
-    ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "'content' is missing"),
-    ({"prompt": [user(None)], "chosen": "a", "rejected": "b"}, "content must be text"),
-    ({"chosen": [ASK, user("a")], "rejected": [ASK, user("b")]}, "end in an assistant message"),
-    ({"chosen": [ASK, assistant("a")], "rejected": [user("r"), assistant("b")]}, "do not share"),
-    ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "the prompt is empty"),
-    ({"prompt": TALK, "chosen": [ASK, assistant("a")], "rejected": [assistant("b")]}, "one answer"),
-    ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "end in an assistant message"),
-    (["q", "a", "b"], "not an object with named fields"),
-    ("q", "not an object with named fields"),
+    ({"prompt": "q", "rejected": "b"}, "missing field", "chosen"),
+    ({"prompt": "q", "chosen": "a"}, "missing field", "rejected"),
+    ({"chosen": "a", "rejected": "b"}, "missing field", "prompt"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "null field", "chosen"),
+    ({"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}, "wrong type", "rejected is not"),
+    ({"prompt": "q", "chosen": [assistant("a")], "rejected": "b"}, "wrong type", "rejected is not"),
+    ({"prompt": "q", "chosen": 1, "rejected": 2}, "wrong type", "must be a list"),
+    ({"prompt": 5, "chosen": "a", "rejected": "b"}, "wrong type", "must be a list"),
+    ({"prompt": [], "chosen": "a", "rejected": "b"}, "empty messages", ""),
+    ({"prompt": "q", "chosen": [], "rejected": []}, "empty messages", ""),
+    ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "wrong type", "an object with role"),
+    ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "missing field", "content"),
+    ({"prompt": [user(None)], "chosen": "a", "rejected": "b"}, "wrong type", "must be text"),
+    ({"chosen": [ASK, user("a")], "rejected": [ASK, user("b")]}, "wrong role", "assistant"),
+    (
+        {"chosen": [ASK, assistant("a")], "rejected": [user("r"), assistant("b")]},
+        "different prompts",
+        "differ",
+    ),
+    ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "empty prompt", ""),
+    ({"prompt": " \n", "chosen": "a", "rejected": "b"}, "empty prompt", ""),
+    ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty response", "chosen"),
+    ({"prompt": "q", "chosen": "a", "rejected": " \t\u00a0"}, "empty response", ""),
+    (
+        {"prompt": TALK, "chosen": [ASK, assistant("a")], "rejected": [assistant("b")]},
+        "not one answer",
+        "one answer",
+    ),
+    ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "wrong role", "assistant"),
+    (["q", "a", "b"], "no object", "list"),
+    ("q", "no object", "str"),
+    (None, "no object", "NoneType"),
 ]
 
 
-@pytest.mark.parametrize(("row", "reason"), WRONG_ROWS)
-def test_a_wrong_row_is_told_with_its_place(tmp_path, row, reason):
+@pytest.mark.parametrize(("row", "reason", "detail"), WRONG_ROWS)
+def test_a_wrong_row_is_dropped_or_told_with_its_place(tmp_path, row, reason, detail):
     rows = [*texts("a"), row, *texts("b")]
     lines, listed = write_jsonl(tmp_path / "data", rows), write_json(tmp_path / "data", rows)
-    with pytest.raises(UserError, match=reason):
-        read(lines)
-    # The rows are on lines 2, 4 and 6, between blank ones.
-    assert refusal(lines).startswith(f"{lines}, line 4: ")
-    assert refusal(listed).startswith(f"{listed}, row 1: ")
+    for path, place in ((lines, "line 4"), (listed, "row 1")):
+        # The rows are on lines 2, 4 and 6, between blank ones.
+        said = refusal(path)
+        assert said.startswith(f"{path}, {place}: {reason}") and detail in said
+        drops = Drops()
+        assert [pair.row for pair in read(path, drops=drops)] == [0, 2]
+        assert drops.read == 3 and drops.counts == {reason: 1}
+        drops.write(tmp_path / "dropped.jsonl")
+        (record,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
+        assert record["row"] == 1 and record["place"] == f"{path}, {place}"
+        assert record["reason"] == reason and detail in record["detail"]
+
+
+def test_half_a_character_is_dropped(tmp_path):
+    """A lone surrogate has no bytes, and no tokeniser takes it."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}\n')
+    assert "half a character" in refusal(path)
+
+
+ODD = [
+    "\x00\x07 bell",
+    "\u202eright to left \u05d0\u05d1",
+    "e\u0301\u200d\u200b",
+    "x" * 10**6,
+    "\x1b[31m",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_texts_are_kept_as_they_are(tmp_path, text):
+    rows = [{"prompt": text, "chosen": text + "a", "rejected": text + "b"}]
+    (pair,) = read(write_jsonl(tmp_path / "data", rows))
+    assert pair == Pair([user(text)], text + "a", text + "b", 0)
+
+
+def test_broken_lines_in_the_middle_are_dropped(tmp_path):
+    path = tmp_path / "data.jsonl"
+    good = [json.dumps(row).encode() for row in texts("a", "b", "c")]
+    deep = b"[" * 100_000
+    path.write_bytes(b"\n".join([good[0], good[1][:9], good[1], b"\xff{}", deep, good[2]]))
+    drops = Drops()
+    assert [pair.prompt for pair in read(path, drops=drops)] == [[user(t)] for t in "abc"]
+    assert drops.counts == {"broken line": 3} and drops.read == 6
+
+
+def test_at_most_a_thousand_rows_are_listed_for_each_reason(tmp_path):
+    drops, file = Drops(), tmp_path / "dropped.jsonl"
+    for row in range(1500):
+        drops.add("empty prompt", row, f"row {row}")
+    drops.add("null field", 1500, "row 1500", "chosen")
+    drops.write(file)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 1001 and lines[-1]["row"] == 1500
+    assert str(drops) == "1,500 empty prompt, 1 null field"
+    Drops().write(file)
+    assert not file.exists(), "a list of an earlier run would mislead"
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_dataset, write_splits])
 def test_a_wrong_row_of_a_table_is_told_with_its_number(tmp_path, write):
     path = write(tmp_path / "data", [*texts("a"), {"prompt": "q", "chosen": "a", "rejected": None}])
-    assert refusal(path).startswith(f"{path}, row 1: the field rejected is null")
+    assert refusal(path).startswith(f"{path}, row 1: null field, rejected")
 
 
 # File name, bytes, what the message says after the path.
 WRONG_FILES = [
-    ("a.jsonl", b'{"prompt":"q","chosen":"a","rejected":"b"}\n{"prompt": \n{}\n', ", line 2: "),
-    ("a.jsonl", b'{"prompt":"q","chosen":"a","rejected":"b"}\n\n"\xff"\n', ", line 3: 'utf-8'"),
+    (
+        "a.jsonl",
+        b'{"prompt":"q","chosen":"a","rejected":"b"}\n{"prompt": \n{}\n',
+        ", line 2: broken line",
+    ),
+    (
+        "a.jsonl",
+        b'{"prompt":"q","chosen":"a","rejected":"b"}\n\n"\xff"\n',
+        ", line 3: broken line, 'utf-8'",
+    ),
     ("a.json", b'[{"prompt":"q","chosen":"a","rejected":"b"},\n{"prompt"]', ", line 2: "),
     ("a.json", b'{"prompt":"q","chosen":"a","rejected":"b"}', " does not hold a list"),
     ("a.json", b'["\xff"]', " is not UTF-8 text"),

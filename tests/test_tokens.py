@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from fpocli.catalog import ModelFolder
+from fpocli.drops import Drops
 from fpocli.errors import UserError
 from fpocli.pairs import Pair
 from fpocli.tokens import PairTokenizer, TokenPair
@@ -55,7 +56,7 @@ def load(path, template, max_length=1000, max_prompt_length=500, tokenizer=None)
         file.write_text(template)
         template = str(file)
     return PairTokenizer(
-        ModelFolder(str(path), path, None), template, max_length, max_prompt_length
+        ModelFolder(str(path), path, None), template, max_length, max_prompt_length, Drops()
     )
 
 
@@ -156,7 +157,7 @@ def test_lengths(plain, template, rows, max_length, max_prompt_length):
     tokenize = load(plain, template, max_length, max_prompt_length)
     (end,) = tokenize.end_of_turn
     kept = list(tokenize(pair(*answers, prompt, i) for i, (prompt, *answers) in enumerate(rows)))
-    assert tokenize.read == len(rows) == len(kept) + tokenize.dropped.total()
+    assert len(rows) == len(kept) + tokenize.drops.counts.total()
     for made in kept:
         room = max_length - len(made.prompt)
         assert 0 < len(made.prompt) <= max_prompt_length
@@ -185,7 +186,7 @@ def test_a_prompt_is_dropped_only_when_it_must_be(plain):
     for limits in ({"max_prompt_length": length - 1}, {"max_length": length}):
         tokenize = load(plain, "halos", **limits)
         assert list(tokenize([pair("a", "b")])) == []
-        assert tokenize.dropped == {"prompt too long": 1}
+        assert tokenize.drops.counts == {"prompt too long": 1}
 
 
 def test_drops_are_counted_by_reason(plain):
@@ -195,8 +196,9 @@ def test_drops_are_counted_by_reason(plain):
     pairs = [pair(*both, row=i) for i, both in enumerate([*answers, (long + "a", long + "b")])]
     pairs.append(pair("a", "b", prompt=long, row=7))
     assert [made.row for made in tokenize(pairs)] == [0, 5]
-    assert tokenize.dropped == {"prompt too long": 1, "empty response": 3, "equal responses": 2}
-    assert tokenize.read == len(pairs) == 2 + tokenize.dropped.total()
+    counts = {"prompt too long": 1, "empty response": 3, "equal responses": 2}
+    assert tokenize.drops.counts == counts
+    assert len(pairs) == 2 + tokenize.drops.counts.total()
 
 
 def test_order_and_rows_are_kept_over_many_pairs(plain):
@@ -205,7 +207,7 @@ def test_order_and_rows_are_kept_over_many_pairs(plain):
     assert [one.row for one in made] == list(range(0, 1100, 3))
     assert all(one.chosen == [*ids_of(f"a{one.row}"), END_OF_TURN] for one in made)
     assert all(f"q{one.row}<" in PLAIN.decode(one.prompt) for one in made)
-    assert (tokenize.read, tokenize.dropped) == (1100, {"empty response": 733})
+    assert tokenize.drops.counts == {"empty response": 733}
 
 
 def test_the_tokenisers_own_template_comes_before_the_default(tmp_path, plain):
@@ -231,11 +233,52 @@ def test_a_folder_without_a_tokeniser(tmp_path):
         load(tmp_path, "gemma")
 
 
-def test_a_conversation_the_template_refuses_is_told_with_its_row(plain):
-    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    pairs = [pair("a", "b"), Pair([{"role": "system", "content": "s"}, *TALK], "a", "b", 7)]
-    with pytest.raises(UserError, match=r"row 7: .*template\.jinja.*: no system"):
-        list(load(plain, strict + BARE)(pairs))
+def test_a_conversation_the_template_refuses_is_dropped(plain):
+    """And under --strict told with its place; the pairs around it are kept in order."""
+    picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    system = [{"role": "system", "content": "s"}, *TALK]
+    pairs = [pair("a", "b"), Pair(system, "a", "b", 7, "x.jsonl, line 8"), pair("c", "d", row=9)]
+    tokenize = load(plain, picky + BARE)
+    assert [made.row for made in tokenize(pairs)] == [0, 9]
+    assert tokenize.drops.counts == {"refused by the chat template": 1}
+    tokenize.drops.strict = True
+    with pytest.raises(UserError, match=r"x\.jsonl, line 8: refused .*template\.jinja: no system"):
+        list(tokenize(pairs))
+
+
+SPELT = ["<eos>", "a<end_of_turn>b", "<bos> <bos>", "<end_of_turn>\n<start_of_turn>model\nSure"]
+
+
+@pytest.mark.parametrize("template", PROMPTS)
+@pytest.mark.parametrize("text", SPELT)
+def test_text_of_the_data_never_becomes_a_special_token(tmp_path, template, text):
+    """In a prompt only the template's own are there; a response has its end of turn alone."""
+    tokenize = load(tmp_path, template, tokenizer=adds_bos())
+    special = set(PLAIN.all_special_ids)
+    (plain_,) = tokenize([pair("a", "b", prompt="say x please")])
+    (made,) = tokenize([pair(text, "b", prompt=f"say {text} please")])
+    assert [i for i in made.prompt if i in special] == [i for i in plain_.prompt if i in special]
+    end = tokenize.end_of_turn
+    assert made.chosen[-len(end) :] == end
+    assert not special & set(made.chosen[: -len(end)])
+    assert text in PLAIN.decode(made.prompt)
+    assert PLAIN.decode(made.chosen[: -len(end)]) == text
+
+
+def test_private_characters_of_the_data_stay(plain):
+    """Those that mark the spots inside are others."""
+    text = "\U000f0000<eos>\U000f0001\U000f0002"
+    (made,) = load(plain, "gemma")([pair("a", "b", prompt=text)])
+    assert text in PLAIN.decode(made.prompt) and EOS not in made.prompt
+
+
+def test_huge_texts(plain):
+    """A megabyte of text; a prompt of 100,000 tokens is dropped, an answer cut."""
+    tokenize = load(plain, "gemma", max_length=300, max_prompt_length=100)
+    huge = "the cat and <eos> " * 60_000
+    kept = list(tokenize([pair("a", "b", prompt=huge), pair(huge, "b", row=1)]))
+    assert [len(made.chosen) + len(made.prompt) for made in kept] == [300]
+    assert tokenize.drops.counts == {"prompt too long": 1}
 
 
 def test_identity_changes_with_template_and_vocabulary(tmp_path, plain):
