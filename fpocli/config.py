@@ -14,6 +14,8 @@ from typer import Argument, Option
 from fpocli.errors import UserError
 
 Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl", "sft"]
+# What may differ from a store without making its numbers wrong, only noisy.
+HARMLESS = ("dtype", "kernel")
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
 _TOKENS_PER_ROW = (
     "Tokens of one packed row, which is scored at once; pairs share rows. More is faster up to a "
@@ -38,6 +40,8 @@ def _check(config: Any) -> None:
             if not isinstance(value, (list, tuple)):
                 raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
             value = [_convert(flag, item, get_args(kind)[0]) for item in value]
+            if name == "allow" and (wrong := [item for item in value if item not in HARMLESS]):
+                raise UserError(f"--allow {wrong[0]} is unknown", f"take {' or '.join(HARMLESS)}")
         else:
             value = _convert(flag, value, kind)
         object.__setattr__(config, name, value)
@@ -129,6 +133,9 @@ class CacheConfig:
     block: Annotated[
         int, Option(min=1, help="Pairs per block: the unit of work and of what a crash can lose.")
     ] = 1024
+    allow: Annotated[
+        list[str], Option(help="Go on with a store although this differs: dtype, kernel.")
+    ] = field(default_factory=list)
     out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
 
@@ -243,6 +250,9 @@ class TrainConfig:
             "held-out pairs.",
         ),
     ] = False
+    allow: Annotated[
+        list[str], Option(help="Train although this differs from the store: dtype, kernel.")
+    ] = field(default_factory=list)
     save_every: Annotated[
         int, Option(min=1, help="Steps between checkpoints; the newest is kept.")
     ] = 500

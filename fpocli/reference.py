@@ -135,7 +135,7 @@ def _open_or_tokenise(
 ) -> Store:
     """The store this command means: the one it began earlier, or a new one."""
     path = Path(config.out)
-    identity = {
+    identity: dict[str, Any] = {
         "data": source.identity,
         "tokenizer": tokenizer.identity,
         "limits": {
@@ -156,7 +156,9 @@ def _open_or_tokenise(
     }
     if path.exists() and not (config.overwrite or Store.unfinished(path)):
         store = Store.open(path, writable=True)
-        if other := differences({name: store.meta[name] for name in identity}, identity):
+        there = {name: store.meta[name] for name in identity}
+        there |= {"model": there["model"] | _allowed(config, identity["model"])}
+        if other := differences(there, identity):
             raise UserError(
                 f"{path} was made with other settings: {other}",
                 "give the flags it was made with, another --out, or --overwrite",
@@ -181,6 +183,12 @@ def _open_or_tokenise(
         console.print(f"the dropped rows are listed in {listed}")
     Store.remove(path)
     return Store.create(path, meta, tokens)
+
+
+def _allowed(config: CacheConfig, model: dict[str, Any]) -> dict[str, Any]:
+    """What --allow lets differ from the store."""
+    names = {"dtype": "dtype", "kernel": "attention"}
+    return {names[allowed]: model[names[allowed]] for allowed in config.allow}
 
 
 def _describe_sites(

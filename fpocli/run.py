@@ -113,7 +113,7 @@ def _step_of(line: str) -> float:
 
 # Where things are, which a resumed run may change.
 _PLACE = (
-    "cache", "out", "overwrite", "sae", "reference", "device", "save_every", "deepspeed",
+    "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every", "deepspeed",
 )  # fmt: skip
 
 

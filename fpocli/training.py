@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fpocli.attention import choose_kernel
 from fpocli.batches import default_tokens_per_row
 from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
@@ -39,6 +40,7 @@ from fpocli.model import LanguageModel, choose_device, load_model
 from fpocli.objective import Means, objective
 from fpocli.run import RunFolder
 from fpocli.scoring import score
+from fpocli.start import check_arithmetic, check_start
 from fpocli.store import Store
 from fpocli.stream import Stream
 
@@ -74,6 +76,8 @@ def train(settings: TrainConfig) -> Path:
     steps = settings.epochs * stream.steps_per_epoch
     if not steps:
         raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
+    dtype = "bfloat16" if settings.bf16 else "float32"
+    check_arithmetic(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
     omegas = (
         load_feature_weights(settings.feature_weights, store.sites)
@@ -106,11 +110,6 @@ def train(settings: TrainConfig) -> Path:
             f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
             f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
         )
-        if (own := "bfloat16" if settings.bf16 else "float32") != store.meta["model"]["dtype"]:
-            console.print(
-                f"note: the policy runs in {own}, the store was made in "
-                f"{store.meta['model']['dtype']}: at step 0 u, D and KL are not quite 0"
-            )
         if warmup_steps(steps, settings) > steps:
             console.print(
                 f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
@@ -125,6 +124,8 @@ def train(settings: TrainConfig) -> Path:
 
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
+        sample = next(iter(stream.steps(0, 1, device)))[0]
+        check_start(engine, encoders, store, sample, settings)
         measure(0)
     with progress("Training", steps) as bar:
         bar.advance(done)

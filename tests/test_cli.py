@@ -343,7 +343,9 @@ def test_a_full_disk_is_told(monkeypatch, name):
     assert error(name, *REQUIRED[name].split()) == "the disk is full"
 
 
-@pytest.mark.parametrize("command", ["train --cache ref.zarr --k 16 --feature-weights", "compare"])
+@pytest.mark.parametrize(
+    "command", ["train --cache ref.zarr --k 16 --allow dtype --feature-weights", "compare"]
+)
 def test_a_file_that_is_not_there_is_told(work, command):
     assert error(*command.split(), "none.yaml") == "none.yaml: No such file or directory"
 
@@ -368,6 +370,7 @@ def test_version():
         (TrainConfig, {"cache": "s", "method": "fpp"}, "--method fpp is unknown"),
         (TrainConfig, {"cache": "s", "zero": 7}, "--zero 7 is out of range"),
         (TrainConfig, {"cache": "s", "lr": -1.0}, "--lr -1.0 is out of range"),
+        (TrainConfig, {"cache": "s", "allow": ["weights"]}, "--allow weights is unknown"),
     ],
 )
 def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sentence):

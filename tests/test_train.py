@@ -41,6 +41,9 @@ def command(material: Path, out: Path, *flags: object, processes: int = 1, **set
         "eval_fraction": 0.2,
         "device": "cpu",
     } | settings
+    if "--no-bf16" not in flags:
+        # The material's store is float32.
+        settings = {"allow": "dtype"} | settings
     launch = ["-m"]
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
