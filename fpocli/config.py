@@ -253,9 +253,10 @@ class TrainConfig:
     allow: Annotated[
         list[str], Option(help="Train although this differs from the store: dtype, kernel.")
     ] = field(default_factory=list)
-    save_every: Annotated[
-        int, Option(min=1, help="Steps between checkpoints; the newest is kept.")
-    ] = 500
+    save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 500
+    keep_checkpoints: Annotated[
+        int, Option(min=1, help="How many of the newest checkpoints stay.")
+    ] = 1
     out: Annotated[str, Option(help="Folder for config, metrics, checkpoints and final/.")] = "run"
     overwrite: Annotated[bool, Option("--overwrite", help="Start the run anew.")] = False
 

@@ -14,10 +14,9 @@ import torch
 
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError
-from fpocli.files import replace_text
 from fpocli.model import FrozenReference, LanguageModel
 
-_STEP, _LATEST = "fpo_step", "latest"
+_STEP = "fpo_step"
 # Elements of a group of parameters, which the optimiser updates at once.
 _GROUP_SIZE = 2**25
 
@@ -222,24 +221,35 @@ def take_step(engine: Any, lr: float) -> float:
     return float(norm)
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int) -> None:
-    """Write a checkpoint of all ranks, then drop the older ones."""
-    tag = f"step-{step}"
+def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
+    """Write a checkpoint of all ranks, then drop all but the newest.
+
+    Args:
+        engine: after the step.
+        folder: of the checkpoints.
+        step: how many steps are done.
+        keep: how many checkpoints stay.
+    """
+    tag = f"partial-{step}"
     with contextlib.redirect_stdout(sys.stderr):
         engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        # The pointer moves when the checkpoint is whole, and at once: DeepSpeed's own does not.
-        replace_text(folder / _LATEST, tag)
-        for old in folder.glob("step-*"):
-            if old.name != tag:
-                shutil.rmtree(old)
+        # Only a whole checkpoint has its name.
+        (folder / tag).rename(folder / f"step-{step}")
+        for left in (*folder.glob("partial-*"), *_checkpoints(folder)[:-keep]):
+            shutil.rmtree(left)
 
 
 def newest_checkpoint(folder: Path) -> str | None:
     """The name of the newest whole checkpoint in a folder, None where there is none."""
-    pointer = folder / _LATEST
-    return pointer.read_text() if pointer.is_file() else None
+    found = _checkpoints(folder)
+    return found[-1].name if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, the newest last."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:

@@ -1,6 +1,21 @@
-"""Small files, written whole or not at all."""
+"""Small files, written whole or not at all; and a folder held for one process."""
 
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+
+from fpocli.console import console
+from fpocli.errors import UserError
+
+# Seconds after which a writer on another host, whose lock file nobody touches, is gone.
+_STALE = 120
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -8,3 +23,62 @@ def replace_text(file: Path, text: str) -> None:
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a folder for one writer, by a lock file beside it that says who.
+
+    The system frees the lock of a process that dies. It may not reach over hosts, so a writer also
+    touches the file all the time: one from another host is stale when that has stopped.
+
+    Raises:
+        UserError: another process writes it, or one on another host may.
+    """
+    file = path.with_name(path.name + ".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+", encoding="utf-8") as lock:
+        lock.seek(0)
+        who = _who(lock.read())
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is writing {path}" + (f": {who}" if who else ""),
+                "wait for it, or give another --out",
+            ) from error
+        elsewhere = bool(who) and f"on {socket.gethostname()}," not in who
+        if elsewhere and time.time() - file.stat().st_mtime < _STALE:
+            raise UserError(
+                f"another host may be writing {path}: {who}",
+                f"if that process is gone, wait two minutes or delete {file}",
+            )
+        if who:
+            console.print(f"{who}, left {path} without an end; going on from there")
+        lock.truncate(0)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
+        lock.write(json.dumps(about))
+        lock.flush()
+        done = threading.Event()
+        threading.Thread(target=_touch, args=(file, done), daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            file.unlink(missing_ok=True)
+
+
+def _touch(file: Path, done: threading.Event) -> None:
+    while not done.wait(_STALE / 6):
+        # Another file there is another writer's: ours was deleted by hand.
+        if file.is_file():
+            os.utime(file)
+
+
+def _who(text: str) -> str:
+    try:
+        about = json.loads(text)
+        return f"process {about['process']} on {about['host']}, since {about['since']}"
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -23,6 +23,7 @@ from fpocli.config import CacheConfig
 from fpocli.console import console, progress
 from fpocli.drops import Drops
 from fpocli.errors import UserError, differences
+from fpocli.files import held
 from fpocli.model import Site, check_layers, choose_device, load_model, read_config
 from fpocli.pairs import Pair, Source, open_source, read_pairs
 from fpocli.rows import Tokens
@@ -54,7 +55,7 @@ def cache(config: CacheConfig) -> Store:
     if len(set(sites)) < len(sites):
         raise UserError("a site is given twice", "give each --layer once, or with another --site")
     check_layers(model_config, sites)
-    with Store.writing(Path(config.out)):
+    with held(Path(config.out)):
         return _cache(config, device, folder, model_config, sites)
 
 

@@ -1,9 +1,11 @@
 """The folder of a training run: config.yaml, metrics.jsonl, checkpoints/ and final/."""
 
+import atexit
 import dataclasses
 import json
 import math
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences
-from fpocli.files import replace_text
+from fpocli.files import held, replace_text
 from fpocli.store import Store
 
 
@@ -44,6 +46,9 @@ class RunFolder:
         failure: list[UserError | None] = [None]
         if first:
             try:
+                lock = ExitStack()
+                lock.enter_context(held(self.folder))
+                atexit.register(lock.close)
                 self._claim(config, identity)
             except UserError as error:
                 failure = [error]
@@ -113,7 +118,8 @@ def _step_of(line: str) -> float:
 
 # Where things are, which a resumed run may change.
 _PLACE = (
-    "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every", "deepspeed",
+    "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
+    "keep_checkpoints", "deepspeed",
 )  # fmt: skip
 
 

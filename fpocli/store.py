@@ -3,13 +3,10 @@
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -183,28 +180,6 @@ class Store:
         self._set_state("complete")
         for site in self.sites:
             del self._group[f"blocks/{site}"]
-
-    @staticmethod
-    @contextmanager
-    def writing(path: Path) -> Iterator[None]:
-        """Hold a store for one writer on this machine.
-
-        Raises:
-            UserError: another process writes it now.
-        """
-        file = path.with_name(path.name + ".lock")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is writing {path}", "wait for it, or give another --out"
-                ) from error
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
 
     def _set_state(self, state: str) -> None:
         self.meta["state"] = state

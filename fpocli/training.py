@@ -162,7 +162,7 @@ def train(settings: TrainConfig) -> Path:
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
-                save_checkpoint(engine, run.checkpoints, step + 1)
+                save_checkpoint(engine, run.checkpoints, step + 1, settings.keep_checkpoints)
             began, waited = time.perf_counter(), ahead.waited
     measure(steps)
 

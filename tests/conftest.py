@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# Tests time nothing; a busy machine is no failure.
+settings.register_profile("fpo", deadline=None)
+settings.load_profile("fpo")
 
 _WORDS = [
     "the",

@@ -40,7 +40,7 @@ def test_a_slot_sees_exactly_the_tokens_before_it_in_its_own_sequence(pairs, win
     assert all(allowed[slot].nonzero().flatten().tolist() == [slot] for slot in padding)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     pairs,
     st.sampled_from([None, 1, 4]),

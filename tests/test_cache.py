@@ -21,6 +21,7 @@ from fpocli import CacheConfig, UserError, attention, batches, blocks, cache, re
 from fpocli.attention import attend_by_sequence
 from fpocli.batches import pack
 from fpocli.catalog import find_model
+from fpocli.files import held
 from fpocli.model import LanguageModel, Site, load_model
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
@@ -331,7 +332,7 @@ def test_no_disk_left_is_a_sentence(material, tmp_path):
 
 def test_a_second_writer_is_refused(material, tmp_path):
     path = tmp_path / "ref.zarr"
-    with Store.writing(path), pytest.raises(UserError, match="another process is writing"):
+    with held(path), pytest.raises(UserError, match="another process is writing"):
         cache(cache_config(material, path))
     cache(cache_config(material, path))
     assert not path.with_name("ref.zarr.lock").exists()

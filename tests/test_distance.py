@@ -52,7 +52,7 @@ def naive(policy, reference, k, kept) -> tuple[float, float]:
     return total / k, missing / max(1, len(union))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 30))
 def test_distance_equals_the_definition(seed, k, more):
     rng = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def test_distance_equals_the_definition(seed, k, more):
             assert len(used) == len(set(used)) <= 2 * k
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_distance_is_a_lower_bound_that_tightens_to_the_exact_one(seed, k):
     rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def test_distance_is_a_lower_bound_that_tightens_to_the_exact_one(seed, k):
     assert torch.allclose(distance(max(k, most)), exact, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 10))
 def test_distance_is_zero_at_step_0(seed, k, more):
     reference = sparse_vectors(np.random.default_rng(seed), 3)

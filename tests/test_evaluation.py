@@ -161,7 +161,7 @@ def test_evaluation_is_part_of_the_api():
 # -- the parts -------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.integers(1, 40), st.integers(1, 40), st.integers(0, 10**6))
 def test_operator_norm_is_that_of_the_whole_product(d, m, vocabulary, seed):
     torch.manual_seed(seed)
@@ -170,7 +170,7 @@ def test_operator_norm_is_that_of_the_whole_product(d, m, vocabulary, seed):
     assert operator_norm(head, decoder) == pytest.approx(exact, rel=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(1e-3, 0.5))
 def test_appendix_bs_bound_holds_where_its_conditions_do(seed, size):
     """Logits that are W_out of the reconstruction."""

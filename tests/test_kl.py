@@ -38,7 +38,7 @@ def test_kl_and_its_gradient_equal_the_whole_vocabularys(family, monkeypatch):
         network.get_output_embeddings().weight,
     ]
 
-    @settings(max_examples=10, deadline=None, database=None)
+    @settings(max_examples=10, database=None)
     @given(st.integers(1, 5), st.integers(0, 10**6), st.integers(1, 90))
     def check(count, seed, budget):
         pairs = random_pairs(count, seed, 14)

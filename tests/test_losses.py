@@ -58,7 +58,7 @@ def closed_form(method: str, t: Terms, p: int, c: TrainConfig) -> tuple[float, f
     return u, math.log1p(math.exp(-u)) if u > -30 else -u
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.floats(0, 3), st.floats(0.01, 3), st.floats(0, 2))
 @pytest.mark.parametrize("method", METHODS)
 def test_closed_forms(method, seed, alpha, beta, gamma):

@@ -113,7 +113,7 @@ def test_packed_and_unpacked_rows_give_the_same_scores_and_gradients(network):
         slope = torch.linspace(-1, 1, logp.numel()).view_as(logp)
         return logp.detach(), pooled, torch.autograd.grad((slope * logp).sum(), weights)
 
-    @settings(max_examples=15, deadline=None, database=None)
+    @settings(max_examples=15, database=None)
     @given(st.integers(1, 7), st.integers(0, 10**6), st.integers(1, 90), st.integers(2, 20))
     def check(count, seed, budget, most):
         pairs = random_pairs(count, seed, most)

@@ -203,7 +203,7 @@ def rows_of(vectors: list, rows: slice) -> tuple[Reference, dict[str, Totals]]:
     return Reference(logp, logp[:, 0] - logp[:, 1], {SITE: features}), {SITE: totals}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(1, 17), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pairs, block, rng):
     tokens, vectors = made_up(pairs, 1)

@@ -146,7 +146,7 @@ def test_no_token_spans_prompt_and_response(plain):
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     template=st.sampled_from(["gemma", "halos"]),
     rows=st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=5),

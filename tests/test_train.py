@@ -206,8 +206,7 @@ def test_a_killed_run_goes_on_with_the_same_command(baseline, material, tmp_path
     words = command(material, out, "--no-bf16", save_every=2)
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    latest = out / "checkpoints" / "latest"
-    while not latest.is_file():
+    while not list(out.glob("checkpoints/step-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -514,3 +513,46 @@ def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr
+
+
+# -- crashes ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
+    material, store_path, tmp_path
+):
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", epochs=50)
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for flags in ((), ("--overwrite",)):
+            again = command(material, out, "--no-bf16", *flags, epochs=50)
+            done = subprocess.run(again, capture_output=True, text=True)
+            assert done.returncode == 2
+            assert f"another process is writing {out}: process {first.pid}" in done.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_as_many_checkpoints_stay_as_asked_for(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=2)
+    names = sorted(path.name for path in (out / "checkpoints").glob("*-*"))
+    assert names == ["step-3", "step-4"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_used(baseline, material, tmp_path):
+    """The one before it is."""
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    shutil.rmtree(out / "final")
+    last = out / "checkpoints/step-4"
+    last.rename(out / "checkpoints/partial-4")
+    lines = run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    same(lines, read(baseline), 1e-6)
+    assert not (out / "checkpoints/partial-4").exists()
