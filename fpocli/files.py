@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -71,8 +71,8 @@ def held(path: Path) -> Iterator[None]:
 
 def _touch(file: Path, done: threading.Event) -> None:
     while not done.wait(_STALE / 6):
-        # Another file there is another writer's: ours was deleted by hand.
-        if file.is_file():
+        # It may have been deleted by hand.
+        with suppress(OSError):
             os.utime(file)
 
 

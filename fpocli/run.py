@@ -1,11 +1,11 @@
 """The folder of a training run: config.yaml, metrics.jsonl, checkpoints/ and final/."""
 
-import atexit
 import dataclasses
 import json
 import math
 import shutil
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,32 @@ from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences
 from fpocli.files import held, replace_text
 from fpocli.store import Store
+
+
+@contextmanager
+def held_run(folder: Path, *, first: bool) -> Iterator[None]:
+    """Hold a run's folder for this run's processes; the first of them does it.
+
+    Raises:
+        UserError: another run is in it.
+    """
+    with ExitStack() as stack:
+        _together(lambda: stack.enter_context(held(folder)), first)
+        yield
+
+
+def _together(work: Callable[[], Any], first: bool) -> None:
+    """Do something on the first process; its error is everybody's."""
+    failure: list[UserError | None] = [None]
+    if first:
+        try:
+            work()
+        except UserError as error:
+            failure = [error]
+    torch.distributed.broadcast_object_list(failure)
+    if failure[0] is not None:
+        # Told once: the other processes just end.
+        raise failure[0] if first else SystemExit(2)
 
 
 class RunFolder:
@@ -42,20 +68,8 @@ class RunFolder:
         identity["store"] = fingerprint
         if settings.feature_weights:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
-        # On one process, before any other looks; its error is everybody's.
-        failure: list[UserError | None] = [None]
-        if first:
-            try:
-                lock = ExitStack()
-                lock.enter_context(held(self.folder))
-                atexit.register(lock.close)
-                self._claim(config, identity)
-            except UserError as error:
-                failure = [error]
-        torch.distributed.broadcast_object_list(failure)
-        if failure[0] is not None:
-            # Told once: the other processes just end.
-            raise failure[0] if first else SystemExit(2)
+        # On one process, before any other looks.
+        _together(lambda: self._claim(config, identity), first)
         self.finished = (self.final / "config.json").is_file()
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:

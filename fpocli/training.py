@@ -38,7 +38,7 @@ from fpocli.loading import (
 from fpocli.losses import METHODS
 from fpocli.model import LanguageModel, choose_device, load_model
 from fpocli.objective import Means, objective
-from fpocli.run import RunFolder
+from fpocli.run import RunFolder, held_run
 from fpocli.scoring import score
 from fpocli.start import check_arithmetic, check_start
 from fpocli.store import Store
@@ -57,13 +57,21 @@ def train(settings: TrainConfig) -> Path:
     Raises:
         UserError: the store, model, SAE or run folder cannot be used; see its hint.
     """
-    # -- what is to be done, checked before any model is loaded --------------------------------
     store = Store.open(settings.cache)
     check_served(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
+    with held_run(Path(settings.out), first=rank == 0):
+        return _train(settings, store, device, rank, world)
+
+
+def _train(
+    settings: TrainConfig, store: Store, device: torch.device, rank: int, world: int
+) -> Path:
+    """The command itself, once the run's folder is ours to write."""
+    # -- what is to be done, checked before any model is loaded --------------------------------
     stream = Stream(
         store,
         batch_size=settings.batch_size,
