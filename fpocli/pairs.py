@@ -10,7 +10,8 @@ Layouts, told apart row by row:
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -50,7 +51,7 @@ class Source:
     """A data set: `rows` yields its raw rows with their places, a BadRow for one that cannot be
     read; `identity` says what they are."""
 
-    rows: Iterator[tuple[str, Any]]
+    rows: Generator[tuple[str, Any]]
     identity: dict[str, Any]
 
 
@@ -90,21 +91,28 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
         "limit": limit,
         "fingerprint": fingerprint,
     }
-    return Source(islice(rows, limit), identity)
+    return Source(_first(rows, limit), identity)
+
+
+def _first(rows: Generator[Any], limit: int | None) -> Generator[Any]:
+    """The first rows; a file that is left early is closed at once."""
+    with closing(rows):
+        yield from islice(rows, limit)
 
 
 def read_pairs(source: Source, drops: Drops) -> Iterator[Pair]:
     """The pairs of a source, in order; rows that are none go to `drops`."""
-    for number, (place, row) in enumerate(source.rows):
-        drops.read += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            pair = _parse(row, number, place)
-        except BadRow as bad:
-            drops.add(bad.reason, number, place, bad.detail)
-        else:
-            yield pair
+    with closing(source.rows) as rows:
+        for number, (place, row) in enumerate(rows):
+            drops.read += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                pair = _parse(row, number, place)
+            except BadRow as bad:
+                drops.add(bad.reason, number, place, bad.detail)
+            else:
+                yield pair
 
 
 class BadRow(Exception):
@@ -203,7 +211,7 @@ def _transcript(text: str) -> list[Message]:
     return [_message(_ROLE[speaker], content) for speaker, content in turns]
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
         from pyarrow import ArrowException
