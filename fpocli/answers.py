@@ -14,44 +14,49 @@ from fpocli.files import replace_text
 from fpocli.prompts import Prompt
 
 
-def write_answers(
-    prompts: list[Prompt], rows: list[dict[str, Any]], name: str, out: Path
-) -> list[Path]:
-    """Write the files that the prompts are meant for.
+def write_answers(prompts: list[Prompt], rows: list[dict[str, Any]], name: str, out: Path) -> Path:
+    """Write the file that the prompts are meant for.
 
     Args:
         prompts: the questions.
         rows: per prompt `turns`, each with a `text`.
-        name: of the model in the files.
+        name: of the model in the file.
         out: a folder in it for each judge.
 
     Returns:
-        the files: MT-Bench's for questions with a `question_id`, Arena-Hard's for those with a
+        the file: MT-Bench's for questions with a `question_id`, Arena-Hard's for those with a
         `uid` or, as in its version 0.1, turns that are records; AlpacaEval's for any others.
     """
-    texts = [[turn["text"] for turn in row["turns"]] for row in rows]
-    pairs = list(zip(prompts, texts, strict=True))
+    judge, make = "alpaca_eval", _alpaca_eval
     if all("question_id" in prompt.row for prompt in prompts):
-        first = all(isinstance(turn, dict) for p in prompts for turn in p.row.get("turns", [""]))
-        folder, make = ("arena_hard", _arena_hard_01) if first else ("mt_bench", _mt_bench)
-        return [_lines(out / folder / f"{name}.jsonl", [make(*pair, name) for pair in pairs])]
-    if all("uid" in prompt.row for prompt in prompts):
-        return [
-            _lines(out / "arena_hard" / f"{name}.jsonl", [_arena_hard(*p, name) for p in pairs])
-        ]
-    file = out / "alpaca_eval" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+        turns = [turn for prompt in prompts for turn in prompt.row.get("turns", [""])]
+        judge, make = "mt_bench", _mt_bench
+        if all(isinstance(turn, dict) for turn in turns):
+            judge, make = "arena_hard", _arena_hard_01
+    elif all("uid" in prompt.row for prompt in prompts):
+        judge, make = "arena_hard", _arena_hard
     answers = [
-        {
-            "dataset": prompt.row.get("dataset", ""),
-            "instruction": prompt.turns[0],
-            "output": answer[0],
-            "generator": name,
-        }
-        for prompt, answer in pairs
+        make(prompt, [turn["text"] for turn in row["turns"]], name)
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
-    replace_text(file, json.dumps(answers, indent=1, ensure_ascii=False))
-    return [file]
+    if judge == "alpaca_eval":
+        file, text = f"{name}.json", json.dumps(answers, indent=1, ensure_ascii=False)
+    else:
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        file, text = f"{name}.jsonl", "".join(lines)
+    folder = out / judge
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / file, text)
+    return folder / file
+
+
+def _alpaca_eval(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:
+    return {
+        "dataset": prompt.row.get("dataset", ""),
+        "instruction": prompt.turns[0],
+        "output": texts[0],
+        "generator": name,
+    }
 
 
 def _mt_bench(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:
@@ -84,10 +89,3 @@ def _arena_hard(prompt: Prompt, texts: list[str], name: str) -> dict[str, Any]:
         # Arena-Hard's add_markdown_info.py fills it in, for style control.
         "metadata": {},
     }
-
-
-def _lines(file: Path, records: list[dict[str, Any]]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    replace_text(file, "".join(lines))
-    return file

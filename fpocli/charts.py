@@ -14,6 +14,8 @@ import numpy as np
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
+from fpocli.summary import measured_sites
+
 SIDES = ("chosen", "rejected")
 _COLOURS = ("#2a6f97", "#c8553d")
 
@@ -46,7 +48,7 @@ def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
     if "kl" not in values:
         return
     kl = values["kl"] / values["tokens"]
-    sites = [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
+    sites = measured_sites(values)
     if not sites:
         return
     with figure(out / "consistency.png", len(sites)) as axes:
@@ -96,39 +98,22 @@ def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
                 axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         for axis, title in zip(axes, titles, strict=True):
             axis.set(title=title, xlabel="step", ylabel="nats")
-        _legend(axes[-1])
+        if axes[-1].lines:
+            axes[-1].legend(fontsize="small")
 
 
-def draw_figure4(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
-    """The paper's Figure 4: peak memory of training, and the margin of D, by method.
+def draw_figure4(panels: dict[str, dict[str, list[float]]], file: Path) -> None:
+    """The paper's Figure 4: bars of means by method, with the standard deviation over runs.
 
     Args:
-        runs: records of fpo compare by method.
+        panels: by title and method the values of its runs; methods without any are left out.
         file: PNG.
     """
-
-    def margins(row: dict[str, Any]) -> float | None:
-        sites = row["eval"].get("distance")
-        return float(np.mean([site["margin"] for site in sites.values()])) if sites else None
-
-    panels = {
-        "peak memory of training (GB)": lambda row: row["peak_memory_gb"],
-        "D margin": margins,
-    }
-    with figure(file, 2) as axes:
-        for axis, (title, value) in zip(axes, panels.items(), strict=True):
-            known = {
-                name: [found for row in rows if (found := value(row)) is not None]
-                for name, rows in runs.items()
-            }
-            known = {name: values for name, values in known.items() if values}
-            heights = [np.mean(values) for values in known.values()]
-            errors = [np.std(values) for values in known.values()]
+    with figure(file, len(panels)) as axes:
+        for axis, (title, values) in zip(axes, panels.items(), strict=True):
+            known = {method: found for method, found in values.items() if found}
+            heights = [np.mean(found) for found in known.values()]
+            errors = [np.std(found) for found in known.values()]
             axis.bar(list(known), heights, yerr=errors, color=_COLOURS[0], capsize=3)
             axis.set(title=title)
             axis.tick_params(axis="x", rotation=40)
-
-
-def _legend(axis: Any) -> None:
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize="small")

@@ -65,7 +65,8 @@ def _inputs(step: Step) -> str:
         digest.update(file.read_bytes() if file.is_file() else b"")
     if step.after:
         digest.update(_inputs(step.after).encode())
-    # A store may have been made anew by hand.
+        return digest.hexdigest()
+    # All that follows rests on the store, which may have been made anew by hand.
     store = Path(step.settings.get("cache") or step.settings["out"])
     if (store / "zarr.json").is_file():
         digest.update(Store.open(store).meta["fingerprint"].encode())

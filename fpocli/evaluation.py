@@ -92,8 +92,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
-    folder, trained = find_policy(config, store)
-    out = Path(config.out) if config.out else _beside(config.model)
+    run = run_folder(config.model)
+    folder, trained = find_policy(config, run, store)
+    out = Path(config.out or (run / "eval" if run else "eval"))
     tokenizer = tokenizer_of(store, folder)
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
     check_k(store, k)
@@ -139,14 +140,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     return result
 
 
-def find_policy(config: EvalConfig, store: Store) -> tuple[ModelFolder, TrainConfig | None]:
+def find_policy(
+    config: EvalConfig, run: Path | None, store: Store
+) -> tuple[ModelFolder, TrainConfig | None]:
     """The model of a run's folder, with the run's settings; or any model, without.
+
+    Args:
+        config: names the model.
+        run: its run's folder, if it has one.
+        store: whose pairs are measured.
 
     Raises:
         UserError: the run has no final model yet or was trained on another store, whose held-out
             pairs are not this one's; or there is no such model.
     """
-    run = run_folder(config.model)
     if run is None:
         return find_model(config.model), None
     if not (run / "final").is_dir():
@@ -172,12 +179,6 @@ def run_folder(model: str) -> Path | None:
         if (folder / "run.json").is_file():
             return folder
     return None
-
-
-def _beside(model: str) -> Path:
-    """Where results go by default: into a run's folder, else into the working directory."""
-    run = run_folder(model)
-    return run / "eval" if run else Path("eval")
 
 
 # -- per pair --------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def held(path: Path) -> Iterator[None]:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+", encoding="utf-8") as lock:
         lock.seek(0)
-        who = _who(lock.read())
+        host, who = _owner(lock.read())
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -47,8 +47,8 @@ def held(path: Path) -> Iterator[None]:
                 f"another process is writing {path}" + (f": {who}" if who else ""),
                 "wait for it, or give another --out",
             ) from error
-        elsewhere = bool(who) and f"on {socket.gethostname()}," not in who
-        if elsewhere and time.time() - file.stat().st_mtime < _STALE:
+        own = socket.gethostname()
+        if host not in ("", own) and time.time() - file.stat().st_mtime < _STALE:
             raise UserError(
                 f"another host may be writing {path}: {who}",
                 f"if that process is gone, wait two minutes or delete {file}",
@@ -57,8 +57,7 @@ def held(path: Path) -> Iterator[None]:
             console.print(f"{who}, left {path} without an end; going on from there")
         lock.truncate(0)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        about = {"host": socket.gethostname(), "process": os.getpid(), "since": now}
-        lock.write(json.dumps(about))
+        lock.write(json.dumps({"host": own, "process": os.getpid(), "since": now}))
         lock.flush()
         done = threading.Event()
         threading.Thread(target=_touch, args=(file, done), daemon=True).start()
@@ -76,9 +75,11 @@ def _touch(file: Path, done: threading.Event) -> None:
             os.utime(file)
 
 
-def _who(text: str) -> str:
+def _owner(text: str) -> tuple[str, str]:
+    """The host of a lock's writer, and all about it for people; both empty if it does not say."""
     try:
         about = json.loads(text)
-        return f"process {about['process']} on {about['host']}, since {about['since']}"
+        host = str(about["host"])
+        return host, f"process {about['process']} on {host}, since {about['since']}"
     except (ValueError, KeyError, TypeError):
-        return ""
+        return "", ""

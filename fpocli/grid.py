@@ -28,6 +28,7 @@ from fpocli.errors import UserError
 
 # What the comparison itself sets.
 _OWN = {"cache": {"out"}, "train": {"out", "cache"}, "eval": {"model", "cache", "out", "json"}}
+_PROGRAM = (sys.executable, "-m", "fpocli")
 _FILES = ("feature_weights", "deepspeed", "generate")
 _SECTIONS = {
     "out": str, "launch": str, "store": str, "cache": dict, "train": dict, "eval": dict,
@@ -147,7 +148,7 @@ def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
     name = "+".join(f"{layer}.{kind}" for layer, kind in sites) + f"-{digest}"
     file = out / "stores" / f"{name}.zarr"
     settings = settings | {"out": str(file)}
-    return Step(f"cache.{name}", _program("cache"), settings, file / "zarr.json")
+    return Step(f"cache.{name}", (*_PROGRAM, "cache"), settings, file / "zarr.json")
 
 
 def _run(
@@ -170,7 +171,7 @@ def _run(
     _make(EvalConfig, evaluation, f"`eval` in {path}")
     sites = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     try:
-        launch = tuple(shlex.split(given.get("launch", ""))) or _program()
+        launch = tuple(shlex.split(given.get("launch", ""))) or _PROGRAM
     except ValueError as error:
         raise UserError(f"`launch` in {path} is no command line: {error}", "mend it") from error
     train = Step(
@@ -182,7 +183,7 @@ def _run(
         folder=folder,
         train=train,
         evaluate=Step(
-            f"eval.{name}", _program("eval"), evaluation, folder / "eval" / "eval.json", train
+            f"eval.{name}", (*_PROGRAM, "eval"), evaluation, folder / "eval" / "eval.json", train
         ),
     )
 
@@ -274,8 +275,3 @@ def _name(choice: dict[str, Any]) -> str:
         return "+".join(str(part).strip("/").replace("/", "-") for part in parts)
 
     return "_".join(f"{name}-{text(value)}" for name, value in choice.items())
-
-
-def _program(command: str | None = None) -> tuple[str, ...]:
-    program = (sys.executable, "-m", "fpocli")
-    return (*program, command) if command else program

@@ -19,7 +19,7 @@ from fpocli.attention import choose_kernel
 from fpocli.batches import default_tokens_per_row
 from fpocli.blocks import check_model, score_block
 from fpocli.catalog import ModelFolder, default_sae, find_model
-from fpocli.config import CacheConfig
+from fpocli.config import HARMLESS, CacheConfig
 from fpocli.console import console, progress
 from fpocli.drops import Drops
 from fpocli.errors import UserError, differences
@@ -188,8 +188,7 @@ def _open_or_tokenise(
 
 def _allowed(config: CacheConfig, model: dict[str, Any]) -> dict[str, Any]:
     """What --allow lets differ from the store."""
-    names = {"dtype": "dtype", "kernel": "attention"}
-    return {names[allowed]: model[names[allowed]] for allowed in config.allow}
+    return {HARMLESS[allowed]: model[HARMLESS[allowed]] for allowed in config.allow}
 
 
 def _describe_sites(

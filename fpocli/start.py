@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fpocli.config import TrainConfig
+from fpocli.config import HARMLESS, TrainConfig
 from fpocli.console import console
 from fpocli.errors import UserError
 from fpocli.objective import compare
@@ -32,11 +32,11 @@ def check_arithmetic(store: Store, dtype: str, kernel: str, allow: list[str]) ->
     Raises:
         UserError: one that may not differ does.
     """
-    about = store.meta["model"]
-    made = {"dtype": (about["dtype"], dtype), "kernel": (about["attention"], kernel)}
-    other = [name for name, (there, here) in made.items() if there != here and name not in allow]
+    there = {name: store.meta["model"][stored] for name, stored in HARMLESS.items()}
+    here = {"dtype": dtype, "kernel": kernel}
+    other = [name for name in here if there[name] != here[name] and name not in allow]
     if other:
-        told = "; ".join(f"the {name} was {made[name][0]}, it is {made[name][1]}" for name in other)
+        told = "; ".join(f"the {name} was {there[name]}, it is {here[name]}" for name in other)
         raise UserError(
             f"the policy would not compute as the reference of {store.path} did: {told}",
             "cache again, or give "

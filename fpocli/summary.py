@@ -31,7 +31,7 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
         "reward_margin_per_token": _gap(ratio / tokens),
         "perplexity": _sides(np.exp(-logp.sum(0) / tokens.sum(0))),
     }
-    sites = [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
+    sites = measured_sites(values)
     if sites:
         result["distance"] = {site: _spread(values[f"distance.{site}"]) for site in sites}
     if "kl" in values:
@@ -43,6 +43,11 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
         }
         result["bound"] = {site: _bound(kl, values[f"bound.{site}"], tokens) for site in sites}
     return result
+
+
+def measured_sites(values: dict[str, np.ndarray]) -> list[str]:
+    """The sites whose D was measured."""
+    return [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
 
 
 def _share(values: np.ndarray) -> dict[str, float | None]:

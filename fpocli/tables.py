@@ -32,6 +32,10 @@ class Column:
     value: Callable[[Row], float | None]
     digits: int
 
+    def known(self, rows: list[Row]) -> list[float]:
+        """Its values of the runs it was measured for."""
+        return [value for row in rows if (value := self.value(row)) is not None]
+
 
 def _path(*names: str) -> Callable[[Row], float | None]:
     """A nested value of a record."""
@@ -65,6 +69,8 @@ def _distance(side: str) -> Callable[[Row], float | None]:
     return value
 
 
+_D_MARGIN = Column("D margin", _distance("margin"), 5)
+_PEAK = Column("Peak (GB)", _path("peak_memory_gb"), 2)
 _ACCURACY, _ENTROPY = Column("Accuracy (%)", _percent, 1), Column("Entropy (nats)", _entropy, 3)
 _PAPER = (_ACCURACY, _ENTROPY)
 _ALL = (
@@ -76,9 +82,9 @@ _ALL = (
     Column("KL margin", _path("eval", "kl", "margin"), 3),
     Column("D chosen", _distance("chosen"), 5),
     Column("D rejected", _distance("rejected"), 5),
-    Column("D margin", _distance("margin"), 5),
+    _D_MARGIN,
     Column("Time (s)", _path("seconds"), 0),
-    Column("Peak (GB)", _path("peak_memory_gb"), 2),
+    _PEAK,
 )
 
 
@@ -143,21 +149,32 @@ def write_reports(grid: Grid, rows: list[Row]) -> None:
         else:
             from fpocli.charts import draw_figure3, draw_figure4
 
-            draw = {"figure3": draw_figure3, "figure4": draw_figure4}[name]
             _, groups = grouped(rows, ("method",))
-            draw({", ".join(key): group for key, group in groups.items()}, grid.out / f"{name}.png")
+            runs = {", ".join(key): group for key, group in groups.items()}
+            file = grid.out / f"{name}.png"
+            if name == "figure3":
+                draw_figure3(runs, file)
+            else:
+                panels = {"peak memory of training (GB)": _PEAK, "D margin": _D_MARGIN}
+                draw_figure4(
+                    {
+                        title: {method: column.known(group) for method, group in runs.items()}
+                        for title, column in panels.items()
+                    },
+                    file,
+                )
 
 
 def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
     """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
     keys, groups = grouped(rows, table.keys)
-    columns = [column for column in table.columns if any(_known(column, row) for row in rows)]
+    columns = [column for column in table.columns if column.known(rows)]
     lines, records = [], []
     for key, group in groups.items():
         record: Row = dict(zip(keys, key, strict=True)) | {"runs": len(group)}
         cells = [*key, str(len(group))]
         for column in columns:
-            known = [value for row in group if (value := column.value(row)) is not None]
+            known = column.known(group)
             cells.append(_cell(known, column.digits))
             record[column.title] = statistics.mean(known) if known else None
             record[f"{column.title}, std"] = statistics.stdev(known) if len(known) > 1 else None
@@ -208,10 +225,6 @@ def grouped(
 
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _known(column: Column, row: Row) -> bool:
-    return column.value(row) is not None
 
 
 def _cell(values: list[float], digits: int) -> str:

@@ -127,11 +127,12 @@ class PairTokenizer:
     def _prompt(self, pair: Pair) -> list[int] | None:
         """The ids of a pair's prompt; None, and told to `drops`, if the template refuses it."""
         try:
-            return encode_prompt(self.tokenizer, pair.prompt, self.bos)
+            parts = _render_parts(self.tokenizer, pair.prompt)
         except Exception as error:  # a template is a program of the user's and may raise anything
             detail = f"{self.template_name}: {error}"
             self.drops.add("refused by the chat template", pair.row, pair.place, detail)
             return None
+        return _encode_parts(self.tokenizer, parts, self.bos)
 
     def _assemble(
         self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
@@ -235,15 +236,26 @@ def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> l
         messages: the conversation; what spells a special token in it stays text.
         bos: the id to begin with, once, whether the template writes it or not; or None.
     """
+    return _encode_parts(tokenizer, _render_parts(tokenizer, messages), bos)
+
+
+def _render_parts(tokenizer: Any, messages: list[Message]) -> list[str]:
+    """The rendered conversation; every second part of it spells a special token in the data."""
     spelt = _special_pattern(tokenizer)
-    left, right = _unused_characters(messages)
-    marked = [
-        message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
-        for message in messages
-    ]
-    text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+    marks = None
+    if any(spelt.search(message["content"]) for message in messages):
+        marks = left, right = _unused_characters(messages)
+        messages = [
+            message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
+            for message in messages
+        ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return re.split(f"[{''.join(marks)}]", text) if marks else [text]
+
+
+def _encode_parts(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:
     ids: list[int] = []
-    for number, part in enumerate(re.split(f"[{left}{right}]", text)):
+    for number, part in enumerate(parts):
         if part and number % 2:
             ids += encode_text(tokenizer, [part])[0]
         elif part:
