@@ -10,13 +10,13 @@ import torch
 
 from fpocli.attention import row_multiple
 from fpocli.batches import fill_rows, pack
-from fpocli.console import Bar
+from fpocli.console import Bar, console
 from fpocli.errors import UserError
 from fpocli.model import LanguageModel
 from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, top_k
-from fpocli.store import Store, index_dtype
+from fpocli.store import Store
 
 # Tokens of a pair whose log-probabilities are held against the model's own forward pass.
 _CHECKED = 32
@@ -29,6 +29,8 @@ def score_block(
     tokens: Tokens,
     tokens_per_row: int,
     bar: Bar,
+    *,
+    drop_non_finite: bool = False,
 ) -> tuple[Reference, dict[str, Totals]]:
     """Reference rows of a block's pairs. They depend on nothing outside the block.
 
@@ -39,6 +41,7 @@ def score_block(
         tokens: of the b pairs.
         tokens_per_row: the most tokens of a packed row.
         bar: advanced by the pairs that are done.
+        drop_non_finite: leave the rows of a pair whose numbers are not finite as gaps.
 
     Returns:
         the b rows, and by site the sums over their responses.
@@ -46,35 +49,39 @@ def score_block(
     Raises:
         UserError: a number is not finite, or does not fit into float16.
     """
-    b = len(tokens)
-    logp = np.empty((b, 2), np.float32)
-    features = {
-        site: Features(
-            index=np.empty((b, 2, about["k"]), index_dtype(about["d_sae"])),
-            value=np.empty((b, 2, about["k"]), about["value_dtype"]),
-            nonzero=np.empty((b, 2), np.int32),
-        )
-        for site, about in store.sites.items()
-    }
+    rows = store.gaps(len(tokens))
     totals = {
         site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
     }
     device = model.network.device
     lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
-    for pairs in fill_rows(lengths, tokens_per_row):
+    packed = fill_rows(lengths, tokens_per_row)
+    for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], row_multiple(device)).to(device)
         with torch.inference_mode():
             scores = score(model, encoders, batch)
-        _check_finite(scores, tokens.source_row[pairs])
-        logp[pairs] = scores.logp.cpu().numpy()
+        finite = _finite(scores)
+        kept, wrong = (
+            [pair for pair, ok in zip(pairs, finite.tolist(), strict=True) if ok is which]
+            for which in (True, False)
+        )
+        if wrong and len(pairs) > 1:
+            # A kernel may carry NaN over to a neighbour in the row, so each is asked alone.
+            packed += [[pair] for pair in wrong]
+        elif wrong:
+            _leave_out(int(tokens.source_row[wrong[0]]), drop_non_finite)
+            bar.advance()
+        rows.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
-            _keep_largest(pooled, features[site], pairs)
+            pooled = pooled[finite]
+            _keep_largest(pooled, rows.features[site], kept)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
-        bar.advance(len(pairs))
-    average = logp / tokens.counts.astype(np.float32)
-    return Reference(logp, average[:, 0] - average[:, 1], features), totals
+        bar.advance(len(kept))
+    average = rows.logp / tokens.counts.astype(np.float32)
+    rows.margin[:] = average[:, 0] - average[:, 1]
+    return rows, totals
 
 
 def _keep_largest(pooled: torch.Tensor, into: Features, pairs: list[int]) -> None:
@@ -91,16 +98,19 @@ def _keep_largest(pooled: torch.Tensor, into: Features, pairs: list[int]) -> Non
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
 
 
-def _check_finite(scores: PairScores, source_rows: np.ndarray) -> None:
+def _finite(scores: PairScores) -> torch.Tensor:
+    """Which pairs of a row have numbers: bool [P]."""
     finite = scores.logp.isfinite().all(1)
     for pooled in scores.pooled.values():
         finite &= pooled.isfinite().all(-1).all(1)
-    if not finite.all():
-        row = source_rows[int((~finite).nonzero()[0, 0])]
-        raise UserError(
-            f"the log-probability or a feature of the pair in row {row} is not finite",
-            "try --dtype float32, or leave the pair out of the data",
-        )
+    return finite
+
+
+def _leave_out(row: int, allowed: bool) -> None:
+    told = f"the log-probability or a feature of the pair in row {row} is not finite"
+    if not allowed:
+        raise UserError(told, "try --dtype float32, or leave the pair out with --drop-non-finite")
+    console.print(f"{told}; it is left out")
 
 
 def check_model(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:

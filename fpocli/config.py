@@ -74,7 +74,8 @@ def _convert(flag: str, value: Any, kind: type) -> Any:
 class CacheConfig:
     """Run the frozen reference model and its SAE once and write the store that training reads.
 
-    The same command given again goes on where a stopped run ended.
+    The same command given again goes on where a stopped run ended. For several processes:
+    torchrun --nproc-per-node N -m fpocli cache ..., or the command on any host with --join.
     """
 
     model: Annotated[
@@ -137,6 +138,16 @@ class CacheConfig:
     allow: Annotated[
         list[str], Option(help="Go on with a store although this differs: dtype, kernel.")
     ] = field(default_factory=list)
+    drop_non_finite: Annotated[
+        bool,
+        Option("--drop-non-finite", help="Leave pairs out whose numbers are NaN or infinite."),
+    ] = False
+    join: Annotated[
+        bool, Option("--join", help="Take blocks of a store that other commands write, too.")
+    ] = False
+    repair: Annotated[
+        bool, Option("--repair", help="Find what is damaged in the store and score it anew.")
+    ] = False
     out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
 

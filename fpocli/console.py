@@ -18,6 +18,17 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
+def is_first() -> bool:
+    """Whether this process is the first, or the only one, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Tell something once, whatever the number of processes."""
+    if is_first():
+        console.print(text)
+
+
 @contextmanager
 def progress(description: str, total: float | None) -> Iterator["Bar"]:
     """A progress bar for work that can take more than two seconds.
@@ -37,7 +48,7 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=os.environ.get("RANK", "0") != "0",
+        disable=not is_first(),
     ) as bars:
         yield Bar(bars, description, total)
 
@@ -48,6 +59,11 @@ class Bar:
     def __init__(self, bars: Progress, description: str, total: float | None) -> None:
         self._bars = bars
         self._task = bars.add_task(description, total=total, note="")
+
+    def reach(self, done: float) -> None:
+        """Stand at `done` units at least, whoever did them."""
+        if done > self._bars.tasks[self._task].completed:
+            self._bars.update(self._task, completed=done)
 
     def advance(self, amount: float = 1, note: str = "") -> None:
         """Move on by `amount` units; `note` stands at the end of the line."""

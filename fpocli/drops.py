@@ -9,6 +9,7 @@ from fpocli.files import replace_text
 
 # Rows listed for each reason.
 _LISTED = 1000
+_NOT_FINITE = "not finite"
 
 
 class Drops:
@@ -55,3 +56,19 @@ class Drops:
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
+
+
+def list_not_finite(file: Path, rows: list[int]) -> None:
+    """Add to the list the rows whose numbers were not finite.
+
+    Args:
+        file: as `Drops.write` wrote it, or none.
+        rows: their numbers in the source.
+    """
+    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = [line for line in before if json.loads(line)["reason"] != _NOT_FINITE]
+    for row in rows[:_LISTED]:
+        about = {"row": row, "place": f"row {row}", "reason": _NOT_FINITE, "detail": ""}
+        lines.append(json.dumps(about))
+    if rows:
+        replace_text(file, "".join(line + "\n" for line in lines))

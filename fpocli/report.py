@@ -8,7 +8,9 @@ from rich.console import Console
 
 from fpocli.catalog import find_model
 from fpocli.config import InspectConfig
-from fpocli.console import console, progress
+from fpocli.console import console
+from fpocli.damage import find_damage
+from fpocli.documents import REPAIR
 from fpocli.errors import UserError
 from fpocli.rows import Features
 from fpocli.store import Store
@@ -30,6 +32,13 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         UserError: there is no readable store or pair, or --verify found damage.
     """
     store = Store.open(config.store)
+    if config.verify and (damage := find_damage(store)):
+        if config.json:
+            damaged = [one._asdict() for one in damage]
+            print(json.dumps({"path": str(store.path), "damaged": damaged}, indent=2))
+        for one in damage:
+            console.print(one.told)
+        raise UserError(f"{store.path} is damaged, as listed above", REPAIR)
     if config.pair is not None:
         shown = describe_pair(store, config.pair)
         show = show_pair
@@ -37,15 +46,12 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         shown = describe(store)
         show = show_store
     if config.verify:
-        shown["verified"] = verify(store)
+        gaps = len(store.missing_blocks())
+        shown["verified"] = {"blocks": store.blocks - gaps, "gaps": gaps}
     if config.json:
         print(json.dumps(shown, indent=2))
     else:
         show(shown, Console(highlight=False, markup=False, soft_wrap=True))
-    if damaged := shown.get("verified", {}).get("damaged"):
-        for problem in damaged:
-            console.print(problem)
-        raise UserError(f"{store.path} is damaged, as listed above", "write it again")
     return shown
 
 
@@ -53,7 +59,8 @@ def describe(store: Store) -> dict[str, Any]:
     """Everything about a store but its pairs."""
     spans, missing = store.whole("spans"), store.missing_blocks()
     lengths = np.diff(spans)
-    done = ~np.isin(np.arange(store.pairs) // store.block_size, missing)
+    pairs = np.arange(store.pairs)
+    done = ~np.isin(pairs // store.block_size, missing) & ~np.isin(pairs, store.not_finite)
     margins = store.whole("ref/margin")[done]
     total = spans[:, [2, 3]] - spans[:, [1, 2]] + (spans[:, 1] - spans[:, 0])[:, None]
     return {
@@ -117,8 +124,8 @@ def _features(store: Store, site: str) -> dict[str, Any]:
         "most_frequent": [
             {
                 "feature": int(i),
-                "chosen": float(frequency[0, i] / store.pairs),
-                "rejected": float(frequency[1, i] / store.pairs),
+                "chosen": float(frequency[0, i] / store.scored),
+                "rejected": float(frequency[1, i] / store.scored),
             }
             for i in frequent
         ],
@@ -145,7 +152,7 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
         "tokens": {name: len(run) for name, run in runs.items()},
         "text": {name: tokenizer.decode(list(run)) for name, run in runs.items()},
     }
-    if block in store.missing_blocks():
+    if not store.has(block) or pair in store.not_finite:
         return shown
     reference = store.reference(block, tokens)
     sums = dict(zip(("chosen", "rejected"), reference.logp[row].tolist(), strict=True))
@@ -174,27 +181,3 @@ def _pair_features(features: Features, row: int) -> dict[str, Any]:
             ],
         }
     return shown
-
-
-def verify(store: Store) -> dict[str, Any]:
-    """Read everything back: checksums of all chunks, and every block's own digest."""
-    damaged = []
-    missing = store.missing_blocks()
-    with progress("Verifying", store.blocks) as bar:
-        for block in range(store.blocks):
-            try:
-                tokens = store.tokens(block)
-                if block not in missing:
-                    store.reference(block, tokens)
-            except UserError as error:
-                damaged.append(str(error))
-            bar.advance()
-    if store.meta["state"] == "complete":
-        damaged += [f"block {block} of {store.path} has no record" for block in missing]
-        for site in store.sites:
-            for read in (store.mean, store.frequency):
-                try:
-                    read(site)
-                except UserError as error:
-                    damaged.append(str(error))
-    return {"blocks": store.blocks - len(missing), "gaps": len(missing), "damaged": damaged}

@@ -15,8 +15,9 @@ import yaml
 from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences
-from fpocli.files import held, replace_text
+from fpocli.files import remove_folder, replace_text
 from fpocli.store import Store
+from fpocli.writers import Writers
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def held_run(folder: Path, *, first: bool) -> Iterator[None]:
         UserError: another run is in it.
     """
     with ExitStack() as stack:
-        _together(lambda: stack.enter_context(held(folder)), first)
+        _together(lambda: stack.enter_context(Writers(folder)), first)
         yield
 
 
@@ -82,11 +83,7 @@ class RunFolder:
                     f"{self.folder} exists and is no run of fpo", "give another folder with --out"
                 )
             if self.settings.overwrite:
-                # Aside first: a kill must not leave a folder that is no run any more.
-                removed = self.folder.with_name(self.folder.name + ".removed")
-                shutil.rmtree(removed, ignore_errors=True)
-                self.folder.rename(removed)
-                shutil.rmtree(removed)
+                remove_folder(self.folder)
             elif begun and (other := differences(json.loads(known.read_text()), identity)):
                 raise UserError(
                     f"{self.folder} holds a run with other settings: {other}",

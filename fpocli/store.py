@@ -1,12 +1,10 @@
 """The store of a frozen reference, version 1: docs/format.md in code. The only importer of zarr.
 
+layout.py says what it must look like; here it is written and read.
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
 import hashlib
-import json
-import math
-import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,78 +13,98 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from fpocli.documents import (
+    DOCUMENT,
+    REPAIR,
+    array_document,
+    attributes,
+    check_documents,
+    document_sums,
+    is_whole,
+    write_root,
+)
 from fpocli.errors import UserError
+from fpocli.files import remove_folder
+from fpocli.layout import FORMAT, VERSION, fingerprint, layout, wrong_attribute
 from fpocli.rows import Features, Reference, Tokens, Totals
 
-FORMAT, VERSION = "fpo-store", "1.0"
-_TOKENS_PER_CHUNK = 2**18
-# Shape, dtype and chunks of an array.
-_Layout = tuple[tuple[int, ...], str, tuple[int, ...]]
-_STATES = ("tokenised", "partial", "complete")
+# In this order; anything else may hide damage.
+_CODECS = ["bytes", "zstd", "crc32c"]
+# What zarr raises where a chunk is not what it should be.
+_BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError)
 
 
 class Store:
     """An open store. Make one with `create` or `open`."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
-        self.path = path
-        # Any: zarr's types do not tell arrays from groups.
-        root: Any = group
-        self._group = root
+    def __init__(self, path: Path, meta: dict[str, Any], *, writable: bool) -> None:
+        self.path, self.meta = path, meta
+        self._group: Any = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
         self._arrays: dict[str, Any] = {}
-        self.meta: dict[str, Any] = dict(root.attrs["fpo"])
-        self.block_size: int = self.meta["block"]
-        self.pairs: int = self.meta["pairs"]["kept"]
-        self.sites: dict[str, dict[str, Any]] = self.meta["sites"]
+        self._done: set[int] = set()
+        self.block_size: int = meta["block"]
+        self.pairs: int = meta["pairs"]["kept"]
+        self.sites: dict[str, dict[str, Any]] = meta["sites"]
 
     # -- making one --------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, path: Path, meta: dict[str, Any], tokens: Tokens) -> "Store":
+    def create(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> "Store":
         """Write the token runs and lay out the rest, filled with gaps.
 
         Args:
-            path: a folder that is not there yet.
-            meta: the attributes of docs/format.md but those this module owns (format, version,
-                state, created, fingerprint).
+            path: a folder that is empty or not there yet.
+            about: the attributes of docs/format.md but those this module owns (format, version,
+                state, tokens, created, fingerprint, documents, checksum).
             tokens: all pairs; spans count from the first token of the store.
         """
-        begun = {"fpo": {"format": FORMAT}}
-        group = zarr.create_group(path, zarr_format=3, attributes=begun)
-        for name, (shape, dtype, chunks) in _layout(meta, len(tokens.ids)).items():
-            _add(group, name, shape, dtype, chunks)
-        arrays: Any = group
-        arrays["tokens"][:] = tokens.ids
-        arrays["spans"][:] = tokens.spans
-        arrays["source_row"][:] = tokens.source_row
-        own = {
+        path.mkdir(parents=True, exist_ok=True)
+        # A store that says no more was stopped on the way here and starts over.
+        write_root(path, {"format": FORMAT})
+        meta = {
             "format": FORMAT,
             "version": VERSION,
             "state": "tokenised",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "fingerprint": fingerprint(meta),
-        }
-        # Written last: a store without a state was stopped on the way here and starts over.
-        group.attrs["fpo"] = own | meta
-        return cls(path, group)
+            "tokens": len(tokens.ids),
+            "fingerprint": fingerprint(about),
+        } | about
+        store = cls(path, meta, writable=True)
+        # Here too, so that blocks are known when the root's document is lost.
+        store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
+        for name, array in layout(meta).items():
+            store._group.create_array(
+                name,
+                **array._asdict(),
+                compressors=[ZstdCodec(level=3), Crc32cCodec()],
+                fill_value=array.fill(name),
+            )
+        store._array("tokens")[:] = tokens.ids
+        store._array("spans")[:] = tokens.spans
+        store._array("source_row")[:] = tokens.source_row
+        meta["documents"] = document_sums(path)
+        # Written last.
+        write_root(path, meta)
+        return store
 
     @classmethod
     def open(cls, path: Path | str, *, writable: bool = False) -> "Store":
         """Open a store and check that it is what its metadata says.
 
         Raises:
-            UserError: there is none, it is of another version, or an array is missing or wrong.
+            UserError: there is none, it is of another version, or a document is missing or wrong.
         """
         path = Path(path)
-        try:
-            group = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
-            meta = group.attrs.get("fpo")
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            what = "is no Zarr group" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}", "write a store with `fpo cache --out`") from error
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise UserError(f"{path} is not an fpo store", "write one with `fpo cache --out`")
-        if meta.keys() == {"format"}:
+        meta = attributes(path)
+        if not (path / DOCUMENT).is_file():
+            what = f"has no {DOCUMENT}" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}", "write a store with `fpo cache --out`")
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is not an fpo store, or its {DOCUMENT} is damaged",
+                f"write one with `fpo cache --out`; if it was one, {REPAIR}",
+            )
+        if meta.keys() <= {"format", "checksum"}:
             raise UserError(
                 f"writing the tokens of {path} was interrupted",
                 "run `fpo cache` again with the same flags",
@@ -97,51 +115,82 @@ class Store:
                 f"{path} is a store of version {version}, this fpo reads version 1",
                 "write the store again, or install the fpo that wrote it",
             )
-        try:
-            store = cls(path, group)
-            store._check_arrays()
-        except (KeyError, TypeError) as error:
+        # Version 1.0 has no sums, and does not say T.
+        early = version == "1.0" and "checksum" not in meta
+        if early:
+            meta["tokens"] = array_document(path, "tokens").get("shape", [None])[0]
+        elif not is_whole(path):
+            raise UserError(f"{path / DOCUMENT} is damaged or was edited", REPAIR)
+        if wrong := wrong_attribute(meta):
+            raise UserError(f"the metadata of {path} cannot be: {wrong}", REPAIR)
+        check_documents(path, meta)
+        store = cls(path, meta, writable=writable)
+        store._check_arrays()
+        if early and writable and meta["state"] != "complete":
             raise UserError(
-                f"the metadata of {path} lacks {error}", "write the store again"
-            ) from error
+                f"{path} was begun by an earlier version of fpo",
+                "complete it with that version, or give --overwrite",
+            )
         return store
 
     @staticmethod
     def require_replaceable(path: Path) -> None:
         """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
-        if path.exists() and not (_is_empty(path) or _attributes(path)):
+        if path.exists() and not (_is_empty(path) or attributes(path).get("format") == FORMAT):
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
     def remove(path: Path) -> None:
         """Delete a store, or what an interrupted `create` left; never anything else."""
         Store.require_replaceable(path)
-        if path.exists():
-            shutil.rmtree(path)
+        remove_folder(path)
 
     @staticmethod
     def unfinished(path: Path) -> bool:
         """Whether `path` is an empty folder or what an interrupted `create` left."""
-        return _is_empty(path) or _attributes(path).keys() == {"format"}
+        about = attributes(path)
+        return _is_empty(path) or about == {"format": FORMAT, "checksum": about.get("checksum")}
 
     def _check_arrays(self) -> None:
-        if self.meta["state"] not in _STATES:
-            raise KeyError("a known state")
-        for name, (shape, dtype, _) in _layout(self.meta).items():
-            # The blocks' totals are gone once mean and frequency are made of them.
-            if name.startswith("blocks/") and name != "blocks/digest":
+        for name, (shape, dtype, chunks) in layout(self.meta).items():
+            if name.startswith("blocks/layer_") and not self.has_totals:
                 continue
-            array = self._group.get(name)
-            if not isinstance(array, zarr.Array):
-                raise UserError(f"{self.path} lacks the array {name}", "write the store again")
-            if str(array.dtype) != dtype or array.shape != (shape or array.shape):
+            try:
+                array = self._array(name)
+                found = array.shape, str(array.dtype), array.chunks
+                codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+            except _BROKEN as error:
+                raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
+            if found != (shape, dtype, chunks):
                 raise UserError(
-                    f"the array {name} of {self.path} is {array.dtype} {array.shape}, expected "
-                    f"{dtype} {shape}",
-                    "write the store again",
+                    f"the array {name} of {self.path} is {found[1]} {found[0]} in chunks of "
+                    f"{found[2]}, expected {dtype} {shape} in {chunks}",
+                    REPAIR,
+                )
+            if codecs != _CODECS:
+                raise UserError(
+                    f"the array {name} of {self.path} has the codecs {', '.join(codecs)}, "
+                    f"expected {', '.join(_CODECS)}",
+                    REPAIR,
                 )
 
     # -- writing -----------------------------------------------------------------------------
+
+    def gaps(self, b: int) -> Reference:
+        """Rows of b pairs to be filled, which hold gaps."""
+        arrays = layout(self.meta)
+
+        def rows(name: str) -> np.ndarray:
+            array = arrays[name]
+            return np.full((b, *array.shape[1:]), array.fill(name), array.dtype)
+
+        features = {
+            site: Features(
+                *(rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero"))
+            )
+            for site in self.sites
+        }
+        return Reference(rows("ref/logp"), rows("ref/margin"), features)
 
     def write_block(self, block: int, reference: Reference, totals: dict[str, Totals]) -> None:
         """Write the reference rows of a block, whole, and its record last."""
@@ -157,33 +206,59 @@ class Store:
             self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
         self._array("blocks/digest")[block] = self._digest(self.tokens(block), reference)
 
+    def forget_block(self, block: int) -> None:
+        """Take a block's record away, so that it is scored anew."""
+        self._array("blocks/digest")[block] = 0
+        self._done.discard(block)
+
     def finish(self) -> None:
         """Make mean and frequency from the blocks' totals and mark the store complete."""
+        not_finite = np.flatnonzero(np.isnan(self.whole("ref/margin"))).tolist()
+        if len(not_finite) == self.pairs:
+            raise UserError(
+                f"no pair of {self.path} has finite numbers", "try --dtype float32, or another SAE"
+            )
+        if not_finite:
+            self.meta["pairs"]["not_finite"] = not_finite
         for site in self.sites:
-            parts = self._array(f"blocks/{site}/sum")
-            counts = self._array(f"blocks/{site}/frequency")
-            mean = np.zeros(parts.shape[1])
-            frequency = np.zeros(counts.shape[1:], np.int64)
-            for block in range(self.blocks):
-                total = self._read(f"blocks/{site}/sum", block, block)
-                count = self._read(f"blocks/{site}/frequency", block, block)
-                if np.isnan(total).any() or (count < 0).any():
-                    self._array("blocks/digest")[block] = 0
-                    raise UserError(
-                        f"block {block} of {self.path} has lost its totals",
-                        "give the same command again, it scores the block anew",
-                    )
-                mean += total
-                frequency += count
-            self._array(f"features/{site}/mean")[:] = mean / (2 * self.pairs)
+            mean, frequency = self.total(site)
+            self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
-        for site in self.sites:
-            del self._group[f"blocks/{site}"]
+        # What kills left of chunks; nobody else writes any more.
+        for left in self.path.rglob("*.partial"):
+            left.unlink()
 
     def _set_state(self, state: str) -> None:
         self.meta["state"] = state
-        self._group.attrs["fpo"] = self.meta
+        write_root(self.path, self.meta)
+
+    @classmethod
+    def mend(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> "Store":
+        """Write a store's documents and tokens anew and keep the blocks' rows, which may belong to
+        them or not. The store is then partial.
+
+        Args:
+            path: of the store.
+            about, tokens: as `create` takes them.
+        """
+        fresh = path.with_name(path.name + ".repair")
+        remove_folder(fresh)
+        meta = cls.create(fresh, about, tokens).meta
+        # The root's document last.
+        for file in sorted(file for file in fresh.rglob("*") if file.is_file()):
+            there = path / file.relative_to(fresh)
+            there.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(there)
+        remove_folder(fresh)
+        store = cls(path, meta, writable=True)
+        store._set_state("partial")
+        return store
+
+    @staticmethod
+    def fingerprint_of_blocks(path: Path) -> str | None:
+        """What the blocks of a store belong to, where the root's document is lost."""
+        return array_document(path, "blocks").get("attributes", {}).get("fingerprint")
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -191,6 +266,21 @@ class Store:
     def blocks(self) -> int:
         """B, the number of blocks."""
         return -(-self.pairs // self.block_size)
+
+    @property
+    def not_finite(self) -> list[int]:
+        """The pairs without reference rows, because their numbers were not finite; sorted."""
+        return self.meta["pairs"].get("not_finite", [])
+
+    @property
+    def scored(self) -> int:
+        """How many pairs of a complete store have reference rows."""
+        return self.pairs - len(self.not_finite)
+
+    @property
+    def has_totals(self) -> bool:
+        """Whether the blocks' totals are there, which version 1.0 deletes."""
+        return "documents" in self.meta
 
     def rows(self, block: int) -> slice:
         """The pairs of a block."""
@@ -203,7 +293,19 @@ class Store:
 
     def missing_blocks(self) -> list[int]:
         """The blocks that have no reference rows yet."""
-        return np.flatnonzero(self.whole("blocks/digest") == 0).tolist()
+        return [block for block in range(self.blocks) if not self.has(block)]
+
+    def has(self, block: int) -> bool:
+        """Whether a block has its record, and so its reference rows."""
+        # Nobody takes a record away while others write, and this is asked often.
+        if block not in self._done:
+            one = slice(block, block + 1)
+            if not self._is_there("blocks/digest", block) or not self._read(
+                "blocks/digest", one, block
+            ):
+                return False
+            self._done.add(block)
+        return True
 
     def require_complete(self) -> None:
         """Refuse a store that still has gaps.
@@ -222,8 +324,12 @@ class Store:
         """The token runs of a block's pairs."""
         rows = self.rows(block)
         spans = self._read("spans", rows, block)
-        ids = self._read("tokens", slice(spans[0, 0], spans[-1, 3]), block)
-        return Tokens(ids, spans - spans[0, 0], self._read("source_row", rows, block))
+        source_row = self._read("source_row", rows, block)
+        begin, end = int(spans[0, 0]), int(spans[-1, 3])
+        if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
+            raise self._damaged("spans", block, "they are no runs of tokens")
+        ids = self._read("tokens", slice(begin, end), block)
+        return Tokens(ids, spans - begin, source_row)
 
     def reference(self, block: int, tokens: Tokens) -> Reference:
         """The reference rows of a block.
@@ -249,16 +355,21 @@ class Store:
                 for site in self.sites
             },
         )
-        if self._digest(tokens, reference) != self._read("blocks/digest", block, block):
-            raise self._damaged("a block record", block, "its content is not what was written")
+        record = self._read("blocks/digest", slice(block, block + 1), block)[0]
+        if self._digest(tokens, reference) != record:
+            raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
         return reference
 
     def whole(self, name: str) -> np.ndarray:
-        """All rows of one small array, such as spans or ref/margin."""
+        """All rows of one small array with rows of pairs, such as spans or ref/margin; those of
+        blocks that are not scored yet are gaps."""
+        if name == "spans" or self.meta["state"] == "complete":
+            for block in range(self.blocks):
+                self._require_chunk(name, block, block)
         return self._read(name, slice(None))
 
     def mean(self, site: str) -> np.ndarray:
-        """Mean pooled features over all 2N responses: float32 [m]."""
+        """Mean pooled features over all responses: float32 [m]."""
         return self._total(f"features/{site}/mean")
 
     def frequency(self, site: str) -> np.ndarray:
@@ -266,36 +377,73 @@ class Store:
         return self._total(f"features/{site}/frequency")
 
     def _total(self, name: str) -> np.ndarray:
-        values = self.whole(name)
+        self._require_chunk(name, 0, None)
+        values = self._read(name, slice(None))
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise self._damaged(f"the array {name}", None, "a chunk is missing")
+            raise self._damaged(name, None, "it holds gaps")
         return values
+
+    def totals(self, block: int, site: str) -> Totals:
+        """The sums over a block's responses."""
+        rows = slice(block, block + 1)
+        totals = Totals(
+            self._read(f"blocks/{site}/sum", rows, block)[0],
+            self._read(f"blocks/{site}/frequency", rows, block)[0],
+        )
+        if not np.isfinite(totals.value).all() or (totals.frequency < 0).any():
+            raise self._damaged(f"blocks/{site}", block, "they are no sums")
+        return totals
+
+    def total(self, site: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give them."""
+        m = self.sites[site]["d_sae"]
+        mean, frequency = np.zeros(m), np.zeros((2, m), np.int64)
+        for block in range(self.blocks):
+            totals = self.totals(block, site)
+            mean += totals.value
+            frequency += totals.frequency
+        return (mean / (2 * max(1, self.scored))).astype(np.float32), frequency
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes per array: in memory and on disk."""
-        arrays = [
-            (name, item)
-            for name, item in self._group.members(max_depth=None)
-            if isinstance(item, zarr.Array)
-        ]
-        return {name: (item.nbytes, item.nbytes_stored()) for name, item in sorted(arrays)}
+        arrays = {name: self._array(name) for name in layout(self.meta) if name in self._group}
+        return {
+            name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
+        }
 
     def _array(self, name: str) -> Any:
         # Kept: zarr reads an array's metadata anew whenever it is looked up.
         if name not in self._arrays:
-            self._arrays[name] = self._group[name]
+            # A chunk that happens to equal the fill value is written all the same: a file that is
+            # missing then always means a gap.
+            self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
-    def _read(self, name: str, rows: Any, block: int | None = None) -> np.ndarray:
+    def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
+        """Rows of an array; those of a block must be there."""
+        array = self._array(name)
+        if block is not None:
+            for chunk in range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0])):
+                self._require_chunk(name, chunk, block)
         try:
-            return np.asarray(self._array(name)[rows])
-        except (ValueError, RuntimeError, OSError, KeyError) as error:
-            raise self._damaged(f"the array {name}", block, str(error)) from error
+            return np.asarray(array[rows])
+        except _BROKEN as error:
+            raise self._damaged(name, block, str(error)) from error
 
-    def _damaged(self, what: str, block: int | None, why: str) -> UserError:
+    def _require_chunk(self, name: str, chunk: int, block: int | None) -> None:
+        """zarr gives the fill value for a chunk that is missing, without a word."""
+        if not self._is_there(name, chunk):
+            raise self._damaged(name, block, f"chunk {chunk} is missing")
+
+    def _is_there(self, name: str, chunk: int) -> bool:
+        array = self._array(name)
+        key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
+        return (self.path / name / key).is_file()
+
+    def _damaged(self, name: str, block: int | None, why: str) -> UserError:
         rows = self.rows(block) if block is not None else None
-        where = f", block {block} (pairs {rows.start} to {rows.stop - 1})" if rows else ""
-        return UserError(f"{what} of {self.path}{where} is damaged: {why}", "write the store again")
+        where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
+        return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
 
     @staticmethod
     def _digest(tokens: Tokens, reference: Reference) -> np.uint64:
@@ -312,90 +460,6 @@ class Store:
         return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)
 
 
-def index_dtype(m: int) -> str:
-    """The dtype of feature indices: its largest value must stay free for unused slots."""
-    return "uint16" if m <= 65_535 else "uint32"
-
-
-def fingerprint(meta: dict[str, Any]) -> str:
-    """sha256 of all that determines a store's content."""
-    identity = {name: value for name, value in meta.items() if name not in ("writer", "pairs")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def raw_bytes(meta: dict[str, Any], tokens: int) -> int:
-    """Size of a store before compression."""
-    return sum(
-        math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype, _ in _layout(meta, tokens).values()
-    )
-
-
-def _layout(meta: dict[str, Any], tokens: int | None = None) -> dict[str, _Layout]:
-    """Shape, dtype and chunks of every array.
-
-    Args:
-        meta: the store's attributes.
-        tokens: T; without it the shape of `tokens` is left open, as ().
-    """
-    n, block = meta["pairs"]["kept"], meta["block"]
-    blocks = -(-n // block)
-    arrays: dict[str, _Layout] = {
-        "tokens": (() if tokens is None else (tokens,), "uint32", (_TOKENS_PER_CHUNK,)),
-        "spans": ((n, 4), "int64", (block, 4)),
-        "source_row": ((n,), "int64", (block,)),
-        "ref/logp": ((n, 2), "float32", (block, 2)),
-        "ref/margin": ((n,), "float32", (block,)),
-        "blocks/digest": ((blocks,), "uint64", (1,)),
-    }
-    for site, about in meta["sites"].items():
-        k, m = about["k"], about["d_sae"]
-        features, parts = f"features/{site}", f"blocks/{site}"
-        arrays |= {
-            f"{features}/index": ((n, 2, k), index_dtype(m), (block, 2, k)),
-            f"{features}/value": ((n, 2, k), about["value_dtype"], (block, 2, k)),
-            f"{features}/nonzero": ((n, 2), "int32", (block, 2)),
-            f"{features}/mean": ((m,), "float32", (m,)),
-            f"{features}/frequency": ((2, m), "int64", (2, m)),
-            f"{parts}/sum": ((blocks, m), "float64", (1, m)),
-            f"{parts}/frequency": ((blocks, 2, m), "int64", (1, 2, m)),
-        }
-    return arrays
-
-
-def _add(
-    group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]
-) -> zarr.Array:
-    """An array whose chunks carry a checksum, and whose gaps cannot be read as values."""
-    kind = np.dtype(dtype)
-    fill: Any = 0
-    if kind.kind == "f":
-        fill = np.nan
-    elif name.endswith("/index"):
-        fill = np.iinfo(kind).max
-    elif name.endswith(("/nonzero", "/frequency")):
-        fill = -1
-    return group.create_array(
-        name,
-        shape=shape,
-        dtype=kind,
-        chunks=chunks,
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],
-        fill_value=fill,
-        # A chunk that happens to equal the fill value is written all the same: a file that is
-        # missing then always means a gap.
-        config={"write_empty_chunks": True},
-    )
-
-
 def _is_empty(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _attributes(path: Path) -> dict[str, Any]:
-    """What a folder's group says under `fpo`, if it is a store or the beginning of one; else {}."""
-    try:
-        about: Any = zarr.open_group(path, mode="r", zarr_format=3).attrs.get("fpo")
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return about if isinstance(about, dict) and about.get("format") == FORMAT else {}
+    """Whether a folder holds nothing, or the first document half written."""
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {f"{DOCUMENT}.partial"}

@@ -101,8 +101,10 @@ class Stream:
         self.store = store
         self.batch_size, self.tokens_per_row, self.seed = batch_size, tokens_per_row, seed
         self.rank, self.world = rank, world
-        self.held_out_pairs = max(1, round(eval_fraction * store.pairs)) if eval_fraction > 0 else 0
-        self.training_pairs = store.pairs - self.held_out_pairs
+        self._not_finite = np.array(store.not_finite, np.int64)
+        share = round(eval_fraction * store.scored)
+        self.held_out_pairs = max(1, share) if eval_fraction > 0 else 0
+        self.training_pairs = store.scored - self.held_out_pairs
         self.steps_per_epoch = -(-self.training_pairs // batch_size)
         self._block = lru_cache(maxsize=2 * _WINDOW)(self._read_block)
         self._blocks = lru_cache(maxsize=1)(self._block_order)
@@ -151,26 +153,37 @@ class Stream:
     def split_size(self, split: str) -> int:
         """How many pairs a split has."""
         sizes = {"eval": self.held_out_pairs, "train": self.training_pairs}
-        return sizes.get(split, self.store.pairs)
+        return sizes.get(split, self.store.scored)
 
     def _split(self, block: int, split: str) -> np.ndarray:
         """The pairs of a block that belong to a split, sorted."""
-        rows = self.store.rows(block)
-        pairs, held_out = np.arange(rows.start, rows.stop), self.held_out(block)
+        pairs, held_out = self._scored(block), self.held_out(block)
         return {"eval": held_out, "train": np.setdiff1d(pairs, held_out), "all": pairs}[split]
 
     def held_out(self, block: int) -> np.ndarray:
         """The pairs of a block that are not trained on, sorted."""
-        rows = self.store.rows(block)
-        order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(rows.stop - rows.start)
-        return rows.start + np.sort(order[: self._held_out_count(block)])
+        pairs = self._scored(block)
+        order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(len(pairs))
+        return pairs[np.sort(order[: self._held_out_count(block)])]
 
     def _held_out_count(self, block: int) -> int:
-        rows = self.store.rows(block)
         first, last = (
-            end * self.held_out_pairs // self.store.pairs for end in (rows.start, rows.stop)
+            end * self.held_out_pairs // self.store.scored for end in self._scored_up_to(block)
         )
         return last - first
+
+    def _scored(self, block: int) -> np.ndarray:
+        """The pairs of a block that have reference rows, sorted."""
+        rows = self.store.rows(block)
+        return np.setdiff1d(np.arange(rows.start, rows.stop), self._not_finite)
+
+    def _scored_up_to(self, block: int) -> tuple[int, int]:
+        """How many pairs have reference rows before a block, and up to its end."""
+        rows = self.store.rows(block)
+        first, last = (
+            end - int(np.searchsorted(self._not_finite, end)) for end in (rows.start, rows.stop)
+        )
+        return first, last
 
     def _share(
         self, pairs: np.ndarray, device: torch.device, weight: float | None = None
@@ -191,7 +204,7 @@ class Stream:
         """The blocks in random order, and the number of training pairs up to the end of each
         window."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
-        counts = [self.store.length(b) - self._held_out_count(b) for b in blocks.tolist()]
+        counts = [len(self._split(block, "train")) for block in blocks.tolist()]
         ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
         return blocks, ends
 

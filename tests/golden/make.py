@@ -1,4 +1,4 @@
-"""How ref-1.0.zarr was written. It is run once per version of the format, not again:
+"""How the stores here were written. It is run once per version of the format, not again:
 
 cd tests/golden && python make.py
 """
@@ -17,6 +17,7 @@ import tiny  # noqa: E402
 from conftest import write_pairs  # noqa: E402
 
 from fpocli import CacheConfig, cache  # noqa: E402
+from fpocli.layout import VERSION  # noqa: E402
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     tiny.model_folder(Path("model"))
     tiny.sae_folder(Path("sae"))
     write_pairs(Path("pairs.jsonl"), 7)
-    path = HERE / "ref-1.0.zarr"
+    path = HERE / f"ref-{VERSION}.zarr"
     cache(
         CacheConfig(
             model="model",
@@ -49,7 +50,7 @@ def main() -> None:
         if isinstance(item, zarr.Array)
     }
     about = {"fpo": group.attrs["fpo"], "arrays": arrays}
-    (HERE / "ref-1.0.json").write_text(json.dumps(about))
+    path.with_suffix(".json").write_text(json.dumps(about))
 
 
 main()

@@ -1,0 +1,88 @@
+"""Real processes of `fpo`, started in a moment: forked from one that has imported everything."""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import fpocli
+from fpocli import cli
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["forks", "deepspeed", "sae_lens", "transformers", "fpocli.reference", "fpocli.training"]
+)
+
+
+class Command:
+    """A running `fpo`, with what it prints.
+
+    Args:
+        words: of the command line.
+        environment: added to the process's own.
+    """
+
+    def __init__(self, *words: str, **environment: str) -> None:
+        handle, name = tempfile.mkstemp()
+        os.close(handle)
+        self._printed = Path(name)
+        self._process = _CONTEXT.Process(target=_run, args=(words, environment, name))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def kill(self, signal: int) -> None:
+        """Send a signal, unless the process has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal)
+
+    def running(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, negative for a signal; None where it still runs after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def printed(self) -> str:
+        """All it wrote to stdout and stderr."""
+        return self._printed.read_text(errors="replace")
+
+    def close(self) -> None:
+        """End it and remove what it left."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        self._printed.unlink()
+
+
+def _run(words: tuple[str, ...], environment: dict[str, str], output: str) -> None:
+    with Path(output).open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = ["fpo", *words]
+    cli.main()
+
+
+def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
+    """The command line of a config, without what is a default."""
+    words = []
+    for name, value in vars(config).items():
+        field = type(config).__dataclass_fields__[name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value == default or value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                words += [flag, str(item)]
+    return words

@@ -1,0 +1,158 @@
+"""Several processes that write one store: they share blocks, and none stops the others."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import cache_config, write_pairs
+from forks import Command, flags
+from test_store import contents
+
+from fpocli import cache
+from fpocli.damage import find_damage
+from fpocli.store import Store
+from fpocli.writers import Writers
+
+
+@pytest.fixture(scope="module")
+def many(material, tmp_path_factory):
+    """Pairs for 20 blocks, and the store that one process makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    data = str(write_pairs(folder / "pairs.jsonl", 160, seed=3))
+    store = cache(cache_config(material, folder / "one.zarr", data=data))
+    return data, store.path
+
+
+@pytest.fixture
+def start(material, many, tmp_path):
+    """Starts `fpo cache --join` on one store, in a process."""
+    started = []
+
+    def start(**changes):
+        config = cache_config(
+            material, tmp_path / "ref.zarr", **({"data": many[0], "join": True} | changes)
+        )
+        started.append(Command("cache", *flags(config)))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.close()
+
+
+def assert_equal(path, other):
+    """Every array to the bit, and every chunk to the byte."""
+    one, two = contents(path), contents(other)
+    assert one.keys() == two.keys()
+    for name, values in two.items():
+        np.testing.assert_array_equal(one[name], values, err_msg=name)
+    files = {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
+    for file in files - {file for file in files if file.name == "zarr.json"}:
+        assert (path / file).read_bytes() == (other / file).read_bytes(), file
+    assert not path.with_name(path.name + ".writers").exists()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_content_is_the_same_for_any_number_of_writers(start, many, tmp_path, count):
+    commands = [start() for _ in range(count)]
+    for command in commands:
+        assert command.wait(120) == 0, command.printed()
+    assert_equal(tmp_path / "ref.zarr", many[1])
+
+
+def held_by(command, path):
+    """The blocks that a process has taken."""
+    found = []
+    for file in path.with_name(path.name + ".writers").glob("block-*"):
+        with Writers(path, join=True) as writers:
+            owner = writers.owner(file.name)
+        if owner and owner.process == command.pid:
+            found.append(int(file.name.removeprefix("block-")))
+    return found
+
+
+def stop_at_work(command, path):
+    """Stop a process while it has a block that is not written yet."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert command.running(), command.printed()
+        if held_by(command, path):
+            command.kill(signal.SIGSTOP)
+            store = Store.open(path)
+            if held := [block for block in held_by(command, path) if not store.has(block)]:
+                return held
+            command.kill(signal.SIGCONT)
+    raise AssertionError("it never held a block")
+
+
+def test_when_one_of_four_dies_the_others_finish_all_but_its_blocks(start, many, tmp_path):
+    path = tmp_path / "ref.zarr"
+    lost, *others = [start(block=40) for _ in range(4)]
+    held = stop_at_work(lost, path)
+    lost.kill(signal.SIGKILL)
+    for command in others:
+        assert command.wait(120) == 2, command.printed()
+        told = command.printed()
+        assert f"done but {', '.join(map(str, held))}, left by process {lost.pid} on" in told
+        assert "Traceback" not in told
+    assert Store.open(path).missing_blocks() == held
+    again = start(block=40)
+    assert again.wait(120) == 0, again.printed()
+    assert f"process {lost.pid} on" in again.printed()
+    assert find_damage(Store.open(path)) == []
+
+
+def test_a_slow_writer_stops_nobody(start, many, tmp_path):
+    """The others do all the rest and wait; when it goes on, all end well."""
+    path = tmp_path / "ref.zarr"
+    slow, *others = [start() for _ in range(3)]
+    held = stop_at_work(slow, path)
+    deadline = time.monotonic() + 120
+    while Store.open(path).missing_blocks() != held:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert all(command.running() for command in others)
+    slow.kill(signal.SIGCONT)
+    for command in (slow, *others):
+        assert command.wait(120) == 0, command.printed()
+    assert_equal(path, many[1])
+
+
+def test_any_number_goes_on_with_what_any_other_began(start, many, tmp_path):
+    """Four are killed, then two, then one completes it."""
+    path = tmp_path / "ref.zarr"
+    for count in (4, 2):
+        commands = [start() for _ in range(count)]
+        for command in commands:
+            stop_at_work(command, path)
+        for command in commands:
+            command.kill(signal.SIGKILL)
+            command.wait()
+    assert 0 < len(Store.open(path).missing_blocks()) < 20
+    last = start(join=False)
+    assert last.wait(120) == 0, last.printed()
+    assert_equal(path, many[1])
+
+
+def test_torchrun_starts_writers_that_belong_together(material, many, tmp_path):
+    path = tmp_path / "ref.zarr"
+    config = cache_config(material, path, data=many[0])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*words, "-m", "fpocli", "cache", *flags(config)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("is complete", done.stderr)) == 1, "told once"
+    assert_equal(path, many[1])
+
+
+def test_overwrite_and_repair_are_for_one(start):
+    for flag in ("overwrite", "repair"):
+        command = start(**{flag: True})
+        assert command.wait(60) == 2
+        assert "are for one process" in command.printed()
