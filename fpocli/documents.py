@@ -92,7 +92,7 @@ def check_documents(path: Path, meta: dict[str, Any]) -> None:
     ):
         folder = path / name / "c"
         there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
-        if 2 * there < chunks:
+        if chunks > 2 * there + 16:
             raise UserError(
                 f"the array {name} of {path} has {there:,} of {chunks:,} chunks", REPAIR
             )

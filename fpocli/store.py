@@ -136,7 +136,8 @@ class Store:
     @staticmethod
     def require_replaceable(path: Path) -> None:
         """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
-        if path.exists() and not (_is_empty(path) or attributes(path).get("format") == FORMAT):
+        known = attributes(path).get("format") == FORMAT or Store.fingerprint_of_blocks(path)
+        if path.exists() and not (known or _is_empty(path)):
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
