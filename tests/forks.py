@@ -1,10 +1,13 @@
 """Real processes of `fpo`, started in a moment: forked from one that has imported everything."""
 
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import fpocli
@@ -21,14 +24,19 @@ class Command:
 
     Args:
         words: of the command line.
+        die_at: the process kills itself at this change of the file system, counted from 0.
+        before: before the change, or else right after it.
         environment: added to the process's own.
     """
 
-    def __init__(self, *words: str, **environment: str) -> None:
+    def __init__(
+        self, *words: str, die_at: int | None = None, before: bool = True, **environment: str
+    ) -> None:
         handle, name = tempfile.mkstemp()
         os.close(handle)
         self._printed = Path(name)
-        self._process = _CONTEXT.Process(target=_run, args=(words, environment, name))
+        arguments = (words, die_at, before, environment, name)
+        self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
 
     @property
@@ -36,10 +44,10 @@ class Command:
         """Of the process."""
         return self._process.pid
 
-    def kill(self, signal: int) -> None:
+    def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal, unless the process has ended."""
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal)
+            os.kill(self.pid, number)
 
     def running(self) -> bool:
         """Whether it still runs."""
@@ -62,13 +70,38 @@ class Command:
         self._printed.unlink()
 
 
-def _run(words: tuple[str, ...], environment: dict[str, str], output: str) -> None:
+def _run(
+    words: tuple[str, ...],
+    die_at: int | None,
+    before: bool,
+    environment: dict[str, str],
+    output: str,
+) -> None:
     with Path(output).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     sys.argv = ["fpo", *words]
+    if die_at is not None:
+        _die_at(die_at, before)
     cli.main()
+
+
+def _die_at(number: int, before: bool) -> None:
+    """Kill this process without warning when a file appears, moves or goes for the n-th time."""
+    count = itertools.count()
+
+    def change(real, *arguments, **settings):
+        now = next(count) == number
+        if now and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = real(*arguments, **settings)
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir"):
+        setattr(os, name, partial(change, getattr(os, name)))
 
 
 def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
