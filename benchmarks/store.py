@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,15 +60,32 @@ def make(path: Path, pairs: int) -> float:
     rng = np.random.default_rng(0)
     tokens = make_tokens(rng, pairs)
     pool = [make_block(rng) for _ in range(POOL)]
-    about = {"k": K, "d_sae": D_SAE, "value_dtype": "float32"}
-    meta = {"block": BLOCK, "pairs": {"kept": pairs}, "sites": {SITE: about}, "writer": {}}
     began = time.perf_counter()
-    store = Store.create(path, meta, tokens)
+    store = Store.create(path, attributes(pairs), tokens)
     for block in range(store.blocks):
         reference, totals = pool[block % POOL]
         store.write_block(block, first(reference, store.length(block)), {SITE: totals})
     store.finish()
     return time.perf_counter() - began
+
+
+def attributes(pairs: int) -> dict[str, Any]:
+    """What a store says of itself; nothing made this one."""
+    made = {"source": "random", "revision": None}
+    layer, kind = SITE.removeprefix("layer_").split(".")
+    sae = {"source": "random", "architecture": "jumprelu", "hash": ""}
+    site = {"layer": int(layer), "kind": kind, "sae": sae, "k": K, "d_sae": D_SAE}
+    return {
+        "block": BLOCK,
+        "pairs": {"read": pairs, "kept": pairs, "dropped": {}},
+        "sites": {SITE: site | {"value_dtype": "float32"}},
+        "writer": {},
+        "data": made | {"split": None, "fingerprint": ""},
+        "tokenizer": made | {"vocabulary": "", "chat_template": {"name": "none", "text": ""}},
+        "limits": {"max_length": 2048, "max_prompt_length": 1024},
+        "model": made
+        | {"architecture": "none", "hash": "", "dtype": "bfloat16", "attention": "none"},
+    }
 
 
 def make_tokens(rng: np.random.Generator, pairs: int) -> Tokens:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,6 +98,42 @@ def raw_bytes(meta: dict[str, Any]) -> int:
 # -- what a store says of itself, before anything is believed --------------------------------------
 
 _SITE = re.compile(r"layer_(\d+)\.(resid_post|mlp_out)")
+_TEXT = (str, NoneType)
+# Kinds of the attributes; an empty object may hold anything.
+_ATTRIBUTES: dict[str, Any] = {
+    "state": str,
+    "created": str,
+    "writer": {},
+    "block": int,
+    "tokens": int,
+    "pairs": {"read": int, "kept": int, "dropped": {}},
+    "data": {"source": str, "split": _TEXT, "revision": _TEXT, "fingerprint": str},
+    "tokenizer": {
+        "source": str,
+        "revision": _TEXT,
+        "vocabulary": str,
+        "chat_template": {"name": str, "text": str},
+    },
+    "limits": {"max_length": int, "max_prompt_length": int},
+    "model": {
+        "source": str,
+        "revision": _TEXT,
+        "architecture": str,
+        "hash": str,
+        "dtype": str,
+        "attention": str,
+    },
+    "sites": {},
+    "fingerprint": str,
+}
+_SITE_ATTRIBUTES: dict[str, Any] = {
+    "layer": int,
+    "kind": str,
+    "sae": {"source": str, "architecture": str, "hash": str},
+    "d_sae": int,
+    "k": int,
+    "value_dtype": str,
+}
 
 
 def wrong_attribute(meta: dict[str, Any]) -> str | None:
@@ -104,39 +141,23 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
 
     It bounds every size by which memory is taken later, and names that become paths.
     """
-    if meta.get("state") not in STATES:
-        return "state is unknown"
-    kinds = {
-        "block": int,
-        "tokens": int,
-        "created": str,
-        "fingerprint": str,
-        **dict.fromkeys(("pairs", "data", "tokenizer", "limits", "model", "sites", "writer"), dict),
-    }
-    for name, kind in kinds.items():
-        if not _is(meta.get(name), kind):
-            return f"{name} is missing or wrong"
-    required: dict[str, dict[str, type]] = {
-        "pairs": {"read": int, "kept": int, "dropped": dict},
-        "data": {"source": str, "fingerprint": str},
-        "tokenizer": {"source": str, "vocabulary": str, "chat_template": dict},
-        "limits": {"max_length": int, "max_prompt_length": int},
-        "model": {"source": str, "hash": str, "dtype": str, "attention": str},
-    }
-    for part, fields in required.items():
-        for name, kind in fields.items():
-            if not _is(meta[part].get(name), kind):
-                return f"{part}.{name} is missing or wrong"
-    if not _is(meta["tokenizer"]["chat_template"].get("text"), str):
-        return "tokenizer.chat_template.text is missing or wrong"
+    if wrong := _wrong_kind(meta, _ATTRIBUTES):
+        return f"{wrong} is missing or of the wrong kind"
+    if meta["state"] not in STATES:
+        return f"the state {meta['state']} is unknown"
     pairs, block, tokens = meta["pairs"]["kept"], meta["block"], meta["tokens"]
     if not (pairs >= 1 and block >= 1 and tokens >= 3 * pairs):
         return f"{pairs} pairs in blocks of {block} cannot be of {tokens} tokens"
-    not_finite = meta["pairs"].get("not_finite", [])
-    if not (_is(not_finite, list) and all(_is(i, int) and 0 <= i < pairs for i in not_finite)):
-        return "pairs.not_finite names no pairs of the store"
+    gaps = meta["pairs"].get("not_finite", [])
+    if not (
+        isinstance(gaps, list)
+        and all(type(pair) is int and 0 <= pair < pairs for pair in gaps)
+        and gaps == sorted(set(gaps))
+        and len(gaps) < pairs
+    ):
+        return "pairs.not_finite are no numbers of pairs"
     documents = meta.get("documents", {})
-    if not (_is(documents, dict) and all(_is(value, str) for value in documents.values())):
+    if not isinstance(documents, dict) or set(map(type, documents.values())) - {str}:
         return "documents are no sums"
     for site, about in meta["sites"].items():
         if wrong := _wrong_site(site, about):
@@ -148,19 +169,28 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
 
 
 def _wrong_site(site: str, about: Any) -> str | None:
-    named = _SITE.fullmatch(site)
-    if not (named and _is(about, dict) and about.get("layer") == int(named[1])):
-        return "is no site"
-    k, m, sae = about.get("k"), about.get("d_sae"), about.get("sae")
-    if not (_is(k, int) and _is(m, int) and 1 <= k <= m <= 2**32 - 1):
+    if wrong := _wrong_kind({site: about}, {site: _SITE_ATTRIBUTES}):
+        return f"{wrong} is missing or of the wrong kind"
+    named, k, m = _SITE.fullmatch(site), about["k"], about["d_sae"]
+    if not named or (about["layer"], about["kind"]) != (int(named[1]), named[2]):
+        return "it is no site"
+    if not 1 <= k <= m <= 2**32 - 1:
         return f"k {k} and d_sae {m} cannot be"
-    if about.get("value_dtype") not in ("float32", "float16"):
-        return "value_dtype is unknown"
-    if not (_is(sae, dict) and all(_is(sae.get(name), str) for name in ("source", "hash"))):
-        return "sae is missing or wrong"
+    if about["value_dtype"] not in ("float32", "float16"):
+        return f"the dtype {about['value_dtype']} is unknown"
     return None
 
 
-def _is(value: Any, kind: type) -> bool:
-    """isinstance, where true is no number."""
-    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
+def _wrong_kind(there: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """The name of the first value that is not of its kind."""
+    for name, kind in expected.items():
+        value = there.get(name)
+        if isinstance(kind, dict):
+            if not isinstance(value, dict):
+                return name
+            if wrong := _wrong_kind(value, kind):
+                return f"{name}.{wrong}"
+        # true is no number.
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            return name
+    return None

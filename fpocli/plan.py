@@ -73,7 +73,8 @@ def open_or_tokenise(
         store = Store.open(path, writable=True)
         _refuse_others(config, store, identity)
         done = store.blocks - len(store.missing_blocks())
-        say(f"{path}: {done} of {store.blocks} blocks are there already")
+        if done:
+            say(f"{path}: {done} of {store.blocks} blocks are there already")
         return store
     pairs, tokens = _tokenise(tokenizer, read_pairs(source, tokenizer.drops), config.limit)
     about = identity | {"writer": _versions(), "pairs": pairs}

@@ -54,21 +54,21 @@ class Store:
 
         Args:
             path: a folder that is empty or not there yet.
-            about: the attributes of docs/format.md but those this module owns (format, version,
-                state, tokens, created, fingerprint, documents, checksum).
+            about: the attributes of docs/format.md but those that are made here (format, version,
+                state, tokens, fingerprint, documents, checksum, and created if it lacks it).
             tokens: all pairs; spans count from the first token of the store.
         """
         path.mkdir(parents=True, exist_ok=True)
         # A store that says no more was stopped on the way here and starts over.
         write_root(path, {"format": FORMAT})
-        meta = {
+        meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
+        meta |= {
             "format": FORMAT,
             "version": VERSION,
             "state": "tokenised",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "tokens": len(tokens.ids),
             "fingerprint": fingerprint(about),
-        } | about
+        }
         store = cls(path, meta, writable=True)
         # Here too, so that blocks are known when the root's document is lost.
         store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
@@ -359,14 +359,18 @@ class Store:
         record = self._read("blocks/digest", slice(block, block + 1), block)[0]
         if self._digest(tokens, reference) != record:
             raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
+        gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
+        known = [pair for pair in self.not_finite if rows.start <= pair < rows.stop]
+        if self.meta["state"] == "complete" and gaps.tolist() != known:
+            raise self._damaged("ref/margin", block, "other pairs have no numbers than it is told")
         return reference
 
     def whole(self, name: str) -> np.ndarray:
-        """All rows of one small array with rows of pairs, such as spans or ref/margin; those of
-        blocks that are not scored yet are gaps."""
-        if name == "spans" or self.meta["state"] == "complete":
-            for block in range(self.blocks):
-                self._require_chunk(name, block, block)
+        """All rows of one array, such as spans or ref/margin; what is not scored yet is gaps."""
+        if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
+            array = self._array(name)
+            for chunk in range(-(-array.shape[0] // array.chunks[0])):
+                self._require_chunk(name, chunk, chunk if name != "tokens" else None)
         return self._read(name, slice(None))
 
     def mean(self, site: str) -> np.ndarray:

@@ -4,16 +4,22 @@ import json
 import random
 import shutil
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import cache_config, make_stream
 from forks import Command
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_several import assert_equal
 
 from fpocli import UserError, cache, reference
 from fpocli.damage import find_damage
+from fpocli.documents import DOCUMENT, attributes, document_sums, write_root
+from fpocli.layout import fingerprint
+from fpocli.report import describe
 from fpocli.store import Store
 
 SITE = "layer_3.resid_post"
@@ -208,3 +214,82 @@ def test_inspect_lists_all_damage_and_fails(spoiled):
         assert "the array spans, block 2 (pairs 6 to 6), of" in told
         assert "--repair" in told and "Traceback" not in told
         command.close()
+
+
+# -- made-up metadata ------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([-1, 0, 2**31, 2**63, 10**30, "../..", "/etc", "uint8", "object"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def places(value, path=()):
+    """The way to every value inside a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in items:
+        yield (*path, name)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, name))
+
+
+def change(document, data):
+    """Put something else, or nothing, somewhere into a document."""
+    place = data.draw(st.sampled_from(list(places(document))))
+    inside = document
+    for name in place[:-1]:
+        inside = inside[name]
+    if data.draw(st.booleans()):
+        inside[place[-1]] = data.draw(JSON)
+    else:
+        del inside[place[-1]]
+
+
+def made_up_metadata(path: Path, whole: list[tuple], data) -> None:
+    """Change documents and set their sums right: refused in a sentence, or read as before."""
+    about = attributes(path)
+    files = {path / name / DOCUMENT for name in ("", *about["documents"])}
+    before = {file: file.read_bytes() for file in files}
+    try:
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from(["", *sorted(about["documents"])]))
+            document = about if name == "" else json.loads((path / name / DOCUMENT).read_text())
+            if document:
+                change(document, data)
+            if name:
+                (path / name / DOCUMENT).write_text(json.dumps(document))
+        with suppress(LookupError, TypeError):
+            about["fingerprint"] = fingerprint(about)
+        about["documents"] = document_sums(path)
+        write_root(path, about)
+        if not verify(path):
+            assert train_on(path) in (whole, [("stopped",)])
+            json.dumps(describe(Store.open(path)))
+    finally:
+        for file, text in before.items():
+            file.write_bytes(text)
+
+
+@pytest.fixture(scope="module")
+def documents(small, tmp_path_factory):
+    """A copy whose documents are changed and set right again, and what training reads of it."""
+    copy = shutil.copytree(small[1], tmp_path_factory.mktemp("documents") / "ref.zarr")
+    return copy, train_on(copy)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_made_up_metadata_is_refused_or_read_alike(documents, data):
+    made_up_metadata(*documents, data)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@given(st.data())
+@settings(max_examples=3000)
+def test_much_made_up_metadata_is_refused_or_read_alike(documents, data):
+    made_up_metadata(*documents, data)
