@@ -96,6 +96,15 @@ def cache_config(material: Path, out: Path, **changes):
     return CacheConfig(**(settings | changes))
 
 
+def set_attributes(path: Path, **values) -> None:
+    """Make a store say something else of itself, with its sums right."""
+    from fpocli.documents import attributes, write_root
+    from fpocli.layout import fingerprint
+
+    about = attributes(path) | values
+    write_root(path, about | {"fingerprint": fingerprint(about)})
+
+
 def make_stream(store, **changes):
     """The stream of one process: batches of 4, a fifth held out, unless changed."""
     from fpocli.stream import Stream

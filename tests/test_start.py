@@ -4,11 +4,11 @@ import subprocess
 
 import numpy as np
 import pytest
-import zarr
-from conftest import cache_config
+from conftest import cache_config, set_attributes
 from test_train import command, read
 
 from fpocli import UserError, blocks, cache
+from fpocli.documents import attributes
 from fpocli.scoring import score
 
 
@@ -37,10 +37,7 @@ def test_another_dtype_is_refused_unless_it_is_allowed(material, store_path, tmp
 def test_another_kernel_is_refused_unless_it_is_allowed(material, tmp_path):
     path = tmp_path / "ref.zarr"
     cache(cache_config(material, path))
-    group = zarr.open_group(path, mode="r+")
-    about = group.attrs["fpo"]
-    about["model"]["attention"] = "flex_attention"
-    group.attrs["fpo"] = about
+    set_attributes(path, model=attributes(path)["model"] | {"attention": "flex_attention"})
     done = train(material, tmp_path / "run", "--no-bf16", cache=path)
     assert done.returncode == 2
     assert "the kernel was flex_attention, it is fpo_by_sequence" in done.stderr

@@ -14,13 +14,13 @@ import pytest
 import tiny
 import torch
 import yaml
-import zarr
-from conftest import cache_config, make_stream
+from conftest import cache_config, make_stream, set_attributes
 from safetensors.torch import load_file
 from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import cache
+from fpocli.documents import attributes
 from fpocli.store import Store
 
 SITE = "layer_3.resid_post"
@@ -337,10 +337,8 @@ def test_changed_weights_under_the_same_name_are_noticed(material, store_path, t
     """A policy that is silently not the reference would make every number of the run wrong."""
     folder = shutil.copytree(material, tmp_path / "material")
     shutil.copytree(folder / "policy", folder / "model", dirs_exist_ok=True)
-    group = zarr.open_group(folder / "ref.zarr", mode="r+")
-    about = group.attrs["fpo"]
-    about["model"]["source"] = str(folder / "model")
-    group.attrs["fpo"] = about
+    store = folder / "ref.zarr"
+    set_attributes(store, model=attributes(store)["model"] | {"source": str(folder / "model")})
     words = command(folder, tmp_path / "run", "--no-bf16")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
