@@ -14,7 +14,7 @@ import yaml
 
 from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
-from fpocli.errors import UserError, differences
+from fpocli.errors import UserError, differences, told_once
 from fpocli.files import held, replace_text
 from fpocli.store import Store
 
@@ -41,8 +41,7 @@ def _together(work: Callable[[], Any], first: bool) -> None:
             failure = [error]
     torch.distributed.broadcast_object_list(failure)
     if failure[0] is not None:
-        # Told once: the other processes just end.
-        raise failure[0] if first else SystemExit(2)
+        raise told_once(failure[0], first)
 
 
 class RunFolder:
