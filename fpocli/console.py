@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fpocli.stopping import on_end
+
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -28,7 +30,7 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
 
     Of several processes only the first shows it.
     """
-    with Progress(
+    bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +40,8 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
         TextColumn("{task.fields[note]}"),
         console=console,
         disable=os.environ.get("RANK", "0") != "0",
-    ) as bars:
+    )
+    with bars, on_end(bars.stop):
         yield Bar(bars, description, total)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fpocli.config import TrainConfig
-from fpocli.errors import UserError, told_once
+from fpocli.errors import UserError, told_once, writing
 from fpocli.model import FrozenReference, LanguageModel
 
 _STEP = "fpo_step"
@@ -246,16 +246,19 @@ def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
         folder: of the checkpoints.
         step: how many steps are done.
         keep: how many checkpoints stay.
+
+    Raises:
+        UserError: there is no room for it; the older ones are as they were.
     """
     tag = f"partial-{step}"
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         # Only a whole checkpoint has its name.
         (folder / tag).rename(folder / f"step-{step}")
-        for left in (*folder.glob("partial-*"), *_checkpoints(folder)[:-keep]):
-            shutil.rmtree(left)
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

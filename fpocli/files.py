@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fpocli.console import console
 from fpocli.errors import UserError
+from fpocli.stopping import on_end
 
 # Seconds after which a writer on another host, whose lock file nobody touches, is gone.
 _STALE = 120
@@ -62,7 +63,8 @@ def held(path: Path) -> Iterator[None]:
         done = threading.Event()
         threading.Thread(target=_touch, args=(file, done), daemon=True).start()
         try:
-            yield
+            with on_end(file.unlink):
+                yield
         finally:
             done.set()
             file.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from fpocli.engine import (
 from fpocli.errors import UserError
 from fpocli.evaluation import held_out_means
 from fpocli.feature_weights import load_feature_weights
+from fpocli.heartbeat import heartbeat
 from fpocli.loading import (
     check_k,
     find_reference,
@@ -63,7 +64,7 @@ def train(settings: TrainConfig) -> Path:
     rank, world = start_processes(device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    with held_run(Path(settings.out), first=rank == 0):
+    with heartbeat(rank, world), held_run(Path(settings.out), first=rank == 0):
         return _train(settings, store, device, rank, world)
 
 
