@@ -116,7 +116,8 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
             _fail(str(error), error.hint)
         except OSError as error:
             if error.errno in FULL:
-                path = error.filename or settings.get("out") or "a file"
+                # Of a copy, the second is what was to be written.
+                path = error.filename2 or error.filename or settings.get("out") or "a file"
                 _fail(
                     f"{path} cannot be written: {os.strerror(error.errno)}",
                     "free some space and give the same command again",
