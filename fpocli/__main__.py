@@ -1,5 +1,16 @@
-"""python -m fpocli, which torchrun can launch."""
+"""The program: `fpo`, or python -m fpocli, which torchrun can launch."""
 
-from fpocli.cli import main
+from fpocli.stopping import stop_on_signals
 
-main()
+
+def main() -> None:
+    """The program `fpo`."""
+    # Before anything slow is imported.
+    stop_on_signals()
+    from fpocli import cli
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

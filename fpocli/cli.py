@@ -1,7 +1,6 @@
 """The command line: flags -> config -> one call; an error is a sentence, a hint and exit code 2."""
 
 import dataclasses
-import errno
 import inspect
 import io
 import os
@@ -24,7 +23,8 @@ from fpocli.config import (
     TrainConfig,
 )
 from fpocli.console import console
-from fpocli.errors import UserError
+from fpocli.errors import FULL, UserError
+from fpocli.stopping import note_for_resuming, say_no_more
 
 app = typer.Typer(
     name="fpo",
@@ -106,16 +106,22 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
 
     def run(**flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
+        if settings.get("overwrite") and "--overwrite" not in sys.argv:
+            note_for_resuming(
+                f"after taking overwrite out of {flags['config']}, which would start anew"
+            )
         try:
             getattr(fpocli, function)(config(**settings))
         except UserError as error:
             _fail(str(error), error.hint)
-        except KeyboardInterrupt:
-            console.print("stopped; the same command goes on from what was last saved")
-            raise typer.Exit(130) from None
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                _fail("the disk is full", "free some space and give the same command again")
+            if error.errno in FULL:
+                # Of a copy, the second is what was to be written.
+                path = error.filename2 or error.filename or settings.get("out") or "a file"
+                _fail(
+                    f"{path} cannot be written: {os.strerror(error.errno)}",
+                    "free some space and give the same command again",
+                )
             if error.filename is None:
                 raise
             _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
@@ -142,6 +148,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _fail(message: str, hint: str) -> None:
+    say_no_more()
     console.print(Text.assemble(("error: ", "bold red"), message))
     if hint:
         console.print(Text.assemble(("hint: ", "bold"), hint))
@@ -168,7 +175,7 @@ def _program(
 
 
 def main() -> None:
-    """The program `fpo`."""
+    """Parse the command line and do what it says."""
     # A terminal of another encoding gets "?" for a bar, not an error.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -176,4 +183,6 @@ def main() -> None:
     if not sys.stderr.isatty():
         # In a log file the bars of transformers are one long line.
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # Or torch prints a stack of C++ frames for every message that a lost process does not take.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     app()

@@ -13,6 +13,7 @@ from fpocli.console import console
 from fpocli.errors import UserError
 from fpocli.files import replace_text
 from fpocli.grid import Grid, Step, read_grid
+from fpocli.stopping import on_end
 from fpocli.store import Store
 from fpocli.tables import REPORTS, collect, write_reports
 
@@ -82,10 +83,17 @@ def _run(grid: Grid, step: Step) -> None:
     # What fpo eval measures has no flag.
     model = [step.settings["model"]] if step.words[-1] == "eval" else []
     # The commands' own tables would mix with ours on stdout.
-    done = subprocess.run([*step.words, *model, "--config", str(file)], stdout=subprocess.DEVNULL)
-    if done.returncode:
+    words = [*step.words, *model, "--config", str(file)]
+
+    def stop() -> None:
+        child.terminate()
+        child.wait()
+
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as child, on_end(stop):
+        child.wait()
+    if child.returncode:
         raise UserError(
-            f"{step.name} stopped with exit code {done.returncode}, as told above",
+            f"{step.name} stopped with exit code {child.returncode}, as told above",
             "mend it and give the same command again; what is done is not done anew",
         )
     replace_text(mark, _inputs(step))

@@ -15,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fpocli.stopping import on_end
+
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -39,7 +41,7 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
 
     Of several processes only the first shows it.
     """
-    with Progress(
+    bars = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,7 +51,8 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
         TextColumn("{task.fields[note]}"),
         console=console,
         disable=not is_first(),
-    ) as bars:
+    )
+    with bars, on_end(bars.stop):
         yield Bar(bars, description, total)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from fpocli.config import TrainConfig
-from fpocli.errors import UserError
+from fpocli.errors import UserError, told_once, writing
 from fpocli.model import FrozenReference, LanguageModel
 
 _STEP = "fpo_step"
@@ -166,6 +167,8 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
     changed = sorted(name for name in decided if merged.get(name) != config.get(name))
     if merged["zero_optimization"]["stage"] != settings.zero:
         changed.append("the ZeRO stage")
+    if merged["zero_optimization"].get("compute_grad_norm") is False:
+        changed.append("the gradient norm")
     if changed:
         raise UserError(
             f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
@@ -199,26 +202,40 @@ def backward(engine: Any, loss: torch.Tensor, last: bool) -> None:
     engine.backward(loss, scale_wrt_gas=False)
 
 
-def take_step(engine: Any, lr: float) -> float:
+def take_step(engine: Any, lr: float, step: int) -> float:
     """Update the weights.
 
     Args:
         engine: after the backward pass of the step's last row.
         lr: learning rate of this step.
+        step: its number, for the error.
 
     Returns:
         norm of the gradient before clipping.
+
+    Raises:
+        UserError: the gradient is not finite; weights and optimiser are as they were. All ranks
+            stop.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     if engine.zero_optimization() or engine.bfloat16_enabled():
+        # DeepSpeed takes no step with a gradient whose norm is not finite.
         engine.step()
-        return float(engine.get_global_grad_norm())
-    # Here DeepSpeed computes no norm.
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    return float(norm)
+        norm = float(engine.get_global_grad_norm())
+    else:
+        # Here it computes no norm.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            engine.step()
+    if not math.isfinite(norm):
+        error = UserError(
+            f"step {step}: the gradient is not finite, though the loss is; the step was not taken",
+            "begin a run with a lower --lr in another --out, or with --overwrite",
+        )
+        raise told_once(error, torch.distributed.get_rank() == 0)
+    return norm
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
@@ -229,16 +246,19 @@ def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
         folder: of the checkpoints.
         step: how many steps are done.
         keep: how many checkpoints stay.
+
+    Raises:
+        UserError: there is no room for it; the older ones are as they were.
     """
     tag = f"partial-{step}"
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         # Only a whole checkpoint has its name.
         (folder / tag).rename(folder / f"step-{step}")
-        for left in (*folder.glob("partial-*"), *_checkpoints(folder)[:-keep]):
-            shutil.rmtree(left)
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path) -> str | None:

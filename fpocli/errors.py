@@ -1,6 +1,15 @@
 """What a user can cause. The command line prints it as a sentence with a hint and exits with 2."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+# What the system says of a write for which there is no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch and the Rust libraries say instead, in errors that are no OSError.
+_UNWRITTEN = ("inline_container", "(os error ")
 
 
 class UserError(Exception):
@@ -19,6 +28,28 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tell of a file that torch, safetensors or tokenizers cannot write.
+
+    Raises:
+        UserError: there was no room for it, or another reason of the system's.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not any(part in str(error) for part in _UNWRITTEN):
+            raise
+        raise UserError(
+            f"{path} cannot be written: {error}", "free some space and give the same command again"
+        ) from error
+
+
+def told_once(error: UserError, first: bool) -> BaseException:
+    """What a process raises where all of a run meet the same error: the others just end."""
+    return error if first else SystemExit(2)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:

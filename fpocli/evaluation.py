@@ -53,6 +53,7 @@ def held_out_means(
     settings: TrainConfig,
     weights: Mapping[str, Tensor],
     reference: Any,
+    where: str,
 ) -> dict[str, float]:
     """Means of the training metrics over batches, of all ranks together.
 
@@ -64,6 +65,10 @@ def held_out_means(
         weights: per-feature weights of the sites that have them.
         reference: the FrozenReference, or an engine around it; with it, the sequential KL is
             measured too, whatever the method. Or None.
+        where: what the batches are, for the error.
+
+    Raises:
+        UserError: a mean is not finite.
     """
     model.eval()
     means = Means()
@@ -71,8 +76,8 @@ def held_out_means(
         expected = reference(micro.batch) if reference is not None else None
         scores = score(model, encoders, micro.batch, expected)
         _, metrics = objective(scores, micro.reference, encoders, settings, weights)
-        means.add(metrics, micro.weights)
-    return means.result()
+        means.add(metrics, micro.weights, micro.pairs)
+    return means.result(where)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

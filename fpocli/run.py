@@ -14,7 +14,7 @@ import yaml
 
 from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
-from fpocli.errors import UserError, differences
+from fpocli.errors import UserError, differences, told_once, writing
 from fpocli.files import remove_folder, replace_text
 from fpocli.store import Store
 from fpocli.writers import Writers
@@ -42,8 +42,7 @@ def _together(work: Callable[[], Any], first: bool) -> None:
             failure = [error]
     torch.distributed.broadcast_object_list(failure)
     if failure[0] is not None:
-        # Told once: the other processes just end.
-        raise failure[0] if first else SystemExit(2)
+        raise told_once(failure[0], first)
 
 
 class RunFolder:
@@ -94,9 +93,11 @@ class RunFolder:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def resume_at(self, step: int) -> None:
-        """Forget what was logged after the checkpoint that training goes on from."""
+        """Forget what came after the checkpoint that training goes on from."""
         if not self._first:
             return
+        for left in self.checkpoints.glob("partial-*"):
+            shutil.rmtree(left)
         lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
         kept = [line for line in lines if step and _step_of(line) <= step]
         replace_text(self._metrics, "".join(line + "\n" for line in kept))
@@ -113,8 +114,9 @@ class RunFolder:
         """Write final/ as a plain transformers folder, whole or not at all."""
         partial = self.folder / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        network.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
+        with writing(partial):
+            network.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(self.settings, store))
         partial.rename(self.final)
 

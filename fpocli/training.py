@@ -27,6 +27,7 @@ from fpocli.engine import (
 from fpocli.errors import UserError
 from fpocli.evaluation import held_out_means
 from fpocli.feature_weights import load_feature_weights
+from fpocli.heartbeat import heartbeat
 from fpocli.loading import (
     check_k,
     find_reference,
@@ -63,7 +64,7 @@ def train(settings: TrainConfig) -> Path:
     rank, world = start_processes(device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    with held_run(Path(settings.out), first=rank == 0):
+    with heartbeat(rank, world), held_run(Path(settings.out), first=rank == 0):
         return _train(settings, store, device, rank, world)
 
 
@@ -127,7 +128,8 @@ def _train(
     def measure(step: int) -> None:
         if stream.held_out_pairs:
             pairs = stream.evaluation(device)
-            means = held_out_means(engine, encoders, pairs, settings, weights, reference)
+            where = f"step {step}, held-out pairs"
+            means = held_out_means(engine, encoders, pairs, settings, weights, reference, where)
             run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
@@ -150,10 +152,11 @@ def _train(
                 # DeepSpeed averages over ranks; the weights already make this the mean over the
                 # step's pairs.
                 backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
-                means.add(metrics | {"tokens": micro.tokens}, micro.weights)
+                means.add(metrics | {"tokens": micro.tokens}, micro.weights, micro.pairs)
                 bar.advance(1 / len(micro_batches))
-            norm = take_step(engine, lr)
-            line = means.result()
+            # Before the step, which must not be taken with numbers that are none.
+            line = means.result(f"step {step + 1}")
+            norm = take_step(engine, lr, step + 1)
             now = time.perf_counter()
             tokens = line["tokens"] * stream.size(step)
             line |= {
@@ -165,7 +168,6 @@ def _train(
                 "peak_memory_gb": peak_memory(device) / 1e9,
             }
             run.log({"step": step + 1, "split": "train"} | line)
-            check_finite(line["loss"], norm, step + 1)
             bar.advance(0, f"loss {line['loss']:.4f}")
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
@@ -250,12 +252,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def check_finite(loss: float, norm: float, step: int) -> None:
-    """Stop a run whose numbers are no longer numbers."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
-            f"step {step}: the loss is {loss} and the gradient norm {norm}",
-            "begin a run with a lower --lr in another --out, or with --overwrite",
-        )

@@ -24,6 +24,7 @@ from typing import TextIO
 
 from fpocli.console import console
 from fpocli.errors import UserError
+from fpocli.stopping import on_end
 
 # Seconds after which a writer on another host, whose file nobody touches, is dead.
 _STALE = 120
@@ -79,6 +80,8 @@ class Writers:
         except BaseException:
             self._end()
             raise
+        self._signals = on_end(lambda: self._leave(True))
+        self._signals.__enter__()
         return self
 
     def __exit__(
@@ -87,9 +90,13 @@ class Writers:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._signals.__exit__(kind, error, trace)
+        self._leave(kind is not None)
+
+    def _leave(self, stopped: bool) -> None:
         # What stopped this writer must not stop the others, one after the other: its claims stay,
         # and the next start clears them.
-        if kind is not None and self._others():
+        if stopped and self._others():
             self._names &= {self._name}
         self._end()
 
@@ -159,14 +166,16 @@ class Writers:
         """Make this process's own file."""
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # the last writer just left, with the folder
+            try:
                 file = self._own.open("x+", encoding="utf-8")
-                fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(asdict(self._me)))
-                file.flush()
-                if os.fstat(file.fileno()).st_nlink:
-                    return file
-                file.close()  # taken for a dead one's in the moment before it was locked
+            except FileNotFoundError:
+                continue  # the last writer just left, with the folder
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps(asdict(self._me)))
+            file.flush()
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # taken for a dead one's in the moment before it was locked
 
     def _end(self) -> None:
         self._done.set()

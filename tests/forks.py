@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import fpocli
-from fpocli import cli
+from fpocli import __main__ as program
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -84,7 +84,7 @@ def _run(
     sys.argv = ["fpo", *words]
     if die_at is not None:
         _die_at(die_at, before)
-    cli.main()
+    program.main()
 
 
 def _die_at(number: int, before: bool) -> None:

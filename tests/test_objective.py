@@ -88,6 +88,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
             settings,
             {},
             FrozenReference(model.network, []),
+            "held-out pairs",
         )
         for size in (1, 400)
     ]
