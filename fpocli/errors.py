@@ -2,9 +2,15 @@
 
 from typing import Any
 
+# Characters of a message; some libraries put a whole file into theirs.
+_LONGEST = 1000
+
 
 class UserError(Exception):
     """A mistake or a condition outside the program, told in one sentence.
+
+    The sentence may quote files of other people. It is cut to a readable length and to characters
+    that can be shown, so that none of them reaches a terminal as a command.
 
     Args:
         message: what is wrong, naming the file, flag or value.
@@ -14,11 +20,16 @@ class UserError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         # Both go to Exception, so that the error can be sent between processes.
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = _readable(message)
+        self.hint = _readable(hint)
 
     def __str__(self) -> str:
         return self.message
+
+
+def _readable(text: str) -> str:
+    line = " ".join(text[:_LONGEST].split()) + "..." * (len(text) > _LONGEST)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:

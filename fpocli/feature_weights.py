@@ -9,14 +9,13 @@ Shapes: m features of a site.
 """
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fpocli.errors import UserError
+from fpocli.reading import read_yaml
 
 
 def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
@@ -34,10 +33,7 @@ def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[st
         UserError: the file cannot be read, or names a site or feature that is not there, or a
             weight is no finite number from 0 up.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML or JSON: {error}", "mend it") from error
+    given = read_yaml(path)
     if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
         raise UserError(
             f"{path} does not give weights by site",

@@ -49,7 +49,7 @@ def cache(config: CacheConfig) -> Store:
             "fpo cache runs in one process", "start it without torchrun; training takes several"
         )
     device = choose_device(config.device)
-    folder = find_model(config.model)
+    folder = find_model(config.model, trust_remote_code=config.trust_remote_code)
     model_config = read_config(folder)
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fpocli.catalog import ModelFolder
+from fpocli.catalog import ModelFolder, refuse_code
 from fpocli.console import console
 from fpocli.drops import Drops
 from fpocli.errors import UserError
@@ -279,12 +279,21 @@ def _unused_characters(messages: list[Message]) -> tuple[str, str]:
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
-    """transformers' tokeniser of a model folder, with no clean-up of white space."""
+    """transformers' tokeniser of a model folder, with no clean-up of white space.
+
+    Raises:
+        UserError: there is none, or it needs code that may not be run.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder.path, clean_up_tokenization_spaces=False)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(
+            folder.path,
+            clean_up_tokenization_spaces=False,
+            trust_remote_code=folder.trust_remote_code,
+        )
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds
+        refuse_code(folder, error)
         raise UserError(
             f"{folder.source} has no tokeniser that transformers can load: {error}",
             "the folder needs tokenizer.json and tokenizer_config.json",
