@@ -7,6 +7,7 @@ Encoding itself is sae-lens's; only the differentiable columns are written here 
 import hashlib
 import lzma
 import math
+import pickle
 import re
 import struct
 import zlib
@@ -26,8 +27,8 @@ from fpocli.reading import read_json
 # sae-lens, which takes what is in a configuration as it is.
 _BROKEN = (
     OSError, EOFError, BadZipFile, zlib.error, lzma.LZMAError, struct.error, SafetensorError,
-    MemoryError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError,
-    AssertionError,
+    pickle.UnpicklingError, MemoryError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, RuntimeError, AssertionError,
 )  # fmt: skip
 # An npz of numbers shrinks little; one of nothing but zeros by a thousand.
 _MOST_EXPANSION = 50
