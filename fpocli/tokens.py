@@ -154,7 +154,7 @@ class PairTokenizer:
         return whole if len(whole) <= room else response[:room]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+        return _ids(self.tokenizer, texts, add_special_tokens=False)
 
     def _render(self, question: str, answer: str = "") -> str:
         messages = [{"role": "user", "content": question}]
@@ -219,13 +219,23 @@ class PairTokenizer:
         """
         bos = self.tokenizer.bos_token_id
         prompt = self._encode([self._render("a question")])[0]
-        adds = self.tokenizer("a").input_ids[:1] == [bos]
+        adds = _ids(self.tokenizer, ["a"])[0][:1] == [bos]
         return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
 
 
 def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of texts of the data; what spells a special token stays text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    return _ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
+
+
+def _ids(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
+    try:
+        return tokenizer(texts, **how).input_ids
+    except Exception as error:  # tokenizers raises no other class, such as at an unknown character
+        raise UserError(
+            f"the tokeniser of {tokenizer.name_or_path} cannot encode a text: {error}",
+            "its tokenizer.json is damaged, or lacks the token for what is unknown",
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> list[int]:
@@ -259,7 +269,7 @@ def _encode_parts(tokenizer: Any, parts: list[str], bos: int | None) -> list[int
         if part and number % 2:
             ids += encode_text(tokenizer, [part])[0]
         elif part:
-            ids += tokenizer(part, add_special_tokens=False).input_ids
+            ids += _ids(tokenizer, [part], add_special_tokens=False)[0]
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 

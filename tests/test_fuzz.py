@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_hub import write_scope
@@ -39,6 +39,8 @@ from fpocli.pairs import open_source, read_pairs
 from fpocli.sparse import load_encoder
 from fpocli.tokens import PairTokenizer
 
+# Of inputs, some of which are whole files.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 CPU = torch.device("cpu")
 PAIR = {"prompt": "the cat", "chosen": "sat <eos>", "rejected": "on"}
 # Seconds of work after which an input counts as one that never ends.
@@ -573,6 +575,8 @@ def fuzz(inputs, check, count, **profile):
         max_examples=count,
         deadline=None,
         database=None,
+        # Without the one that explains a failure, which traces every line that is run.
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         **profile,
     )
