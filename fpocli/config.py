@@ -33,7 +33,10 @@ def _check(config: Any) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
-            continue
+            # Of KIND | None, or filled in later.
+            if NoneType in get_args(kind) or getattr(type(config), name, ...) is None:
+                continue
+            raise UserError(f"--{name.replace('_', '-')} has no value", "give one, or leave it out")
         if NoneType in get_args(kind):
             kind = get_args(kind)[0]  # of KIND | None
         flag = "--" + name.replace("_", "-")

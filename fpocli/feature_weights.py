@@ -8,7 +8,6 @@
 Shapes: m features of a site.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -66,9 +65,10 @@ def _index(path: str, site: str, name: Any, m: int) -> int:
 
 def _number(path: str, site: str, name: Any, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    # Written so that nan is out of the range.
+    if not number or not 0 <= value <= torch.finfo(torch.float32).max:
         raise UserError(
             f"{path} gives {name} at {site} the weight {value}",
-            "a weight is a finite number from 0 up",
+            "a weight is a finite number from 0 up, in float32",
         )
     return float(value)

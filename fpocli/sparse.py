@@ -10,6 +10,7 @@ import math
 import pickle
 import re
 import struct
+import tokenize
 import zlib
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from fpocli.reading import read_json
 _BROKEN = (
     OSError, EOFError, BadZipFile, zlib.error, lzma.LZMAError, struct.error, SafetensorError,
     pickle.UnpicklingError, MemoryError, ValueError, TypeError, LookupError, AttributeError,
-    ArithmeticError, RuntimeError, AssertionError,
+    ArithmeticError, RuntimeError, AssertionError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 # An npz of numbers shrinks little; one of nothing but zeros by a thousand.
 _MOST_EXPANSION = 50

@@ -8,11 +8,13 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import io
 import json
 import math
 import re
 import signal
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -462,6 +464,7 @@ def check_weights(folder, content):
     for site, weights in found.items():
         values = {str(name): value for name, value in given[site].items()}
         naive = [values.get(str(i), values.get("default", 1)) for i in range(SITES[site]["d_sae"])]
+        assert weights.isfinite().all()
         assert weights.tolist() == pytest.approx(np.float32(naive).tolist(), abs=0)
 
 
@@ -603,6 +606,32 @@ def test_some_inputs(name, originals):
     """The same ones each time."""
     inputs, check, few, _ = inputs_of(name, originals)
     assert fuzz(inputs, check, few, derandomize=True) >= few
+
+
+def npz_of(head):
+    """An archive of one array whose header is `head`."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        text = head.encode()
+        start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+        archive.writestr("W_enc.npy", start + text)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grid", b"store: s\nruns: [{method: null}]"),
+        ("feature weights", b"layer_1.mlp_out: {default: 1" + b"0" * 400 + b"}"),
+        ("feature weights", b"layer_1.mlp_out: {1: 1.0e+39}"),
+        ("npz", npz_of("{'descr': '<f4',")),
+        ("npz", npz_of("(")),
+    ],
+)
+def test_what_was_found(name, content, originals, tmp_path):
+    """Inputs that ended in a traceback or in an infinite weight."""
+    _, check, *_ = inputs_of(name, originals)
+    check(tmp_path, content)
 
 
 @pytest.mark.long
