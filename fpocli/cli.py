@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.text import Text
 
 import fpocli
@@ -24,6 +23,7 @@ from fpocli.config import (
 )
 from fpocli.console import console
 from fpocli.errors import FULL, UserError
+from fpocli.reading import read_yaml
 from fpocli.stopping import note_for_resuming, say_no_more
 
 app = typer.Typer(
@@ -40,12 +40,16 @@ def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
     """Values of a YAML file become the flags' defaults, so flags win and both are checked alike."""
     if path is not None:
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
+            values = read_yaml(path) or {}
+        except OSError as error:
+            raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from error
+        except UserError as error:
+            raise typer.BadParameter(str(error)) from error
         if not isinstance(values, dict):
             raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
         names = {str(name).replace("-", "_"): value for name, value in values.items()}
+        # It is typed or not given: the file may be somebody else's.
+        names.pop("trust_remote_code", None)
         flags = {flag.name: flag for flag in context.command.params if flag.name != "config"}
         if unknown := sorted(names.keys() - flags.keys()):
             raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is no flag")

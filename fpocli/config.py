@@ -18,6 +18,10 @@ Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl"
 # and the store's.
 HARMLESS = {"dtype": "dtype", "kernel": "attention"}
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
+_TRUST = Option(
+    "--trust-remote-code",
+    help="Run the Python code that the models bring with them. A YAML file cannot ask for it.",
+)
 _TOKENS_PER_ROW = (
     "Tokens of one packed row, which is scored at once; pairs share rows. More is faster up to a "
     "point and takes more memory. Default: 8192 on a GPU, 2048 on a CPU."
@@ -29,7 +33,10 @@ def _check(config: Any) -> None:
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
-            continue
+            # Of KIND | None, or filled in later.
+            if NoneType in get_args(kind) or getattr(type(config), name, ...) is None:
+                continue
+            raise UserError(f"--{name.replace('_', '-')} has no value", "give one, or leave it out")
         if NoneType in get_args(kind):
             kind = get_args(kind)[0]  # of KIND | None
         flag = "--" + name.replace("_", "-")
@@ -58,6 +65,8 @@ def _convert(flag: str, value: Any, kind: type) -> Any:
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
+    elif isinstance(value, str) and "\0" in value:
+        raise UserError(f"{flag} holds a null character", "write a plain text")
     elif isinstance(value, (str, int, float)):
         try:
             converted = kind(value)
@@ -135,6 +144,7 @@ class CacheConfig:
     block: Annotated[
         int, Option(min=1, help="Pairs per block: the unit of work and of what a crash can lose.")
     ] = 1024
+    trust_remote_code: Annotated[bool, _TRUST] = False
     allow: Annotated[
         list[str], Option(help="Go on with a store although this differs: dtype, kernel.")
     ] = field(default_factory=list)
@@ -219,6 +229,7 @@ class TrainConfig:
         list[str],
         Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
     ] = field(default_factory=list)
+    trust_remote_code: Annotated[bool, _TRUST] = False
     optimizer: Annotated[
         Literal["adamw", "rmsprop"], Option(help="AdamW without decay is the paper's Adam.")
     ] = "adamw"
@@ -313,6 +324,7 @@ class EvalConfig:
         list[str],
         Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
     ] = field(default_factory=list)
+    trust_remote_code: Annotated[bool, _TRUST] = False
     k: Annotated[
         int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")
     ] = None

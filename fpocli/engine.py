@@ -4,9 +4,11 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import shutil
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 from fpocli.config import TrainConfig
 from fpocli.errors import UserError, told_once, writing
+from fpocli.heartbeat import is_of_a_lost_process
 from fpocli.model import FrozenReference, LanguageModel
 
 _STEP = "fpo_step"
@@ -277,21 +280,55 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
 
     Returns:
         the number of steps done; 0 when there is no checkpoint.
+
+    Raises:
+        UserError: it cannot be loaded, or would run code; none of it is run.
     """
     tag = newest_checkpoint(folder)
     if tag is None:
         return 0
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _data_only():
             path, client_state = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise FileNotFoundError(folder / tag)
         return int(client_state[_STEP])
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the checkpoint {folder / tag} is damaged, or holds code, which is not run",
+            "delete it to go on from an older one, or start anew with --overwrite",
+        ) from error
     except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
+        if is_of_a_lost_process(error):
+            raise
         raise UserError(
             f"the checkpoint {folder / tag} cannot be loaded: {error}",
-            "go on with as many processes as saved it, or start anew with --overwrite",
+            "go on with as many processes as saved it, delete it to go on from an older one, or "
+            "start anew with --overwrite",
         ) from error
+
+
+@contextlib.contextmanager
+def _data_only() -> Iterator[None]:
+    """torch.load makes tensors, plain values and what DeepSpeed adds to them, and calls nothing.
+
+    DeepSpeed asks it to make anything, so torch is told by its environment, which wins.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:

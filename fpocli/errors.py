@@ -10,10 +10,15 @@ from typing import Any
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What torch and the Rust libraries say instead, in errors that are no OSError.
 _UNWRITTEN = ("inline_container", "(os error ")
+# Characters of a message; some libraries put a whole file into theirs.
+_LONGEST = 1000
 
 
 class UserError(Exception):
     """A mistake or a condition outside the program, told in one sentence.
+
+    The sentence may quote files of other people. It is cut to a readable length and to characters
+    that can be shown, so that none of them reaches a terminal as a command.
 
     Args:
         message: what is wrong, naming the file, flag or value.
@@ -23,11 +28,16 @@ class UserError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         # Both go to Exception, so that the error can be sent between processes.
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = _readable(message)
+        self.hint = _readable(hint)
 
     def __str__(self) -> str:
         return self.message
+
+
+def _readable(text: str) -> str:
+    line = " ".join(text[:_LONGEST].split()) + "..." * (len(text) > _LONGEST)
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 @contextmanager

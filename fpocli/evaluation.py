@@ -159,8 +159,10 @@ def find_policy(
         UserError: the run has no final model yet or was trained on another store, whose held-out
             pairs are not this one's; or there is no such model.
     """
+    # The command's own; that of the run's config.yaml is no reason.
+    trust = config.trust_remote_code
     if run is None:
-        return find_model(config.model), None
+        return find_model(config.model, trust_remote_code=trust), None
     if not (run / "final").is_dir():
         raise UserError(
             f"the run {run} has no final model yet",
@@ -174,7 +176,7 @@ def find_policy(
             "name its own store, or take the pairs as they are with --split all",
         )
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return find_model(str(run / "final")), TrainConfig(**settings)
+    return find_model(str(run / "final"), trust_remote_code=trust), TrainConfig(**settings)
 
 
 def run_folder(model: str) -> Path | None:
@@ -201,7 +203,11 @@ def _measure(
     """Everything that is known of the N pairs, in the store's order."""
     dtype = getattr(torch, store.meta["model"]["dtype"])
     sites = sites_of(store)
-    original = find_reference(store, config.reference) if config.reference else None
+    original = (
+        find_reference(store, config.reference, trust_remote_code=config.trust_remote_code)
+        if config.reference
+        else None
+    )
     policy = load_model(folder, sites, dtype, device).eval()
     encoders = load_encoders(store, config.sae, policy.config.hidden_size, device)
     reference, norms = None, {}

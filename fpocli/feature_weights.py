@@ -8,15 +8,13 @@
 Shapes: m features of a site.
 """
 
-import math
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from fpocli.errors import UserError
+from fpocli.reading import read_yaml
 
 
 def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
@@ -34,10 +32,7 @@ def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[st
         UserError: the file cannot be read, or names a site or feature that is not there, or a
             weight is no finite number from 0 up.
     """
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML or JSON: {error}", "mend it") from error
+    given = read_yaml(path)
     if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
         raise UserError(
             f"{path} does not give weights by site",
@@ -70,9 +65,10 @@ def _index(path: str, site: str, name: Any, m: int) -> int:
 
 def _number(path: str, site: str, name: Any, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:
+    # Written so that nan is out of the range.
+    if not number or not 0 <= value <= torch.finfo(torch.float32).max:
         raise UserError(
             f"{path} gives {name} at {site} the weight {value}",
-            "a weight is a finite number from 0 up",
+            "a weight is a finite number from 0 up, in float32",
         )
     return float(value)

@@ -23,6 +23,7 @@ from fpocli.config import EvalConfig
 from fpocli.console import progress
 from fpocli.errors import UserError, differences
 from fpocli.files import replace_text
+from fpocli.model import load_network
 from fpocli.prompts import Prompt, read_prompts
 from fpocli.store import Store
 from fpocli.tokens import encode_prompt
@@ -171,7 +172,7 @@ class Sampler:
         config: EvalConfig,
         device: torch.device,
     ) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
         self.config, self.tokenizer = config, tokenizer
         special = store.meta["tokenizer"]["special_tokens"]
@@ -182,10 +183,7 @@ class Sampler:
             self.ends.append([tokenizer.eos_token_id])
         dtype = getattr(torch, store.meta["model"]["dtype"])
         # Packed rows are for scoring; here the model keeps transformers' own attention.
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            folder.path, dtype=dtype, use_safetensors=True
-        )
-        self.network = network.to(device).eval()
+        self.network = load_network(folder, dtype).to(device).eval()
         # A model may come with penalties and filters of its own; only what is asked for counts.
         self.network.generation_config = GenerationConfig()
 

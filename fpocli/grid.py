@@ -21,13 +21,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
 from fpocli.errors import UserError
+from fpocli.reading import is_file_name, read_yaml
 
 # What the comparison itself sets.
-_OWN = {"cache": {"out"}, "train": {"out", "cache"}, "eval": {"model", "cache", "out", "json"}}
+_OWN = {
+    "cache": {"out", "join", "repair"},
+    "train": {"out", "cache"},
+    "eval": {"model", "cache", "out", "json"},
+}
+# A file cannot ask for other people's code to be run.
+_OWN = {section: names | {"trust_remote_code"} for section, names in _OWN.items()}
+# Settings of a store that leave its content as it is.
+_HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
+# Bytes of a folder's name; file systems take 255.
+_LONGEST_NAME = 240
 _PROGRAM = (sys.executable, "-m", "fpocli")
 _FILES = ("feature_weights", "deepspeed", "generate")
 _SECTIONS = {
@@ -143,6 +152,8 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
 def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
     """The command that makes a store; whoever needs the same settings shares it."""
     whole = dataclasses.asdict(_make(CacheConfig, settings, f"`cache` in {path}"))
+    # What says how, and not what, is no part of the name.
+    whole = {name: value for name, value in whole.items() if name not in _HOW}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
     sites = zip(whole["layer"], whole["site"] * len(whole["layer"]), strict=False)
     name = "+".join(f"{layer}.{kind}" for layer, kind in sites) + f"-{digest}"
@@ -160,6 +171,11 @@ def _run(
     path: str,
 ) -> Run:
     name = _name(choice) or "run"
+    if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(
+            f"{path} means a run of the name {name:.80}, which no folder can have",
+            "name a long list of values, or one with odd characters, in `train`",
+        )
     folder = out / "runs" / name
     cache = store.settings["out"] if store else given["store"]
     trained = {key: value for key, value in choice.items() if key not in _fields(CacheConfig)}
@@ -205,10 +221,7 @@ def _make(config: type, settings: dict[str, Any], where: str) -> Any:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}", "mend it") from error
+    given = read_yaml(path)
     if not isinstance(given, dict) or not given.get("runs"):
         raise UserError(f"{path} has no `runs`", "list them: runs: [{method: [dpo, fpo]}]")
     for name, value in given.items():
@@ -217,7 +230,7 @@ def _read(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path} has a section {name}, which is not known", f"known: {', '.join(_SECTIONS)}"
             )
-        if not isinstance(value, kind):
+        if not isinstance(value, kind) or "\0" in value:
             raise UserError(f"{name} in {path} is no {kind.__name__}", "see docs/evaluation.md")
     for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
         known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())

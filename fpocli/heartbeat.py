@@ -47,7 +47,7 @@ def heartbeat(rank: int, world: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):
+        if is_of_a_lost_process(error):
             # Where all are stopped, the others may be gone before our signal comes.
             time.sleep(_SIGNAL)
             end(1, "another process of this run is gone")
@@ -57,6 +57,11 @@ def heartbeat(rank: int, world: int) -> Iterator[None]:
         for thread in threads:
             # It may hang in the store of a process that does.
             thread.join(timeout=1)
+
+
+def is_of_a_lost_process(error: Exception) -> bool:
+    """Whether a collective failed, rather than what it was called for."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _key(rank: int) -> str:

@@ -32,18 +32,25 @@ def check_k(store: Store, k: int) -> None:
             )
 
 
-def find_reference(store: Store, name: str | None) -> ModelFolder:
+def find_reference(
+    store: Store, name: str | None, *, trust_remote_code: bool = False
+) -> ModelFolder:
     """The model that a store was made with.
 
     Args:
         store: the store.
         name: where the model is now; None is where the store says.
+        trust_remote_code: whether its own Python code may be run; what a store says is no reason.
 
     Raises:
         UserError: it is not there, or its weights are others.
     """
     about = store.meta["model"]
-    folder = find_model(name) if name else find_model(about["source"], revision=about["revision"])
+    folder = find_model(
+        name or about["source"],
+        revision=None if name else about["revision"],
+        trust_remote_code=trust_remote_code,
+    )
     if folder.weights_hash() != about["hash"]:
         raise UserError(
             f"the weights of {folder.source} are not those {store.path} was made with",

@@ -21,6 +21,7 @@ from fpocli.catalog import hub_errors
 from fpocli.config import DEFAULT_DATA
 from fpocli.drops import Drops
 from fpocli.errors import UserError
+from fpocli.reading import is_file_name, read_json
 
 Message = dict[str, str]
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -220,18 +221,23 @@ def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
             rows = (row for batch in batches for row in batch.to_pylist())
             yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-        except (ArrowException, OSError) as error:
+        # A date beyond year 9999 is a ValueError or OverflowError.
+        except (ArrowException, OSError, ValueError, OverflowError) as error:
             raise UserError(f"{path} is not readable Parquet: {error}") from error
     elif path.suffix == ".json":
         try:
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{path}, line {error.lineno}: {error.msg}",
                 "one JSON object per line goes into a file named .jsonl",
             ) from error
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text: {error}") from error
+            number = error.object.count(b"\n", 0, error.start) + 1
+            raise UserError(f"{path}, line {number}: no UTF-8 text, {error.reason}") from error
+        # Brackets nested too deep, or a number of thousands of digits, whose place json keeps.
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path} is beyond what can be read: {error}") from error
         if not isinstance(rows, list):
             raise UserError(f"{path} does not hold a list of pairs", "write [{...}, {...}]")
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
@@ -241,7 +247,7 @@ def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
                 if not line.strip():
                     continue
                 try:
-                    yield f"{path}, line {number}", json.loads(line)
+                    yield f"{path}, line {number}", json.loads(line.decode("utf-8-sig"))
                 # A line nested too deep is a RecursionError.
                 except (ValueError, RecursionError) as error:
                     yield f"{path}, line {number}", BadRow("broken line", str(error))
@@ -251,13 +257,30 @@ def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
         )
 
 
+def _check_saved(path: Path) -> None:
+    """Refuse a saved data set that names files outside its folder."""
+    named: list[Any] = []
+    for file in (path / "dataset_dict.json", *path.glob("state.json"), *path.glob("*/state.json")):
+        about = read_json(file) if file.is_file() else {}
+        if isinstance(about, dict):
+            parts = about.get("_data_files") or []
+            named += [part.get("filename") for part in parts if isinstance(part, dict)]
+            named += about.get("splits") or []
+    if outside := [name for name in named if not is_file_name(name)]:
+        raise UserError(
+            f"the data set {path} names {outside[0]!r}, which is no file right inside its folder",
+            "write it with save_to_disk",
+        )
+
+
 def _load_dataset(data: str, path: Path, split: str) -> Any:
     import datasets
 
     if path.is_dir():
+        _check_saved(path)
         try:
             saved = datasets.load_from_disk(data)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the folder {data} holds no readable data set: {error}",
                 "write it with save_to_disk",

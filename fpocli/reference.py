@@ -49,7 +49,7 @@ def cache(config: CacheConfig) -> Store:
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    folder = find_model(config.model)
+    folder = find_model(config.model, trust_remote_code=config.trust_remote_code)
     model_config = read_config(folder)
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):

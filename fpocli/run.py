@@ -132,7 +132,7 @@ def _step_of(line: str) -> float:
 # Where things are, which a resumed run may change.
 _PLACE = (
     "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
-    "keep_checkpoints", "deepspeed",
+    "keep_checkpoints", "deepspeed", "trust_remote_code",
 )  # fmt: skip
 
 

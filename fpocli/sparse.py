@@ -5,20 +5,34 @@ Encoding itself is sae-lens's; only the differentiable columns are written here 
 """
 
 import hashlib
+import lzma
+import math
+import pickle
 import re
+import struct
+import tokenize
+import zlib
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fpocli.catalog import hub_errors
 from fpocli.errors import UserError
+from fpocli.reading import read_json
 
-# What reading a file that is cut or of another kind raises.
-_BROKEN = (OSError, ValueError, EOFError, BadZipFile, SafetensorError)
+# What a file raises that is cut, altered or of another kind: the readers' own errors, and those of
+# sae-lens, which takes what is in a configuration as it is.
+_BROKEN = (
+    OSError, EOFError, BadZipFile, zlib.error, lzma.LZMAError, struct.error, SafetensorError,
+    pickle.UnpicklingError, MemoryError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, RuntimeError, AssertionError, SyntaxError, tokenize.TokenError,
+)  # fmt: skip
+# An npz of numbers shrinks little; one of nothing but zeros by a thousand.
+_MOST_EXPANSION = 50
 # Features of this many positions are held at once; on a CPU they should stay in its cache.
 _POSITIONS, _POSITIONS_CPU = 2048, 128
 
@@ -155,10 +169,12 @@ def _load(source: str, device: torch.device) -> Any:
     name = str(device)
     try:
         if path.is_dir():
+            _check_folder(path)
             sae = SAE.load_from_disk(source, device=name, dtype="float32")
         elif path.suffix == ".npz":
             if not path.is_file():
                 raise UserError(f"the SAE {source} does not exist", "check the path given to --sae")
+            _check_npz(path)
             sae = SAE.load_from_disk(
                 source, device=name, dtype="float32", converter=_read_gemma_scope
             )
@@ -166,13 +182,57 @@ def _load(source: str, device: torch.device) -> Any:
             release, sae_id = _split_release(source)
             with hub_errors(f"the SAE {source}"):
                 sae = SAE.from_pretrained(release, sae_id, device=name)
-    except (*_BROKEN, KeyError, RuntimeError, TypeError) as error:
+        # Settings that do not go with the parameters, such as a k above m, show here.
+        with torch.no_grad():
+            sae.encode(torch.zeros(1, sae.cfg.d_in, device=device))
+    except _BROKEN as error:
         raise UserError(
             f"the SAE {source} cannot be loaded: {error}",
             "give a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors, or a "
             "Gemma Scope params.npz",
         ) from error
     return sae
+
+
+def _check_folder(path: Path) -> None:
+    """Hold cfg.json to the header of the weights, before either is turned into an SAE.
+
+    Raises:
+        ValueError: they are of different sizes.
+    """
+    config = read_json(path / "cfg.json")
+    if not isinstance(config, dict):
+        raise ValueError("cfg.json holds no JSON object")
+    with safe_open(path / "sae_weights.safetensors", "pt") as weights:
+        shape = weights.get_slice("W_enc").get_shape()
+    if [config.get("d_in"), config.get("d_sae")] != shape:
+        raise ValueError(
+            f"cfg.json has d_in {config.get('d_in')} and d_sae {config.get('d_sae')}, the weights "
+            f"have W_enc {shape}"
+        )
+
+
+def _check_npz(path: Path) -> None:
+    """Hold the arrays' headers to the sizes of the archive's entries, before any is read.
+
+    Raises:
+        ValueError: an entry is no array of floats, is not as long as it says, or the whole expands
+            beyond what numbers do.
+    """
+    import numpy as np
+
+    with ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > _MOST_EXPANSION * path.stat().st_size:
+            raise ValueError(f"its {path.stat().st_size:,} bytes expand to {size:,}")
+        for entry in archive.infolist():
+            with archive.open(entry) as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{entry.filename} is of an unknown version")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                length = file.tell() + math.prod(shape) * dtype.itemsize
+            if dtype.kind != "f" or length != entry.file_size:
+                raise ValueError(f"{entry.filename} is not the {dtype} of shape {shape} it says")
 
 
 def _fold(sae: Any) -> None:

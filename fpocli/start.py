@@ -9,7 +9,7 @@ import torch
 
 from fpocli.config import HARMLESS, TrainConfig
 from fpocli.console import console
-from fpocli.errors import UserError
+from fpocli.errors import UserError, told_once
 from fpocli.objective import compare
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
@@ -89,8 +89,9 @@ def check_start(
         most = _OTHER_DTYPE
     # Written so that nan is too large.
     if not (nats <= most and part <= most):
-        raise UserError(
+        error = UserError(
             f"the policy should be the reference of {store.path} and is not: {told}",
             "weights and SAE are the store's, so this machine or a library computes otherwise than "
             "where it was made; cache again here",
         )
+        raise told_once(error, torch.distributed.get_rank() == 0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fpocli.catalog import ModelFolder
+from fpocli.catalog import ModelFolder, refuse_code
 from fpocli.console import console
 from fpocli.drops import Drops
 from fpocli.errors import UserError
@@ -154,7 +154,7 @@ class PairTokenizer:
         return whole if len(whole) <= room else response[:room]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+        return _ids(self.tokenizer, texts, add_special_tokens=False)
 
     def _render(self, question: str, answer: str = "") -> str:
         messages = [{"role": "user", "content": question}]
@@ -219,13 +219,23 @@ class PairTokenizer:
         """
         bos = self.tokenizer.bos_token_id
         prompt = self._encode([self._render("a question")])[0]
-        adds = self.tokenizer("a").input_ids[:1] == [bos]
+        adds = _ids(self.tokenizer, ["a"])[0][:1] == [bos]
         return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
 
 
 def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Ids of texts of the data; what spells a special token stays text."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids
+    return _ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
+
+
+def _ids(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
+    try:
+        return tokenizer(texts, **how).input_ids
+    except Exception as error:  # tokenizers raises no other class, such as at an unknown character
+        raise UserError(
+            f"the tokeniser of {tokenizer.name_or_path} cannot encode a text: {error}",
+            "its tokenizer.json is damaged, or lacks the token for what is unknown",
+        ) from error
 
 
 def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> list[int]:
@@ -259,7 +269,7 @@ def _encode_parts(tokenizer: Any, parts: list[str], bos: int | None) -> list[int
         if part and number % 2:
             ids += encode_text(tokenizer, [part])[0]
         elif part:
-            ids += tokenizer(part, add_special_tokens=False).input_ids
+            ids += _ids(tokenizer, [part], add_special_tokens=False)[0]
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
@@ -279,12 +289,21 @@ def _unused_characters(messages: list[Message]) -> tuple[str, str]:
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
-    """transformers' tokeniser of a model folder, with no clean-up of white space."""
+    """transformers' tokeniser of a model folder, with no clean-up of white space.
+
+    Raises:
+        UserError: there is none, or it needs code that may not be run.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder.path, clean_up_tokenization_spaces=False)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(
+            folder.path,
+            clean_up_tokenization_spaces=False,
+            trust_remote_code=folder.trust_remote_code,
+        )
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds
+        refuse_code(folder, error)
         raise UserError(
             f"{folder.source} has no tokeniser that transformers can load: {error}",
             "the folder needs tokenizer.json and tokenizer_config.json",

@@ -213,17 +213,22 @@ def _load_models(
     """The policy with its starting weights, its tokeniser, and the frozen reference where it is
     needed `beside`: whole on each rank, or sharded under ZeRO-3 as the policy is."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    trust = settings.trust_remote_code
     if settings.model:
-        folder = find_model(settings.model)
+        folder = find_model(settings.model, trust_remote_code=trust)
     else:
-        folder = find_reference(store, settings.reference)
+        folder = find_reference(store, settings.reference, trust_remote_code=trust)
     tokenizer = tokenizer_of(store, folder)
     model = load_model(folder, sites_of(store), dtype, device)
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
     if not beside:
         return model, tokenizer, None
-    original = find_reference(store, settings.reference) if settings.model else folder
+    original = (
+        find_reference(store, settings.reference, trust_remote_code=trust)
+        if settings.model
+        else folder
+    )
     reference = load_reference(original, [], dtype, device)
     return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
 

@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import json
 import random
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,15 @@ def make_stream(store, **changes):
         "world": 1,
     }
     return Stream(store, **(settings | changes))
+
+
+@contextmanager
+def memory(most: float):
+    """Take no more than so many bytes of address space above what is taken already."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(most), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

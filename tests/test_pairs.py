@@ -285,7 +285,7 @@ WRONG_FILES = [
     ),
     ("a.json", b'[{"prompt":"q","chosen":"a","rejected":"b"},\n{"prompt"]', ", line 2: "),
     ("a.json", b'{"prompt":"q","chosen":"a","rejected":"b"}', " does not hold a list"),
-    ("a.json", b'["\xff"]', " is not UTF-8 text"),
+    ("a.json", b'["\xff"]', ", line 1: no UTF-8 text"),
     ("a.json", b"", ", line 1: "),
     ("a.parquet", b"PAR1 and no more", " is not readable Parquet"),
     ("a.csv", b"prompt,chosen,rejected\nq,a,b\n", " is of no known kind"),
