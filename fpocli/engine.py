@@ -1,7 +1,6 @@
 """DeepSpeed: the processes, the engine, its checkpoints. The only importer of deepspeed."""
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -19,6 +18,7 @@ from fpocli.config import TrainConfig
 from fpocli.errors import UserError, told_once, writing
 from fpocli.heartbeat import is_of_a_lost_process
 from fpocli.model import FrozenReference, LanguageModel
+from fpocli.reading import read_json
 
 _STEP = "fpo_step"
 # Elements of a group of parameters, which the optimiser updates at once.
@@ -157,10 +157,7 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
     }
     if settings.deepspeed is None:
         return config
-    try:
-        given = json.loads(Path(settings.deepspeed).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{settings.deepspeed} is not JSON: {error}", "mend the file") from error
+    given = read_json(settings.deepspeed)
     if not isinstance(given, dict):
         raise UserError(f"{settings.deepspeed} holds no JSON object", 'write {"name": value, ...}')
     merged = _merge(config, given)
@@ -272,7 +269,8 @@ def newest_checkpoint(folder: Path) -> str | None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, the newest last."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:

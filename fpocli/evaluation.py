@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from fpocli.loading import (
 )
 from fpocli.model import FrozenReference, LanguageModel, choose_device, load_model
 from fpocli.objective import Means, compare, objective
+from fpocli.run import read_run
 from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, load_decoder
 from fpocli.store import Store
@@ -168,15 +168,14 @@ def find_policy(
             f"the run {run} has no final model yet",
             "finish it with the `fpo train` command that began it",
         )
-    own = json.loads((run / "run.json").read_text())["store"] == store.meta["fingerprint"]
-    if not own and config.split != "all":
+    fingerprint, settings = read_run(run)
+    if fingerprint != store.meta["fingerprint"] and config.split != "all":
         raise UserError(
             f"the run {run} was trained on another store than {store.path}, so it may have seen "
             "the pairs that would be held out here",
             "name its own store, or take the pairs as they are with --split all",
         )
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return find_model(str(run / "final"), trust_remote_code=trust), TrainConfig(**settings)
+    return find_model(str(run / "final"), trust_remote_code=trust), settings
 
 
 def run_folder(model: str) -> Path | None:

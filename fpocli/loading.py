@@ -118,7 +118,10 @@ def load_encoders(
     for site, source in sae_sources(store, given).items():
         encoder = load_encoder(source, device)
         check_encoder(encoder, source, Site.parse(site), width)
-        if encoder.hash() != store.sites[site]["sae"]["hash"]:
+        about = store.sites[site]["sae"]
+        # Version 1.0 does not tell the settings.
+        same = about.get("settings", encoder.settings) == encoder.settings
+        if not same or encoder.hash() != about["hash"]:
             raise UserError(
                 f"the SAE {source} is not the one {store.path} was made with at {site}",
                 "name the right one with --sae, or cache again",

@@ -162,6 +162,7 @@ def _describe_sites(
                 "source": source,
                 "architecture": encoder.architecture,
                 "hash": encoder.hash(),
+                "settings": encoder.settings,
             },
             "d_sae": encoder.features,
             "k": min(k, encoder.features),

@@ -39,7 +39,8 @@ def read_prompts(path: str) -> list[Prompt]:
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    # A line nested too deep is a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is neither JSON nor JSONL: {error}", "mend the file") from error
     prompts = [Prompt(_turns(row, path, number), row) for number, row in enumerate(rows, 1)]
     if not prompts:

@@ -16,6 +16,7 @@ from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences, told_once, writing
 from fpocli.files import remove_folder, replace_text
+from fpocli.reading import read_json, read_yaml
 from fpocli.store import Store
 from fpocli.writers import Writers
 
@@ -83,14 +84,14 @@ class RunFolder:
                 )
             if self.settings.overwrite:
                 remove_folder(self.folder)
-            elif begun and (other := differences(json.loads(known.read_text()), identity)):
+            elif begun and (other := differences(_object(known), identity)):
                 raise UserError(
                     f"{self.folder} holds a run with other settings: {other}",
                     "give the settings of that run to go on with it, another --out, or --overwrite",
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(known, json.dumps(identity, indent=1))
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def resume_at(self, step: int) -> None:
         """Forget what came after the checkpoint that training goes on from."""
@@ -119,6 +120,28 @@ class RunFolder:
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(self.settings, store))
         partial.rename(self.final)
+
+
+def read_run(folder: Path) -> tuple[str, TrainConfig]:
+    """The fingerprint of a run's store, and the run's settings.
+
+    Raises:
+        UserError: the folder's files are not those of a run of this version.
+    """
+    settings = read_yaml(folder / "config.yaml")
+    try:
+        return _object(folder / "run.json")["store"], TrainConfig(**settings)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is no run of this version of fpo: {error}", "train it again, or name final/"
+        ) from error
+
+
+def _object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no JSON object", "give another folder with --out")
+    return value
 
 
 def _step_of(line: str) -> float:

@@ -60,6 +60,12 @@ class SparseEncoder:
         self.width: int = sae.cfg.d_in
         self.features: int = sae.cfg.d_sae
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides the features, beside architecture and parameters."""
+        names = ("apply_b_dec_to_input", "normalize_activations", "reshape_activations", "k")
+        return {name: getattr(self.sae.cfg, name) for name in names if hasattr(self.sae.cfg, name)}
+
     def hash(self) -> str:
         """sha256 over the encoder's parameters, in the order of their names."""
         digest = hashlib.sha256(self.architecture.encode())
