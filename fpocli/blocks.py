@@ -75,7 +75,7 @@ def score_block(
         rows.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
             pooled = pooled[finite]
-            _keep_largest(pooled, rows.features[site], kept)
+            _keep_largest(pooled, rows.features[site], kept, tokens.source_row)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
         bar.advance(len(kept))
@@ -84,15 +84,19 @@ def score_block(
     return rows, totals
 
 
-def _keep_largest(pooled: torch.Tensor, into: Features, pairs: list[int]) -> None:
+def _keep_largest(
+    pooled: torch.Tensor, into: Features, pairs: list[int], source_row: np.ndarray
+) -> None:
     k = into.index.shape[-1]
     index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
     into.index[pairs] = np.where(value > 0, index, np.iinfo(into.index.dtype).max)
     with np.errstate(over="ignore"):
         into.value[pairs] = value
-    if not np.isfinite(into.value[pairs]).all():
+    if not (fits := np.isfinite(into.value[pairs]).all((1, 2))).all():
+        row = source_row[pairs[int(np.argmin(fits))]]
         raise UserError(
-            f"a pooled feature of {value.max():.3g} does not fit into float16",
+            f"a pooled feature of the pair in row {row} does not fit into float16: "
+            f"{value.max():.3g}",
             "give --value-dtype float32",
         )
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()

@@ -6,11 +6,11 @@ every other one, and of itself with zeros where that sum stands.
 
 import hashlib
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
 from fpocli.errors import UserError
-from fpocli.files import replace_text
 from fpocli.layout import TOKENS_PER_CHUNK, layout
 
 DOCUMENT = "zarr.json"
@@ -24,7 +24,10 @@ def write_root(path: Path, meta: dict[str, Any]) -> None:
     attributes = {"fpo": about | {"checksum": _NO_SUM}}
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     text = json.dumps(document, indent=2)
-    replace_text(path / DOCUMENT, text.replace(_NO_SUM, _sum(text.encode())))
+    # Several processes may be at it.
+    partial = path / f"{DOCUMENT}.{secrets.token_hex(4)}.partial"
+    partial.write_text(text.replace(_NO_SUM, _sum(text.encode())), encoding="utf-8")
+    partial.replace(path / DOCUMENT)
 
 
 def is_whole(path: Path) -> bool:

@@ -467,4 +467,4 @@ class Store:
 
 def _is_empty(path: Path) -> bool:
     """Whether a folder holds nothing, or the first document half written."""
-    return path.is_dir() and {file.name for file in path.iterdir()} <= {f"{DOCUMENT}.partial"}
+    return path.is_dir() and all(file.suffix == ".partial" for file in path.iterdir())

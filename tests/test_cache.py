@@ -224,6 +224,17 @@ def test_all_features_and_float16_values(material, tmp_path, store_path):
     np.testing.assert_array_equal(short, kept.astype(np.float16))
 
 
+def test_a_value_too_large_for_float16_is_an_error(material, tmp_path):
+    sae = tiny.sae("standard")
+    with torch.no_grad():
+        sae.W_enc.mul_(1e6)
+    sae.save_model(tmp_path / "sae")
+    settings = {"sae": [str(tmp_path / "sae")], "value_dtype": "float16"}
+    with pytest.raises(UserError, match=r"the pair in row \d+ does not fit into float16"):
+        cache(cache_config(material, tmp_path / "half.zarr", **settings))
+    cache(cache_config(material, tmp_path / "ref.zarr", sae=settings["sae"]))
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_several_sites_of_both_kinds(material, tmp_path, family):
     model = tiny.model_folder(tmp_path / "model", family)
