@@ -62,6 +62,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     from fpocli.blocks import score_block
     from fpocli.catalog import find_model
     from fpocli.console import progress
+    from fpocli.draft import Draft
     from fpocli.model import Site, choose_device, load_model
     from fpocli.rows import Tokens
     from fpocli.store import Store
@@ -71,7 +72,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     store = Store.open(arguments.store)
     tokens = Tokens(*(store.whole(name) for name in ("tokens", "spans", "source_row")))
     with tempfile.TemporaryDirectory() as folder:
-        out = Store.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
+        out = Draft.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
         sites = [Site.parse(name) for name in store.sites]
         model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
         encoders = load_encoders(store, device)

@@ -22,6 +22,7 @@ import torch
 from common import forget_peak, machine, memory, write_page
 
 from fpocli.console import progress
+from fpocli.draft import Draft
 from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.store import Store
 from fpocli.stream import Stream
@@ -61,7 +62,7 @@ def make(path: Path, pairs: int) -> float:
     tokens = make_tokens(rng, pairs)
     pool = [make_block(rng) for _ in range(POOL)]
     began = time.perf_counter()
-    store = Store.create(path, attributes(pairs), tokens)
+    store = Draft.create(path, attributes(pairs), tokens)
     for block in range(store.blocks):
         reference, totals = pool[block % POOL]
         store.write_block(block, first(reference, store.length(block)), {SITE: totals})

@@ -11,12 +11,12 @@ import torch
 from fpocli.attention import row_multiple
 from fpocli.batches import fill_rows, pack
 from fpocli.console import Bar, console
+from fpocli.draft import Draft
 from fpocli.errors import UserError
 from fpocli.model import LanguageModel
 from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.scoring import PairScores, score
 from fpocli.sparse import SparseEncoder, top_k
-from fpocli.store import Store
 
 # Tokens of a pair whose log-probabilities are held against the model's own forward pass.
 _CHECKED = 32
@@ -25,7 +25,7 @@ _CHECKED = 32
 def score_block(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
-    store: Store,
+    store: Draft,
     tokens: Tokens,
     tokens_per_row: int,
     bar: Bar,

@@ -18,6 +18,7 @@ from fpocli.catalog import ModelFolder, default_sae
 from fpocli.config import HARMLESS, CacheConfig
 from fpocli.console import console, progress, say
 from fpocli.damage import find_damage
+from fpocli.draft import Draft
 from fpocli.errors import UserError, differences
 from fpocli.layout import fingerprint, raw_bytes
 from fpocli.pairs import Pair, Source, read_pairs
@@ -64,13 +65,13 @@ def identify(
 
 def open_or_tokenise(
     config: CacheConfig, identity: dict[str, Any], tokenizer: PairTokenizer, source: Source
-) -> Store:
+) -> Draft:
     """The store this command means: the one it began earlier, or a new one."""
     path = Path(config.out)
-    if path.exists() and not (config.overwrite or Store.unfinished(path)):
+    if path.exists() and not (config.overwrite or Draft.unfinished(path)):
         if config.repair:
             return _repair(config, identity, tokenizer, source)
-        store = Store.open(path, writable=True)
+        store = Draft.open(path)
         _refuse_others(config, store, identity)
         done = store.blocks - len(store.missing_blocks())
         if done:
@@ -83,8 +84,8 @@ def open_or_tokenise(
     tokenizer.drops.write(listed)
     if tokenizer.drops.counts:
         console.print(f"the dropped rows are listed in {listed}")
-    Store.remove(path)
-    return Store.create(path, about, tokens)
+    Draft.remove(path)
+    return Draft.create(path, about, tokens)
 
 
 def _refuse_others(config: CacheConfig, store: Store, identity: dict[str, Any]) -> None:
@@ -101,7 +102,7 @@ def _refuse_others(config: CacheConfig, store: Store, identity: dict[str, Any]) 
 
 def _repair(
     config: CacheConfig, identity: dict[str, Any], tokenizer: PairTokenizer, source: Source
-) -> Store:
+) -> Draft:
     """The store without its damaged blocks; documents and tokens are written anew."""
     path = Path(config.out)
     about = identity | {"writer": _versions()}
@@ -110,7 +111,7 @@ def _repair(
     except UserError as error:
         console.print(str(error))
         # The root's document may be lost, and with it what the blocks were made from.
-        if Store.fingerprint_of_blocks(path) != fingerprint(identity):
+        if Draft.fingerprint_of_blocks(path) != fingerprint(identity):
             raise UserError(
                 f"{path} does not say any more that it was made with these settings",
                 "give the flags it was made with; else write it anew with --overwrite",
@@ -124,10 +125,10 @@ def _repair(
             )
         if not find_damage(store):
             say(f"nothing is damaged in {path}")
-            return Store.open(path, writable=True)
+            return Draft.open(path)
         about = {name: store.meta[name] for name in (*identity, "writer", "created")}
     pairs, tokens = _tokenise(tokenizer, read_pairs(source, tokenizer.drops), config.limit)
-    store = Store.mend(path, about | {"pairs": pairs}, tokens)
+    store = Draft.mend(path, about | {"pairs": pairs}, tokens)
     damaged = find_damage(store)
     for block, told in damaged:
         console.print(told)

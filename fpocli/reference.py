@@ -17,6 +17,7 @@ from fpocli.blocks import check_model, score_block
 from fpocli.catalog import ModelFolder, find_model
 from fpocli.config import CacheConfig
 from fpocli.console import progress, say
+from fpocli.draft import Draft
 from fpocli.drops import Drops, list_not_finite
 from fpocli.errors import UserError
 from fpocli.model import LanguageModel, Site, check_layers, choose_device, load_model, read_config
@@ -79,7 +80,7 @@ def _cache(
     """The command itself, once this process is one of the store's writers."""
     # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
     path = Path(config.out)
-    Store.require_replaceable(path)
+    Draft.require_replaceable(path)
     drops = Drops(config.strict)
     tokenizer = PairTokenizer(
         folder, config.chat_template, config.max_length, config.max_prompt_length, drops
@@ -95,18 +96,18 @@ def _cache(
         say(f"rows of {_tokens_per_row(config, device):,} tokens on {device}; {model.kernels}")
         _score_blocks(config, store, model, encoders, device, writers)
     with writers.alone("finish"):
-        store = Store.open(path, writable=True)
+        store = Draft.open(path)
         if store.meta["state"] != "complete":
             store.finish()
             rows = store.whole("source_row")[store.not_finite].tolist()
             list_not_finite(list_of_dropped(path), rows)
     say(f"{path} is complete: {store.scored:,} pairs. Look at it: fpo inspect {path}")
-    return store
+    return Store.open(path)
 
 
 def _score_blocks(
     config: CacheConfig,
-    store: Store,
+    store: Draft,
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
     device: torch.device,
@@ -161,7 +162,7 @@ def _score_blocks(
             bar.reach(_pairs_done(store))
 
 
-def _pairs_done(store: Store) -> int:
+def _pairs_done(store: Draft) -> int:
     return store.pairs - sum(store.length(block) for block in store.missing_blocks())
 
 
@@ -169,7 +170,7 @@ def _claim(block: int) -> str:
     return f"block-{block}"
 
 
-def _wait(store: Store, todo: list[int], writers: Writers) -> None:
+def _wait(store: Draft, todo: list[int], writers: Writers) -> None:
     """Wait a moment for the other writers' blocks.
 
     Raises:

@@ -1,17 +1,15 @@
-"""The store of a frozen reference, version 1: docs/format.md in code. The only importer of zarr.
+"""The store of a frozen reference, version 1: docs/format.md in code, to be read.
 
-layout.py says what it must look like; here it is written and read.
+layout.py says what it must look like, draft.py writes it.
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
 import hashlib
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.documents import (
     DOCUMENT,
@@ -19,13 +17,10 @@ from fpocli.documents import (
     array_document,
     attributes,
     check_documents,
-    document_sums,
     is_whole,
-    write_root,
 )
 from fpocli.errors import UserError
-from fpocli.files import remove_folder
-from fpocli.layout import FORMAT, VERSION, fingerprint, layout, wrong_attribute
+from fpocli.layout import FORMAT, VERSION, layout, wrong_attribute
 from fpocli.rows import Features, Reference, Tokens, Totals
 
 # In this order; anything else may hide damage.
@@ -35,60 +30,21 @@ _BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryErro
 
 
 class Store:
-    """An open store. Make one with `create` or `open`."""
+    """An open store, to be read. `open` gives one."""
 
-    def __init__(self, path: Path, meta: dict[str, Any], *, writable: bool) -> None:
+    _mode: Literal["r", "r+"] = "r"
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
-        self._group: Any = zarr.open_group(path, mode="r+" if writable else "r", zarr_format=3)
+        self._group: Any = zarr.open_group(path, mode=self._mode, zarr_format=3)
         self._arrays: dict[str, Any] = {}
         self._done: set[int] = set()
         self.block_size: int = meta["block"]
         self.pairs: int = meta["pairs"]["kept"]
         self.sites: dict[str, dict[str, Any]] = meta["sites"]
 
-    # -- making one --------------------------------------------------------------------------
-
     @classmethod
-    def create(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> "Store":
-        """Write the token runs and lay out the rest, filled with gaps.
-
-        Args:
-            path: a folder that is empty or not there yet.
-            about: the attributes of docs/format.md but those that are made here (format, version,
-                state, tokens, fingerprint, documents, checksum, and created if it lacks it).
-            tokens: all pairs; spans count from the first token of the store.
-        """
-        path.mkdir(parents=True, exist_ok=True)
-        # A store that says no more was stopped on the way here and starts over.
-        write_root(path, {"format": FORMAT})
-        meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
-        meta |= {
-            "format": FORMAT,
-            "version": VERSION,
-            "state": "tokenised",
-            "tokens": len(tokens.ids),
-            "fingerprint": fingerprint(about),
-        }
-        store = cls(path, meta, writable=True)
-        # Here too, so that blocks are known when the root's document is lost.
-        store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
-        for name, array in layout(meta).items():
-            store._group.create_array(
-                name,
-                **array._asdict(),
-                compressors=[ZstdCodec(level=3), Crc32cCodec()],
-                fill_value=array.fill(name),
-            )
-        store._array("tokens")[:] = tokens.ids
-        store._array("spans")[:] = tokens.spans
-        store._array("source_row")[:] = tokens.source_row
-        meta["documents"] = document_sums(path)
-        # Written last.
-        write_root(path, meta)
-        return store
-
-    @classmethod
-    def open(cls, path: Path | str, *, writable: bool = False) -> "Store":
+    def open(cls, path: Path | str) -> Self:
         """Open a store and check that it is what its metadata says.
 
         Raises:
@@ -124,33 +80,9 @@ class Store:
         if wrong := wrong_attribute(meta):
             raise UserError(f"the metadata of {path} cannot be: {wrong}", REPAIR)
         check_documents(path, meta)
-        store = cls(path, meta, writable=writable)
+        store = cls(path, meta)
         store._check_arrays()
-        if early and writable and meta["state"] != "complete":
-            raise UserError(
-                f"{path} was begun by an earlier version of fpo",
-                "complete it with that version, or give --overwrite",
-            )
         return store
-
-    @staticmethod
-    def require_replaceable(path: Path) -> None:
-        """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
-        known = attributes(path).get("format") == FORMAT or Store.fingerprint_of_blocks(path)
-        if path.exists() and not (known or _is_empty(path)):
-            raise UserError(f"{path} exists and is not an fpo store", "give another --out")
-
-    @staticmethod
-    def remove(path: Path) -> None:
-        """Delete a store, or what an interrupted `create` left; never anything else."""
-        Store.require_replaceable(path)
-        remove_folder(path)
-
-    @staticmethod
-    def unfinished(path: Path) -> bool:
-        """Whether `path` is an empty folder or what an interrupted `create` left."""
-        about = attributes(path)
-        return _is_empty(path) or about == {"format": FORMAT, "checksum": about.get("checksum")}
 
     def _check_arrays(self) -> None:
         for name, (shape, dtype, chunks) in layout(self.meta).items():
@@ -174,94 +106,6 @@ class Store:
                     f"expected {', '.join(_CODECS)}",
                     REPAIR,
                 )
-
-    # -- writing -----------------------------------------------------------------------------
-
-    def gaps(self, b: int) -> Reference:
-        """Rows of b pairs to be filled, which hold gaps."""
-        arrays = layout(self.meta)
-
-        def rows(name: str) -> np.ndarray:
-            array = arrays[name]
-            return np.full((b, *array.shape[1:]), array.fill(name), array.dtype)
-
-        features = {
-            site: Features(
-                *(rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero"))
-            )
-            for site in self.sites
-        }
-        return Reference(rows("ref/logp"), rows("ref/margin"), features)
-
-    def write_block(self, block: int, reference: Reference, totals: dict[str, Totals]) -> None:
-        """Write the reference rows of a block, whole, and its record last."""
-        if self.meta["state"] == "tokenised":
-            self._set_state("partial")
-        rows = self.rows(block)
-        self._array("ref/logp")[rows] = reference.logp
-        self._array("ref/margin")[rows] = reference.margin
-        for site, features in reference.features.items():
-            for name in ("index", "value", "nonzero"):
-                self._array(f"features/{site}/{name}")[rows] = getattr(features, name)
-            self._array(f"blocks/{site}/sum")[block] = totals[site].value
-            self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
-        self._array("blocks/digest")[block] = self._digest(self.tokens(block), reference)
-
-    def forget_block(self, block: int) -> None:
-        """Take a block's record away, so that it is scored anew."""
-        self._array("blocks/digest")[block] = 0
-        self._done.discard(block)
-
-    def finish(self) -> None:
-        """Make mean and frequency from the blocks' totals and mark the store complete."""
-        not_finite = np.flatnonzero(np.isnan(self.whole("ref/margin"))).tolist()
-        if len(not_finite) == self.pairs:
-            raise UserError(
-                f"no pair of {self.path} has finite numbers", "try --dtype float32, or another SAE"
-            )
-        if not_finite:
-            self.meta["pairs"]["not_finite"] = not_finite
-        for site in self.sites:
-            mean, frequency = self.total(site)
-            self._array(f"features/{site}/mean")[:] = mean
-            self._array(f"features/{site}/frequency")[:] = frequency
-        self._set_state("complete")
-        # What kills left of chunks; nobody else writes any more.
-        for left in self.path.rglob("*.partial"):
-            left.unlink()
-
-    def _set_state(self, state: str) -> None:
-        self.meta["state"] = state
-        write_root(self.path, self.meta)
-
-    @classmethod
-    def mend(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> "Store":
-        """Write a store's documents and tokens anew and keep the blocks' rows, which may belong to
-        them or not. The store is then partial.
-
-        Args:
-            path: of the store.
-            about, tokens: as `create` takes them.
-        """
-        fresh = path.with_name(path.name + ".repair")
-        remove_folder(fresh)
-        meta = cls.create(fresh, about, tokens).meta
-        # The root's document last.
-        for file in sorted(file for file in fresh.rglob("*") if file.is_file()):
-            there = path / file.relative_to(fresh)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(there)
-        remove_folder(fresh)
-        store = cls(path, meta, writable=True)
-        store._set_state("partial")
-        return store
-
-    @staticmethod
-    def fingerprint_of_blocks(path: Path) -> str | None:
-        """What the blocks of a store belong to, where the root's document is lost."""
-        return array_document(path, "blocks").get("attributes", {}).get("fingerprint")
-
-    # -- reading -----------------------------------------------------------------------------
 
     @property
     def blocks(self) -> int:
@@ -463,8 +307,3 @@ class Store:
             little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
             digest.update(little.tobytes())
         return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)
-
-
-def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing, or the first document half written."""
-    return path.is_dir() and all(file.suffix == ".partial" for file in path.iterdir())

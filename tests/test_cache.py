@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -386,29 +385,6 @@ def test_dropped_pairs_are_counted_and_rows_keep_their_numbers(material, tmp_pat
         "dropped": {"empty response": 1, "equal responses": 1},
     }
     assert contents(store.path)["source_row"].tolist() == [0, 2, 4]
-
-
-def test_no_disk_left_is_a_sentence(material, tmp_path):
-    """In a process of its own, the system refuses every write of the store."""
-    path = tmp_path / "ref.zarr"
-    config = cache_config(material, path)
-    (tmp_path / "run.py").write_text(
-        "import os, sys, errno, zarr\n"
-        "from fpocli.cli import main\n"
-        "def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n"
-        "import zarr.storage._local as local\n"
-        "local._put = full\n"
-        "main()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), "cache", *flags(config)],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-    )
-    assert done.returncode == 2
-    assert "the disk is full" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_second_writer_is_refused(material, tmp_path):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fpocli.damage import find_damage
 from fpocli.documents import DOCUMENT, attributes, write_root
+from fpocli.draft import Draft
 from fpocli.errors import UserError
 from fpocli.layout import fingerprint, index_dtype
 from fpocli.rows import Features, Reference, Tokens, Totals
@@ -190,7 +191,7 @@ def test_each_block_has_chunks_of_its_own(tmp_path):
         if path.exists():
             return
         tokens, vectors = made_up(pairs, seed)
-        store = Store.create(path, attributes_of(pairs, block), tokens)
+        store = Draft.create(path, attributes_of(pairs, block), tokens)
         store._set_state("partial")
         owners: dict[Path, int] = {}
         before = stamps(path)
@@ -216,13 +217,13 @@ def test_remove_deletes_stores_alone(store, tmp_path):
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match="not an fpo store"):
-        Store.remove(precious)
+        Draft.remove(precious)
     assert (precious / "thesis.txt").exists()
     zarr.create_group(tmp_path / "other.zarr")
     zarr.open_group(tmp_path / "other.zarr", mode="r+").create_array("x", shape=(1,), dtype="i4")
     with pytest.raises(UserError, match="not an fpo store"):
-        Store.remove(tmp_path / "other.zarr")
-    Store.remove(store)
+        Draft.remove(tmp_path / "other.zarr")
+    Draft.remove(store)
     assert not store.exists()
 
 
@@ -292,14 +293,14 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
     results = []
     for shuffled in (False, True):
         path = tmp_path_factory.mktemp("store") / "s.zarr"
-        store = Store.create(path, meta, tokens)
+        store = Draft.create(path, meta, tokens)
         assert Store.open(path).meta["state"] == "tokenised"
         order = list(range(store.blocks))
         if shuffled:
             rng.shuffle(order)
         for number in order:
             if shuffled:  # every block by a writer of its own
-                store = Store.open(path, writable=True)
+                store = Draft.open(path)
             store.write_block(number, *rows_of(vectors, store.rows(number)))
             assert number not in store.missing_blocks()
         store.finish()
@@ -317,7 +318,7 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
 def test_gaps_are_not_numbers(tmp_path):
     tokens, _ = made_up(5, 2)
     meta = attributes_of(5, 2)
-    Store.create(tmp_path / "s.zarr", meta, tokens)
+    Draft.create(tmp_path / "s.zarr", meta, tokens)
     arrays = contents(tmp_path / "s.zarr")
     for name in ("ref/logp", "ref/margin", f"features/{SITE}/value", f"features/{SITE}/mean"):
         assert np.isnan(arrays[name]).all()
