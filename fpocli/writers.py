@@ -109,7 +109,9 @@ class Writers:
         try:
             os.link(self._own, self._folder / name)
         except FileExistsError:
-            return False
+            # NFS may send a request twice and tell of the second.
+            if name in self._names or not self._is_own(name):
+                return False
         except FileNotFoundError as error:
             raise self._lost() from error
         except OSError as error:
@@ -131,12 +133,15 @@ class Writers:
         Raises:
             UserError: another writer took this one for dead, and it may write no more.
         """
-        try:
-            held = os.path.samestat((self._folder / name).stat(), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            held = False
-        if not held:
+        if not self._is_own(name):
             raise self._lost()
+
+    def _is_own(self, name: str) -> bool:
+        try:
+            there = (self._folder / name).stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._file.fileno()))
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
