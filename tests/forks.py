@@ -3,7 +3,9 @@
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 from contextlib import suppress
@@ -14,9 +16,7 @@ import fpocli
 from fpocli import __main__ as program
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["forks", "deepspeed", "sae_lens", "transformers", "fpocli.reference", "fpocli.training"]
-)
+_CONTEXT.set_forkserver_preload(["forks", "preloaded"])
 
 
 class Command:
@@ -32,10 +32,8 @@ class Command:
     def __init__(
         self, *words: str, die_at: int | None = None, before: bool = True, **environment: str
     ) -> None:
-        handle, name = tempfile.mkstemp()
-        os.close(handle)
-        self._printed = Path(name)
-        arguments = (words, die_at, before, environment, name)
+        self._folder = Path(tempfile.mkdtemp())
+        arguments = (words, die_at, before, os.environ | environment, Path.cwd(), self._folder)
         self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -60,14 +58,28 @@ class Command:
 
     def printed(self) -> str:
         """All it wrote to stdout and stderr."""
-        return self._printed.read_text(errors="replace")
+        return "".join(file.read_text(errors="replace") for file in self._folder.iterdir())
+
+    def data(self) -> str:
+        """What it wrote to stdout."""
+        return (self._folder / "stdout").read_text()
 
     def close(self) -> None:
         """End it and remove what it left."""
         self._process.kill()
         self._process.join()
         self._process.close()
-        self._printed.unlink()
+        shutil.rmtree(self._folder)
+
+
+def together(words: list[str], processes: int) -> list[Command]:
+    """The processes of one run, as torchrun starts them but without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [Command(*words, **common, **rank) for rank in ranks]
 
 
 def _run(
@@ -75,11 +87,14 @@ def _run(
     die_at: int | None,
     before: bool,
     environment: dict[str, str],
-    output: str,
+    folder: Path,
+    output: Path,
 ) -> None:
-    with Path(output).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (output / name).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["fpo", *words]
     if die_at is not None:

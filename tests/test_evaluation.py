@@ -139,6 +139,7 @@ def test_a_run_of_another_store_is_told(material, store_path, tmp_path):
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
     (run / "run.json").write_text('{"store": "another"}')
+    (run / "config.yaml").write_text("cache: ref.zarr")
     for model in (run, run / "final"):
         with pytest.raises(UserError, match="was trained on another store"):
             evaluate(config(material, tmp_path, model=str(model)))

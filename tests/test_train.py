@@ -15,6 +15,7 @@ import tiny
 import torch
 import yaml
 from conftest import cache_config, make_stream, set_attributes
+from forks import Command, together
 from safetensors.torch import load_file
 from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,12 +55,14 @@ def command(material: Path, out: Path, *flags: object, processes: int = 1, **set
     return words
 
 
-def run(*arguments, **settings) -> list[dict]:
+def run(*arguments, processes: int = 1, **settings) -> list[dict]:
     """Train and return the lines of metrics.jsonl."""
-    words = command(*arguments, **settings)
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout == ""
+    _, _, _, *words = command(*arguments, **settings)
+    started = together(words, processes) if processes > 1 else [Command(*words)]
+    for process in started:
+        assert process.wait(300) == 0, process.printed()[-3000:]
+        assert process.data() == ""
+        process.close()
     return read(arguments[1])
 
 

@@ -1,0 +1,13 @@
+"""What a process of `fpo` imports, for the one that forks.py forks from."""
+
+import contextlib
+import sys
+
+# As engine.py imports it: its logger keeps the stdout that it meets.
+with contextlib.redirect_stdout(sys.stderr):
+    import deepspeed  # noqa: F401
+import sae_lens  # noqa: F401
+import transformers  # noqa: F401
+
+import fpocli.reference
+import fpocli.training  # noqa: F401
