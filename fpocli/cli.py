@@ -108,9 +108,9 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
         extra: flags that fill in others, by name.
     """
 
-    def run(**flags: Any) -> None:
+    def run(context: typer.Context, **flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
-        if settings.get("overwrite") and "--overwrite" not in sys.argv:
+        if (context.default_map or {}).get("overwrite"):
             note_for_resuming(
                 f"after taking overwrite out of {flags['config']}, which would start anew"
             )
@@ -136,12 +136,18 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
+                "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+            )
+        ]
+        + [
+            inspect.Parameter(
                 flag, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind
             )
             for flag, (kind, default) in flags.items()
         ]
     )
-    run.__annotations__ = {flag: kind for flag, (kind, _) in flags.items()}
+    run.__annotations__ = {"context": typer.Context}
+    run.__annotations__ |= {flag: kind for flag, (kind, _) in flags.items()}
     app.command(name, help=inspect.cleandoc(config.__doc__ or ""))(run)
 
 

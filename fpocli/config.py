@@ -163,6 +163,10 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.repair and self.overwrite:
+            raise UserError(
+                "--repair keeps what --overwrite would throw away", "give one of the two"
+            )
         if not self.layer:
             raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:

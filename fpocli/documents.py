@@ -30,14 +30,28 @@ def write_root(path: Path, meta: dict[str, Any]) -> None:
     partial.replace(path / DOCUMENT)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the root's document is what was written."""
-    document = (path / DOCUMENT).read_bytes()
-    checksum = str(attributes(path).get("checksum")).encode()
+def read_root(path: Path) -> tuple[dict[str, Any], bool]:
+    """What a folder's group says under `fpo`, {} where it says nothing; and whether its document is
+    what was written."""
+    try:
+        document = (path / DOCUMENT).read_bytes()
+        about = json.loads(document)["attributes"]["fpo"]
+    # One nested too deep is a RecursionError.
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}, False
+    if not isinstance(about, dict):
+        return {}, False
+    checksum = str(about.get("checksum")).encode()
     # Once only: what is blanked must be the sum alone.
-    return document.count(checksum) == 1 and (
+    whole = document.count(checksum) == 1 and (
         _sum(document.replace(checksum, _NO_SUM.encode())).encode() == checksum
     )
+    return about, whole
+
+
+def attributes(path: Path) -> dict[str, Any]:
+    """What a folder's group says under `fpo`, unchecked; {} where it says nothing."""
+    return read_root(path)[0]
 
 
 def document_sums(path: Path) -> dict[str, str]:
@@ -46,20 +60,10 @@ def document_sums(path: Path) -> dict[str, str]:
     return {file.parent.relative_to(path).as_posix(): _sum(file.read_bytes()) for file in files}
 
 
-def attributes(path: Path) -> dict[str, Any]:
-    """What a folder's group says under `fpo`; {} where it says nothing."""
-    try:
-        about = array_document(path, "").get("attributes", {})["fpo"]
-    except (LookupError, TypeError):
-        return {}
-    return about if isinstance(about, dict) else {}
-
-
 def array_document(path: Path, name: str) -> dict[str, Any]:
     """The document of a group or array, unchecked; {} where there is none."""
     try:
         document = json.loads((path / name / DOCUMENT).read_text(encoding="utf-8"))
-    # One nested too deep is a RecursionError.
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

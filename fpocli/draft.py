@@ -11,12 +11,14 @@ from typing import Any, Literal, Self
 import numpy as np
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from fpocli.config import HARMLESS
+from fpocli.console import progress
 from fpocli.documents import array_document, attributes, document_sums, write_root
 from fpocli.errors import UserError
 from fpocli.files import remove_folder
 from fpocli.layout import FORMAT, VERSION, fingerprint, layout
 from fpocli.rows import Features, Reference, Tokens, Totals
-from fpocli.store import Store
+from fpocli.store import Store, digest_of_block, digest_of_totals
 
 
 class Draft(Store):
@@ -96,7 +98,8 @@ class Draft(Store):
 
     def write_block(self, block: int, reference: Reference, totals: dict[str, Totals]) -> None:
         """Write the reference rows of a block, whole, and its record last."""
-        if self.meta["state"] == "tokenised":
+        self.require_same()
+        if attributes(self.path)["state"] == "tokenised":
             self._set_state("partial")
         rows = self.rows(block)
         self._array("ref/logp")[rows] = reference.logp
@@ -106,7 +109,24 @@ class Draft(Store):
                 self._array(f"features/{site}/{name}")[rows] = getattr(features, name)
             self._array(f"blocks/{site}/sum")[block] = totals[site].value
             self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
-        self._array("blocks/digest")[block] = self._digest(self.tokens(block), reference)
+        self._array("blocks/totals")[block] = digest_of_totals(block, totals)
+        self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
+
+    def note_arithmetic(self, model: dict[str, Any]) -> None:
+        """Keep in the store that the blocks to come are made with another dtype or kernel, which
+        --allow lets differ.
+
+        Args:
+            model: attributes of the model as it is now.
+        """
+        noted = dict(self.meta.get("allowed", {}))
+        for name in HARMLESS.values():
+            known = [self.meta["model"][name], *noted.get(name, [])]
+            if model[name] not in known:
+                noted[name] = [*known[1:], model[name]]
+        if noted != self.meta.get("allowed", {}) and self.missing_blocks():
+            self.meta["allowed"] = noted
+            write_root(self.path, self.meta)
 
     def forget_block(self, block: int) -> None:
         """Take a block's record away, so that it is scored anew."""
@@ -114,16 +134,25 @@ class Draft(Store):
         self._done.discard(block)
 
     def finish(self) -> None:
-        """Make mean and frequency from the blocks' totals and mark the store complete."""
-        not_finite = np.flatnonzero(np.isnan(self.whole("ref/margin"))).tolist()
+        """Read every block back, make mean and frequency of their totals, and mark the store
+        complete.
+
+        Raises:
+            UserError: a block is missing or damaged, or no pair has numbers.
+        """
+        not_finite: list[int] = []
+        with progress("Checking", self.blocks) as bar:
+            for block in range(self.blocks):
+                margin = self.reference(block, self.tokens(block)).margin
+                not_finite += (self.rows(block).start + np.flatnonzero(np.isnan(margin))).tolist()
+                bar.advance()
         if len(not_finite) == self.pairs:
             raise UserError(
                 f"no pair of {self.path} has finite numbers", "try --dtype float32, or another SAE"
             )
         if not_finite:
             self.meta["pairs"]["not_finite"] = not_finite
-        for site in self.sites:
-            mean, frequency = self.total(site)
+        for site, (mean, frequency) in self.total().items():
             self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
@@ -144,7 +173,7 @@ class Draft(Store):
             path: of the store.
             about, tokens: as `create` takes them.
         """
-        fresh = path.with_name(path.name + ".repair")
+        fresh = path.with_name(f".{path.name}.fpo-repair")
         remove_folder(fresh)
         meta = cls.create(fresh, about, tokens).meta
         # The root's document last.

@@ -66,9 +66,9 @@ def list_not_finite(file: Path, rows: list[int]) -> None:
         rows: their numbers in the source.
     """
     before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    lines = [line for line in before if json.loads(line)["reason"] != _NOT_FINITE]
+    lines = [line for line in before if f'"reason": "{_NOT_FINITE}"' not in line]
     for row in rows[:_LISTED]:
         about = {"row": row, "place": f"row {row}", "reason": _NOT_FINITE, "detail": ""}
         lines.append(json.dumps(about))
-    if rows:
+    if lines != before:
         replace_text(file, "".join(line + "\n" for line in lines))

@@ -11,9 +11,16 @@ def replace_text(file: Path, text: str) -> None:
     partial.replace(file)
 
 
+def as_typed(path: str) -> Path:
+    """A path as it was typed, but without a link or dots at its end: what stands beside it must be
+    the same however it was typed."""
+    typed = Path(path)
+    return typed.resolve() if typed.is_symlink() or typed.name in ("", "..") else typed
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that a kill never leaves a part of it under its name."""
-    removed = folder.with_name(folder.name + ".removed")
+    removed = folder.with_name(f".{folder.name}.fpo-removed")
     shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():
         folder.rename(removed)

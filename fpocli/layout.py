@@ -74,6 +74,7 @@ def layout(meta: dict[str, Any]) -> dict[str, Layout]:
         "ref/logp": Layout((n, 2), "float32", (block, 2)),
         "ref/margin": Layout((n,), "float32", (block,)),
         "blocks/digest": Layout((blocks,), "uint64", (1,)),
+        "blocks/totals": Layout((blocks,), "uint64", (1,)),
     }
     for site, about in meta["sites"].items():
         k, m = about["k"], about["d_sae"]
@@ -156,6 +157,10 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
         and len(gaps) < pairs
     ):
         return "pairs.not_finite are no numbers of pairs"
+    allowed = meta.get("allowed", {})
+    lists = list(allowed.values()) if isinstance(allowed, dict) else [None]
+    if not all(isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists):
+        return "allowed are no lists of names"
     documents = meta.get("documents", {})
     if not isinstance(documents, dict) or set(map(type, documents.values())) - {str}:
         return "documents are no sums"

@@ -28,7 +28,7 @@ from fpocli.store import Store
 from fpocli.tokens import PairTokenizer
 
 
-def sae_sources(config: CacheConfig) -> list[str]:
+def chosen_saes(config: CacheConfig) -> list[str]:
     return config.sae or [default_sae(config.model, layer, kind) for layer, kind in config.sites]
 
 
@@ -68,11 +68,13 @@ def open_or_tokenise(
 ) -> Draft:
     """The store this command means: the one it began earlier, or a new one."""
     path = Path(config.out)
+    Draft.require_replaceable(path)
     if path.exists() and not (config.overwrite or Draft.unfinished(path)):
         if config.repair:
             return _repair(config, identity, tokenizer, source)
         store = Draft.open(path)
         _refuse_others(config, store, identity)
+        store.note_arithmetic(identity["model"])
         done = store.blocks - len(store.missing_blocks())
         if done:
             say(f"{path}: {done} of {store.blocks} blocks are there already")
@@ -126,7 +128,8 @@ def _repair(
         if not find_damage(store):
             say(f"nothing is damaged in {path}")
             return Draft.open(path)
-        about = {name: store.meta[name] for name in (*identity, "writer", "created")}
+        kept = (*identity, "writer", "created", "allowed")
+        about = {name: store.meta[name] for name in kept if name in store.meta}
     pairs, tokens = _tokenise(tokenizer, read_pairs(source, tokenizer.drops), config.limit)
     store = Draft.mend(path, about | {"pairs": pairs}, tokens)
     damaged = find_damage(store)
@@ -153,7 +156,7 @@ def _describe_sites(
 ) -> dict[str, dict[str, Any]]:
     described = {}
     for (layer, kind), source, (name, encoder) in zip(
-        config.sites, sae_sources(config), encoders.items(), strict=True
+        config.sites, chosen_saes(config), encoders.items(), strict=True
     ):
         k = encoder.features if config.top_k == "all" else int(config.top_k)
         described[name] = {

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from fpocli.console import progress, say
 from fpocli.draft import Draft
 from fpocli.drops import Drops, list_not_finite
 from fpocli.errors import UserError
+from fpocli.files import as_typed
 from fpocli.model import LanguageModel, Site, check_layers, choose_device, load_model, read_config
 from fpocli.pairs import open_source
-from fpocli.plan import identify, list_of_dropped, open_or_tokenise, sae_sources
+from fpocli.plan import chosen_saes, identify, list_of_dropped, open_or_tokenise
 from fpocli.sparse import SparseEncoder, check_encoder, load_encoder
 from fpocli.store import Store
 from fpocli.tokens import PairTokenizer
@@ -41,8 +43,10 @@ def cache(config: CacheConfig) -> Store:
     Raises:
         UserError: the model, SAE, data or store cannot be used; see its hint.
     """
+    config = replace(config, out=str(as_typed(config.out)))
     several = config.join or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if several and (config.overwrite or config.repair):
+    anew = config.overwrite or config.repair
+    if several and anew:
         raise UserError(
             "--overwrite and --repair are for one process",
             "give them without torchrun and --join; several may go on from there",
@@ -56,7 +60,11 @@ def cache(config: CacheConfig) -> Store:
     if len(set(sites)) < len(sites):
         raise UserError("a site is given twice", "give each --layer once, or with another --site")
     check_layers(model_config, sites)
-    with Writers(Path(config.out), _launch(), join=config.join) as writers:
+    if not several:
+        Draft.require_replaceable(Path(config.out))
+    # Who takes records away does so before anybody can join.
+    first = "tokens" if anew else None
+    with Writers(Path(config.out), _launch(), join=config.join, first=first) as writers:
         return _cache(config, device, folder, model_config, sites, writers)
 
 
@@ -80,7 +88,6 @@ def _cache(
     """The command itself, once this process is one of the store's writers."""
     # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
     path = Path(config.out)
-    Draft.require_replaceable(path)
     drops = Drops(config.strict)
     tokenizer = PairTokenizer(
         folder, config.chat_template, config.max_length, config.max_prompt_length, drops
@@ -99,8 +106,8 @@ def _cache(
         store = Draft.open(path)
         if store.meta["state"] != "complete":
             store.finish()
-            rows = store.whole("source_row")[store.not_finite].tolist()
-            list_not_finite(list_of_dropped(path), rows)
+        rows = store.whole("source_row")[store.not_finite].tolist()
+        list_not_finite(list_of_dropped(path), rows)
     say(f"{path} is complete: {store.scored:,} pairs. Look at it: fpo inspect {path}")
     return Store.open(path)
 
@@ -200,7 +207,7 @@ def _tokens_per_row(config: CacheConfig, device: torch.device) -> int:
 def _load_encoders(
     config: CacheConfig, sites: list[Site], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
-    sources = sae_sources(config)
+    sources = chosen_saes(config)
     encoders = {}
     with progress("Loading SAEs", len(sites)) as bar:
         for site, source in zip(sites, sources, strict=True):

@@ -73,6 +73,7 @@ def describe(store: Store) -> dict[str, Any]:
             "pairs_per_block": store.block_size,
         },
         **{name: store.meta[name] for name in ("model", "tokenizer", "data", "limits", "sites")},
+        "allowed": store.meta.get("allowed", {}),
         "pairs": store.meta["pairs"],
         "lengths": {
             name: _spread(lengths[:, column])

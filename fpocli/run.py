@@ -77,7 +77,8 @@ class RunFolder:
         known = self.folder / "run.json"
         logged = self._metrics.is_file() and self._metrics.stat().st_size > 0
         begun = logged or newest_checkpoint(self.checkpoints) is not None
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # A kill may leave the first file half written.
+        if self.folder.exists() and any(f.suffix != ".partial" for f in self.folder.iterdir()):
             if not known.is_file():
                 raise UserError(
                     f"{self.folder} exists and is no run of fpo", "give another folder with --out"
@@ -147,8 +148,8 @@ def _object(file: Path) -> dict[str, Any]:
 def _step_of(line: str) -> float:
     """The step of a line; beyond all steps for one that a crash tore."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError):
         return math.inf
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+# Seconds that giving back and telling may take.
+_PATIENCE = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _callbacks: list[Callable[[], object]] = []
 # Who holds it ends the process, or is in the way of that; the first end is the only one.
@@ -27,7 +29,7 @@ _notes: list[str] = []
 def stop_on_signals() -> None:
     """From now on Ctrl-C and SIGTERM end the process with 130 or 143; only the program asks for
     it, for a Python session has signals of its own."""
-    if signal.getsignal(signal.SIGTERM) is _read_by_the_thread:
+    if _is_program():
         return
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -36,6 +38,11 @@ def stop_on_signals() -> None:
         signal.signal(number, _read_by_the_thread)
     os.register_at_fork(after_in_child=_as_usual)
     threading.Thread(target=_wait, args=(read,), daemon=True).start()
+
+
+def _is_program() -> bool:
+    """Whether this process is `fpo`, and not a Python program that calls it."""
+    return signal.getsignal(signal.SIGTERM) is _read_by_the_thread
 
 
 def _read_by_the_thread(number: int, frame: FrameType | None) -> None:
@@ -83,6 +90,8 @@ def end(code: int, why: str) -> NoReturn:
         code: exit code.
         why: told first; with "" nothing is told.
     """
+    # A pipe that nobody reads, or a disk that is gone, must not hold up the end.
+    threading.Timer(_PATIENCE, os._exit, [code]).start()
     _lock.acquire()
     for callback in reversed(_callbacks):
         with suppress(Exception):
@@ -90,8 +99,10 @@ def end(code: int, why: str) -> NoReturn:
     if why and not _told.is_set():
         from fpocli.console import console
 
-        for line in (f"{why}; go on from what was last saved with", f"    {resuming_command()}"):
-            console.print(line)
+        if _is_program():
+            console.print(f"{why}; go on from what was last saved with\n    {resuming_command()}")
+        else:
+            console.print(why)
         for note in _notes:
             console.print(note)
     os._exit(code)
@@ -107,7 +118,8 @@ def resuming_command() -> str:
             launcher = [sys.executable, "-m", "torch.distributed.run"]
         nodes = os.environ["GROUP_WORLD_SIZE"]
         launcher += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        launcher += ["--nnodes", nodes] if nodes != "1" else ["--standalone"]
+        # The launcher's other flags, such as those of the rendezvous, are not known here.
+        launcher += ["--nnodes", nodes, "..."] if nodes != "1" else ["--standalone"]
         return shlex.join([*launcher, "-m", "fpocli", *words])
     if Path(script).name == "__main__.py":
         # Python with its flags, -m and the package.

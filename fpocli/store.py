@@ -17,7 +17,7 @@ from fpocli.documents import (
     array_document,
     attributes,
     check_documents,
-    is_whole,
+    read_root,
 )
 from fpocli.errors import UserError
 from fpocli.layout import FORMAT, VERSION, layout, wrong_attribute
@@ -51,7 +51,7 @@ class Store:
             UserError: there is none, it is of another version, or a document is missing or wrong.
         """
         path = Path(path)
-        meta = attributes(path)
+        meta, whole = read_root(path)
         if not (path / DOCUMENT).is_file():
             what = f"has no {DOCUMENT}" if path.exists() else "does not exist"
             raise UserError(f"{path} {what}", "write a store with `fpo cache --out`")
@@ -75,18 +75,21 @@ class Store:
         early = version == "1.0" and "checksum" not in meta
         if early:
             meta["tokens"] = array_document(path, "tokens").get("shape", [None])[0]
-        elif not is_whole(path):
+        elif not whole:
             raise UserError(f"{path / DOCUMENT} is damaged or was edited", REPAIR)
         if wrong := wrong_attribute(meta):
             raise UserError(f"the metadata of {path} cannot be: {wrong}", REPAIR)
         check_documents(path, meta)
-        store = cls(path, meta)
+        try:
+            store = cls(path, meta)
+        except _BROKEN as error:
+            raise UserError(f"{path} cannot be opened: {error}", REPAIR) from error
         store._check_arrays()
         return store
 
     def _check_arrays(self) -> None:
         for name, (shape, dtype, chunks) in layout(self.meta).items():
-            if name.startswith("blocks/layer_") and not self.has_totals:
+            if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
                 continue
             try:
                 array = self._array(name)
@@ -165,6 +168,17 @@ class Store:
                 "complete it with the `fpo cache` command that began it",
             )
 
+    def require_same(self) -> None:
+        """Refuse a folder that holds another store by now.
+
+        Raises:
+            UserError: it was replaced or removed since it was opened.
+        """
+        if attributes(self.path).get("fingerprint") != self.meta["fingerprint"]:
+            raise UserError(
+                f"{self.path} was replaced or removed meanwhile", "give the command again"
+            )
+
     def tokens(self, block: int) -> Tokens:
         """The token runs of a block's pairs."""
         rows = self.rows(block)
@@ -201,8 +215,9 @@ class Store:
             },
         )
         record = self._read("blocks/digest", slice(block, block + 1), block)[0]
-        if self._digest(tokens, reference) != record:
+        if digest_of_block(tokens, reference) != record:
             raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
+        self.require_same()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.not_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
@@ -232,26 +247,36 @@ class Store:
             raise self._damaged(name, None, "it holds gaps")
         return values
 
-    def totals(self, block: int, site: str) -> Totals:
-        """The sums over a block's responses."""
+    def totals(self, block: int) -> dict[str, Totals]:
+        """The sums over a block's responses, by site."""
         rows = slice(block, block + 1)
-        totals = Totals(
-            self._read(f"blocks/{site}/sum", rows, block)[0],
-            self._read(f"blocks/{site}/frequency", rows, block)[0],
-        )
-        if not np.isfinite(totals.value).all() or (totals.frequency < 0).any():
-            raise self._damaged(f"blocks/{site}", block, "they are no sums")
+        totals = {
+            site: Totals(
+                self._read(f"blocks/{site}/sum", rows, block)[0],
+                self._read(f"blocks/{site}/frequency", rows, block)[0],
+            )
+            for site in self.sites
+        }
+        if digest_of_totals(block, totals) != self._read("blocks/totals", rows, block)[0]:
+            raise self._damaged("blocks/totals", block, "the sums are not what it is the sum of")
         return totals
 
-    def total(self, site: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give them."""
-        m = self.sites[site]["d_sae"]
-        mean, frequency = np.zeros(m), np.zeros((2, m), np.int64)
+    def total(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By site mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give
+        them."""
+        total = {
+            site: Totals(np.zeros(about["d_sae"]), np.zeros((2, about["d_sae"]), np.int64))
+            for site, about in self.sites.items()
+        }
         for block in range(self.blocks):
-            totals = self.totals(block, site)
-            mean += totals.value
-            frequency += totals.frequency
-        return (mean / (2 * max(1, self.scored))).astype(np.float32), frequency
+            for site, part in self.totals(block).items():
+                total[site].value[:] += part.value
+                total[site].frequency[:] += part.frequency
+        responses = 2 * self.scored
+        return {
+            site: ((made.value / responses).astype(np.float32), made.frequency)
+            for site, made in total.items()
+        }
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes per array: in memory and on disk."""
@@ -294,16 +319,28 @@ class Store:
         where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
         return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
 
-    @staticmethod
-    def _digest(tokens: Tokens, reference: Reference) -> np.uint64:
-        """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
-        digest = hashlib.sha256()
-        arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
-        arrays += [reference.logp, reference.margin]
-        for site in sorted(reference.features):
-            features = reference.features[site]
-            arrays += [features.index, features.value, features.nonzero]
-        for array in arrays:
-            little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-            digest.update(little.tobytes())
-        return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)
+
+def digest_of_block(tokens: Tokens, reference: Reference) -> np.uint64:
+    """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
+    arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
+    arrays += [reference.logp, reference.margin]
+    for site in sorted(reference.features):
+        features = reference.features[site]
+        arrays += [features.index, features.value, features.nonzero]
+    return _digest(arrays)
+
+
+def digest_of_totals(block: int, totals: dict[str, Totals]) -> np.uint64:
+    """64 bits of sha256 over a block's number and totals; never 0."""
+    arrays = [np.array(block, np.int64)]
+    for site in sorted(totals):
+        arrays += [totals[site].value, totals[site].frequency]
+    return _digest(arrays)
+
+
+def _digest(arrays: list[np.ndarray]) -> np.uint64:
+    digest = hashlib.sha256()
+    for array in arrays:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(little.tobytes())
+    return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)

@@ -17,6 +17,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ("created", f"{shown['created']} by {_join(shown['writer'])}"),
         ("model", f"{model['source']}{_at(model['revision'])}, {model['architecture']}"),
         ("", f"{model['dtype']}, {model['attention']} attention, weights {model['hash'][:12]}"),
+        *((" ", f"some blocks in {' and '.join(how)}") for how in shown["allowed"].values()),
         ("data", f"{data['source']}{_at(data['revision'])} {data['split'] or ''}"),
         ("template", f"{tokenizer['chat_template']['name']}"),
         ("limits", _join(limits)),

@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from fpocli.engine import (
 from fpocli.errors import UserError
 from fpocli.evaluation import held_out_means
 from fpocli.feature_weights import load_feature_weights
+from fpocli.files import as_typed
 from fpocli.heartbeat import heartbeat
 from fpocli.loading import (
     check_k,
@@ -58,6 +60,7 @@ def train(settings: TrainConfig) -> Path:
     Raises:
         UserError: the store, model, SAE or run folder cannot be used; see its hint.
     """
+    settings = replace(settings, out=str(as_typed(settings.out)))
     store = Store.open(settings.cache)
     check_served(store, settings)
     device = choose_device(settings.device)

@@ -52,13 +52,21 @@ class Writers:
         run: a name that processes have in common which were started together; None for one that
             is alone.
         join: write beside processes of another run.
+        first: a name to be held before any other process is let in.
 
     Raises:
         UserError: another run writes it.
     """
 
-    def __init__(self, path: Path, run: str | None = None, *, join: bool = False) -> None:
-        self.path, self._join = path, join
+    def __init__(
+        self,
+        path: Path,
+        run: str | None = None,
+        *,
+        join: bool = False,
+        first: str | None = None,
+    ) -> None:
+        self.path, self._join, self._first = path, join, first
         self._folder = path.with_name(path.name + ".writers")
         name = secrets.token_hex(4)
         # Nobody takes notice of the hidden file before the process is known to be let in.
@@ -77,6 +85,8 @@ class Writers:
                     self._refuse_other_runs()
                 self._clear_dead()
                 self.take(self._name)
+                if self._first:
+                    self.take(self._first)
         except BaseException:
             self._end()
             raise
@@ -147,11 +157,11 @@ class Writers:
     def alone(self, name: str) -> Iterator[None]:
         """Hold a name for a while, after waiting for whoever has it."""
         waited = 0
-        while not self.take(name):
+        while name not in self._names and not self.take(name):
             if self._clear(self._folder / name):
                 continue
-            if waited == 50:
-                console.print(f"waiting for {self.owner(name)} ({name})")
+            if waited == 50 and (owner := self.owner(name)):
+                console.print(f"waiting for {owner} ({name})")
             time.sleep(0.1)
             waited += 1
         try:
@@ -175,7 +185,15 @@ class Writers:
                 file = self._own.open("x+", encoding="utf-8")
             except FileNotFoundError:
                 continue  # the last writer just left, with the folder
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                file.close()
+                self._own.unlink(missing_ok=True)
+                raise UserError(
+                    f"the file system of {self.path} has no locks: {error.strerror}",
+                    "give --out on another one; on Lustre they are mounted with -o flock",
+                ) from error
             file.write(json.dumps(asdict(self._me)))
             file.flush()
             if os.fstat(file.fileno()).st_nlink:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import cache_config, make_stream, write_pairs
+from conftest import cache_config, make_stream, set_attributes, write_pairs
 from test_store import contents
 
 from fpocli import CacheConfig, UserError, attention, batches, blocks, cache, reference
@@ -23,8 +23,10 @@ from fpocli.batches import pack
 from fpocli.catalog import find_model
 from fpocli.damage import find_damage
 from fpocli.model import LanguageModel, Site, load_model
+from fpocli.report import describe
 from fpocli.scoring import score
 from fpocli.sparse import SparseEncoder
+from fpocli.start import check_arithmetic
 from fpocli.store import Store
 from fpocli.writers import Writers
 
@@ -385,6 +387,31 @@ def test_dropped_pairs_are_counted_and_rows_keep_their_numbers(material, tmp_pat
         "dropped": {"empty response": 1, "equal responses": 1},
     }
     assert contents(store.path)["source_row"].tolist() == [0, 2, 4]
+
+
+def test_a_link_is_the_folder_it_leads_to(material, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    link = tmp_path / "link.zarr"
+    link.symlink_to("scratch")
+    assert cache(cache_config(material, link)).path == tmp_path / "scratch"
+    with Writers(tmp_path / "scratch"), pytest.raises(UserError, match="another process"):
+        cache(cache_config(material, link))
+    cache(cache_config(material, link, overwrite=True, limit=3))
+    assert link.is_symlink() and Store.open(tmp_path / "scratch").pairs == 3
+
+
+def test_what_allow_lets_differ_is_kept_in_the_store(material, tmp_path):
+    path = tmp_path / "ref.zarr"
+    cache(cache_config(material, path))
+    (path / "blocks/digest/c/1").unlink()
+    set_attributes(path, state="partial")
+    store = cache(cache_config(material, path, dtype="bfloat16", allow=["dtype"]))
+    assert store.meta["allowed"] == {"dtype": ["bfloat16"]}
+    assert describe(store)["allowed"] == {"dtype": ["bfloat16"]}
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(UserError, match="the dtype was float32 and bfloat16, it is"):
+            check_arithmetic(store, dtype, "fpo_by_sequence", [])
+    check_arithmetic(store, "float32", "fpo_by_sequence", ["dtype"])
 
 
 def test_a_second_writer_is_refused(material, tmp_path):

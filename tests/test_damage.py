@@ -193,6 +193,16 @@ def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, wha
     assert not path.with_name("ref.zarr.repair").exists()
 
 
+def test_totals_of_another_block_are_found_and_mended(spoiled, small):
+    """Whole, with a right checksum, and they would make a wrong mean."""
+    config, path = spoiled
+    sums = path / f"blocks/{SITE}/sum/c"
+    shutil.copy(sums / "1/0", sums / "0/0")
+    assert "blocks/totals, block 0 (pairs 0 to 2)" in verify(path)[0]
+    cache(type(config)(**(vars(config) | {"repair": True})))
+    assert_equal(path, small[1])
+
+
 def test_repair_of_other_settings_is_refused(spoiled, material):
     config, path = spoiled
     other = {"repair": True, "max_length": 99}

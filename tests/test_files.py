@@ -1,6 +1,8 @@
 """Files written whole, and folders that are gone at once."""
 
-from fpocli.files import remove_folder, replace_text
+from pathlib import Path
+
+from fpocli.files import as_typed, remove_folder, replace_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -12,9 +14,19 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 def test_a_removed_folder_takes_what_an_earlier_removal_left(tmp_path):
-    for name in ("run", "run.removed"):
+    for name in ("run", ".run.fpo-removed"):
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "deep" / "file").write_text("x")
     remove_folder(tmp_path / "run")
     remove_folder(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_stays_as_typed_but_for_links_and_dots(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert as_typed("ref.zarr") == Path("ref.zarr")
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    assert as_typed("link") == (tmp_path / "scratch").resolve()
+    assert as_typed(".") == tmp_path.resolve()
+    assert as_typed("scratch/..") == tmp_path.resolve()

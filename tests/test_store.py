@@ -53,6 +53,7 @@ def test_layout_is_the_documented_one(store_path):
         f"features/{SITE}/mean": ("float32", (m,)),
         f"features/{SITE}/frequency": ("int64", (2, m)),
         "blocks/digest": ("uint64", (3,)),
+        "blocks/totals": ("uint64", (3,)),
         f"blocks/{SITE}/sum": ("float64", (3, m)),
         f"blocks/{SITE}/frequency": ("int64", (3, 2, m)),
     }
@@ -313,6 +314,37 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
     expected = pooled.mean((0, 1), dtype=np.float64)
     np.testing.assert_allclose(first[f"features/{SITE}/mean"], expected, rtol=1e-6)
     np.testing.assert_array_equal(first[f"features/{SITE}/frequency"], (pooled > 0).sum(0))
+
+
+def test_a_store_with_gaps_or_damage_is_not_finished(tmp_path):
+    tokens, vectors = made_up(5, 2)
+    path = tmp_path / "s.zarr"
+    store = Draft.create(path, attributes_of(5, 2), tokens)
+    for block in (0, 1):
+        store.write_block(block, *rows_of(vectors, store.rows(block)))
+    with pytest.raises(UserError, match="ref/logp, block 2"):
+        store.finish()
+    store.write_block(2, *rows_of(vectors, store.rows(2)))
+    (path / "ref/margin/c/1").rename(tmp_path / "margin")
+    with pytest.raises(UserError, match="ref/margin, block 1"):
+        store.finish()
+    assert Store.open(path).meta["state"] == "partial"
+    (tmp_path / "margin").rename(path / "ref/margin/c/1")
+    store.finish()
+    Store.open(path).require_complete()
+
+
+def test_a_store_that_is_replaced_is_not_read_on(store, tmp_path):
+    """Blocks of the new one would be whole, and of another model."""
+    reading = Store.open(store)
+    tokens = reading.tokens(0)
+    change(store, model=attributes(store)["model"] | {"hash": "another"})
+    change(store, fingerprint=fingerprint(attributes(store)))
+    with pytest.raises(UserError, match="was replaced or removed"):
+        reading.reference(0, tokens)
+    shutil.rmtree(store)
+    with pytest.raises(UserError):
+        reading.reference(0, tokens)
 
 
 def test_gaps_are_not_numbers(tmp_path):

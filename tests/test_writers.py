@@ -129,6 +129,24 @@ def test_a_writer_that_was_taken_for_dead_writes_no_more(path):
             writers.require("block-1")
 
 
+def test_who_begins_anew_holds_what_comes_first_before_anybody_joins(path):
+    """Else one that joins would go on with the store that is about to be replaced."""
+    order = []
+
+    def join():
+        with Writers(path, join=True) as writers, writers.alone("tokens"):
+            order.append("joined")
+
+    with Writers(path, first="tokens") as writers:
+        thread = threading.Thread(target=join)
+        thread.start()
+        time.sleep(0.3)
+        with writers.alone("tokens"):
+            order.append("begun")
+        thread.join()
+    assert order == ["begun", "joined"]
+
+
 def test_of_many_one_takes_a_name_and_all_have_it_alone_in_turn(path):
     """Sixteen writers at once: every block has one, and no two are inside together."""
     taken, inside, most = [], [], []
