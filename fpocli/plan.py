@@ -29,6 +29,7 @@ from fpocli.tokens import PairTokenizer
 
 
 def chosen_saes(config: CacheConfig) -> list[str]:
+    """The SAE of each site: the one that is given, or the model's default."""
     return config.sae or [default_sae(config.model, layer, kind) for layer, kind in config.sites]
 
 
