@@ -18,7 +18,7 @@ from fpocli.damage import find_damage
 from fpocli.store import Store
 
 # Of these some fall into loading, where little can be lost, and most into the work.
-KILLS = 6
+KILLS = 5
 LONG = 110
 
 
