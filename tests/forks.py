@@ -110,10 +110,11 @@ def _die_at(number: int, before: bool) -> None:
         now = next(count) == number
         if now and before:
             os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*arguments, **settings)
-        if now:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        try:
+            return real(*arguments, **settings)
+        finally:
+            if now:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir"):
         setattr(os, name, partial(change, getattr(os, name)))
