@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpocli.errors import UserError
-from fpocli.layout import TOKENS_PER_CHUNK, layout
+from fpocli.layout import FORMAT, TOKENS_PER_CHUNK, layout
 
 DOCUMENT = "zarr.json"
 REPAIR = "give the command that made it again with --repair, which keeps all blocks that are whole"
@@ -52,6 +52,11 @@ def read_root(path: Path) -> tuple[dict[str, Any], bool]:
 def attributes(path: Path) -> dict[str, Any]:
     """What a folder's group says under `fpo`, unchecked; {} where it says nothing."""
     return read_root(path)[0]
+
+
+def is_begun(meta: dict[str, Any]) -> bool:
+    """Whether attributes are those of a store whose tokens are not all written yet."""
+    return meta.get("format") == FORMAT and meta.keys() <= {"format", "checksum"}
 
 
 def document_sums(path: Path) -> dict[str, str]:

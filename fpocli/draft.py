@@ -13,9 +13,9 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.config import HARMLESS
 from fpocli.console import progress
-from fpocli.documents import array_document, attributes, document_sums, write_root
+from fpocli.documents import array_document, attributes, document_sums, is_begun, write_root
 from fpocli.errors import UserError
-from fpocli.files import remove_folder
+from fpocli.files import is_empty, remove_folder
 from fpocli.layout import FORMAT, VERSION, fingerprint, layout
 from fpocli.rows import Features, Reference, Tokens, Totals
 from fpocli.store import Store, digest_of_block, digest_of_totals
@@ -98,8 +98,7 @@ class Draft(Store):
 
     def write_block(self, block: int, reference: Reference, totals: dict[str, Totals]) -> None:
         """Write the reference rows of a block, whole, and its record last."""
-        self.require_same()
-        if attributes(self.path)["state"] == "tokenised":
+        if self.require_same()["state"] == "tokenised":
             self._set_state("partial")
         rows = self.rows(block)
         self._array("ref/logp")[rows] = reference.logp
@@ -197,7 +196,7 @@ class Draft(Store):
     def require_replaceable(path: Path) -> None:
         """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
         known = attributes(path).get("format") == FORMAT or Draft.fingerprint_of_blocks(path)
-        if path.exists() and not (known or _is_empty(path)):
+        if path.exists() and not (known or is_empty(path)):
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
@@ -209,10 +208,4 @@ class Draft(Store):
     @staticmethod
     def unfinished(path: Path) -> bool:
         """Whether `path` is an empty folder or what an interrupted `create` left."""
-        about = attributes(path)
-        return _is_empty(path) or about == {"format": FORMAT, "checksum": about.get("checksum")}
-
-
-def _is_empty(path: Path) -> bool:
-    """Whether a folder holds nothing, or the first document half written."""
-    return path.is_dir() and all(file.suffix == ".partial" for file in path.iterdir())
+        return is_empty(path) or is_begun(attributes(path))

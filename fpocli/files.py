@@ -18,6 +18,11 @@ def as_typed(path: str) -> Path:
     return typed.resolve() if typed.is_symlink() or typed.name in ("", "..") else typed
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or what a kill left of its first file."""
+    return folder.is_dir() and all(file.suffix == ".partial" for file in folder.iterdir())
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder so that a kill never leaves a part of it under its name."""
     removed = folder.with_name(f".{folder.name}.fpo-removed")

@@ -15,7 +15,7 @@ import yaml
 from fpocli.config import TrainConfig
 from fpocli.engine import newest_checkpoint
 from fpocli.errors import UserError, differences, told_once, writing
-from fpocli.files import remove_folder, replace_text
+from fpocli.files import is_empty, remove_folder, replace_text
 from fpocli.reading import read_json, read_yaml
 from fpocli.store import Store
 from fpocli.writers import Writers
@@ -77,8 +77,7 @@ class RunFolder:
         known = self.folder / "run.json"
         logged = self._metrics.is_file() and self._metrics.stat().st_size > 0
         begun = logged or newest_checkpoint(self.checkpoints) is not None
-        # A kill may leave the first file half written.
-        if self.folder.exists() and any(f.suffix != ".partial" for f in self.folder.iterdir()):
+        if self.folder.exists() and not is_empty(self.folder):
             if not known.is_file():
                 raise UserError(
                     f"{self.folder} exists and is no run of fpo", "give another folder with --out"

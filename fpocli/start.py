@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fpocli.config import HARMLESS, TrainConfig
-from fpocli.console import console
+from fpocli.console import say
 from fpocli.errors import UserError, told_once
 from fpocli.objective import compare
 from fpocli.scoring import score
@@ -87,8 +87,7 @@ def check_start(
     if encoders:
         told += f", features by {part:.3g} of their mean square"
     if settings.model is not None:
-        if torch.distributed.get_rank() == 0:
-            console.print(f"the starting weights are not the reference's: {told}")
+        say(f"the starting weights are not the reference's: {told}")
         return
     most = _BFLOAT16 if settings.bf16 else _FLOAT32
     if "dtype" in settings.allow:

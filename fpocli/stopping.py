@@ -59,7 +59,9 @@ def _as_usual() -> None:
 def _wait(read: int) -> None:
     while (number := os.read(read, 1)[0]) not in _SIGNALS:
         pass
-    end(128 + number, "" if os.environ.get("RANK", "0") != "0" else "stopped")
+    from fpocli.console import is_first
+
+    end(128 + number, "stopped" if is_first() else "")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fpocli.documents import (
     array_document,
     attributes,
     check_documents,
+    is_begun,
     read_root,
 )
 from fpocli.errors import UserError
@@ -60,7 +61,7 @@ class Store:
                 f"{path} is not an fpo store, or its {DOCUMENT} is damaged",
                 f"write one with `fpo cache --out`; if it was one, {REPAIR}",
             )
-        if meta.keys() <= {"format", "checksum"}:
+        if is_begun(meta):
             raise UserError(
                 f"writing the tokens of {path} was interrupted",
                 "run `fpo cache` again with the same flags",
@@ -147,10 +148,7 @@ class Store:
         """Whether a block has its record, and so its reference rows."""
         # Nobody takes a record away while others write, and this is asked often.
         if block not in self._done:
-            one = slice(block, block + 1)
-            if not self._is_there("blocks/digest", block) or not self._read(
-                "blocks/digest", one, block
-            ):
+            if not self._is_there("blocks/digest", block) or not self._record(block):
                 return False
             self._done.add(block)
         return True
@@ -168,16 +166,21 @@ class Store:
                 "complete it with the `fpo cache` command that began it",
             )
 
-    def require_same(self) -> None:
+    def require_same(self) -> dict[str, Any]:
         """Refuse a folder that holds another store by now.
+
+        Returns:
+            its attributes as they stand there now.
 
         Raises:
             UserError: it was replaced or removed since it was opened.
         """
-        if attributes(self.path).get("fingerprint") != self.meta["fingerprint"]:
+        about = attributes(self.path)
+        if about.get("fingerprint") != self.meta["fingerprint"]:
             raise UserError(
                 f"{self.path} was replaced or removed meanwhile", "give the command again"
             )
+        return about
 
     def tokens(self, block: int) -> Tokens:
         """The token runs of a block's pairs."""
@@ -214,8 +217,7 @@ class Store:
                 for site in self.sites
             },
         )
-        record = self._read("blocks/digest", slice(block, block + 1), block)[0]
-        if digest_of_block(tokens, reference) != record:
+        if digest_of_block(tokens, reference) != self._record(block):
             raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
         self.require_same()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
@@ -223,6 +225,10 @@ class Store:
         if self.meta["state"] == "complete" and gaps.tolist() != known:
             raise self._damaged("ref/margin", block, "other pairs have no numbers than it is told")
         return reference
+
+    def _record(self, block: int) -> np.uint64:
+        """The digest that was written of a block; 0 for a gap."""
+        return self._read("blocks/digest", slice(block, block + 1), block)[0]
 
     def whole(self, name: str) -> np.ndarray:
         """All rows of one array, such as spans or ref/margin; what is not scored yet is gaps."""

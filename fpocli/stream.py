@@ -204,7 +204,11 @@ class Stream:
         """The blocks in random order, and the number of training pairs up to the end of each
         window."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
-        counts = [len(self._split(block, "train")) for block in blocks.tolist()]
+        counts = [
+            last - first - self._held_out_count(block)
+            for block in blocks.tolist()
+            for first, last in [self._scored_up_to(block)]
+        ]
         ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
         return blocks, ends
 

@@ -15,9 +15,10 @@ import tiny
 import torch
 import transformers
 from conftest import cache_config, make_stream, set_attributes, write_pairs
+from forks import flags
 from test_store import contents
 
-from fpocli import CacheConfig, UserError, attention, batches, blocks, cache, reference
+from fpocli import UserError, attention, batches, blocks, cache, reference
 from fpocli.attention import attend_by_sequence
 from fpocli.batches import pack
 from fpocli.catalog import find_model
@@ -165,14 +166,6 @@ def test_kill_9_loses_at_most_the_block_in_work(material, tmp_path, store_path):
     one, other = contents(tmp_path / "ref.zarr"), contents(unbroken)
     for name, values in other.items():
         np.testing.assert_array_equal(one[name], values, err_msg=name)
-
-
-def flags(config: CacheConfig) -> list[str]:
-    return [
-        *("--model", config.model, "--layer", str(config.layer[0]), "--sae", config.sae[0]),
-        *("--data", config.data, "--dtype", config.dtype, "--block", str(config.block)),
-        *("--top-k", config.top_k, "--out", config.out, "--device", "cpu"),
-    ]
 
 
 def test_the_same_command_twice_changes_nothing(material, store_path):
