@@ -16,10 +16,10 @@ from common import machine, measure_parser, middle, real_rows, write_page
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fpocli.attention import BY_SEQUENCE, attend_by_sequence, mask
-from fpocli.batches import default_tokens_per_row
-from fpocli.catalog import find_model
-from fpocli.model import load_model
+from fpocli.model.attention import BY_SEQUENCE, attend_by_sequence, mask
+from fpocli.model.language_model import load_model
+from fpocli.model.packing import default_tokens_per_row
+from fpocli.system.model_folder import find_model
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm"),

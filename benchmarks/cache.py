@@ -58,15 +58,15 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     """What fpo cache does for a block."""
     import torch
 
-    from fpocli.batches import default_tokens_per_row
-    from fpocli.blocks import score_block
-    from fpocli.catalog import find_model
-    from fpocli.console import progress
-    from fpocli.draft import Draft
-    from fpocli.model import Site, choose_device, load_model
-    from fpocli.rows import Tokens
-    from fpocli.store import Store
-    from fpocli.training import peak_memory
+    from fpocli.caching.blocks import score_block
+    from fpocli.model.language_model import Site, choose_device, load_model
+    from fpocli.model.packing import default_tokens_per_row
+    from fpocli.store.reader import Store
+    from fpocli.store.records import Tokens
+    from fpocli.store.writer import Draft
+    from fpocli.system.console import progress
+    from fpocli.system.model_folder import find_model
+    from fpocli.training.train import peak_memory
 
     device = choose_device(None)
     store = Store.open(arguments.store)
@@ -94,12 +94,12 @@ def bare(arguments: argparse.Namespace, line: Any) -> None:
     """The same rows through the model, and nothing else."""
     import torch
 
-    from fpocli.attention import row_multiple
-    from fpocli.batches import default_tokens_per_row, fill_rows, pack
-    from fpocli.catalog import find_model
-    from fpocli.model import choose_device, load_model
-    from fpocli.store import Store
-    from fpocli.training import peak_memory
+    from fpocli.model.attention import row_multiple
+    from fpocli.model.language_model import choose_device, load_model
+    from fpocli.model.packing import default_tokens_per_row, fill_rows, pack
+    from fpocli.store.reader import Store
+    from fpocli.system.model_folder import find_model
+    from fpocli.training.train import peak_memory
 
     device = choose_device(None)
     store = Store.open(arguments.store)
@@ -124,9 +124,9 @@ def trl(arguments: argparse.Namespace, line: Any) -> None:
     import peers
     import torch
 
-    from fpocli.model import choose_device
-    from fpocli.store import Store
-    from fpocli.training import peak_memory
+    from fpocli.model.language_model import choose_device
+    from fpocli.store.reader import Store
+    from fpocli.training.train import peak_memory
 
     store = Store.open(arguments.store)
     rows = peers.rows_of(store, list(range(store.pairs)))

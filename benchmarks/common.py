@@ -233,11 +233,11 @@ def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
     """Packed rows of the first pairs, for a CPU: how many tokens they have, and the batches."""
     import torch
 
-    from fpocli.batches import default_tokens_per_row, fill_rows, pack
-    from fpocli.catalog import find_model
-    from fpocli.drops import Drops
-    from fpocli.pairs import open_source, read_pairs
-    from fpocli.tokens import PairTokenizer
+    from fpocli.data.dropped import Drops
+    from fpocli.data.layouts import open_source, read_pairs
+    from fpocli.data.pair_tokenizer import PairTokenizer
+    from fpocli.model.packing import default_tokens_per_row, fill_rows, pack
+    from fpocli.system.model_folder import find_model
 
     folder, most = find_model(arguments.model), arguments.max_length
     source = open_source(arguments.data, None, arguments.pairs)
@@ -250,7 +250,7 @@ def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
 
 def load_encoders(store: Any, device: Any) -> dict[str, Any]:
     """The SAE of each site of a store."""
-    from fpocli.sparse import load_encoder
+    from fpocli.features.encoder import load_encoder
 
     return {
         name: load_encoder(about["sae"]["source"], device) for name, about in store.sites.items()

@@ -25,13 +25,13 @@ from common import (
     write_page,
 )
 
-from fpocli.batches import default_tokens_per_row
-from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
-from fpocli.model import Site, load_model
-from fpocli.objective import objective
-from fpocli.scoring import score
-from fpocli.stream import MicroBatch, Stream
+from fpocli.model.language_model import Site, load_model
+from fpocli.model.packing import default_tokens_per_row
+from fpocli.scoring.score import score
+from fpocli.system.model_folder import find_model
+from fpocli.training.objective import objective
+from fpocli.training.stream import MicroBatch, Stream
 
 FEATURES, PAIRS = 16_384, 24
 

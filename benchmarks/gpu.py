@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from common import machine, write_page
 
-from fpocli import head, model
-from fpocli.attention import BY_SEQUENCE, row_multiple
-from fpocli.batches import fill_rows, pack
 from fpocli.config import TrainConfig
-from fpocli.model import LanguageModel, choose_device
-from fpocli.objective import ReferenceRows, objective
-from fpocli.scoring import score
-from fpocli.tokens import TokenPair
+from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.model import head
+from fpocli.model import language_model as model
+from fpocli.model.attention import BY_SEQUENCE, row_multiple
+from fpocli.model.language_model import LanguageModel, choose_device
+from fpocli.model.packing import fill_rows, pack
+from fpocli.scoring.score import score
+from fpocli.training.objective import ReferenceRows, objective
 
 SMALL = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,

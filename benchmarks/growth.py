@@ -53,15 +53,15 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fpocli.attention import row_multiple
-    from fpocli.batches import pack
     from fpocli.config import TrainConfig
-    from fpocli.distance import StoredFeatures
-    from fpocli.model import LanguageModel, Site, choose_device
-    from fpocli.objective import ReferenceRows, objective
-    from fpocli.scoring import score
-    from fpocli.sparse import load_encoder, top_k
-    from fpocli.tokens import TokenPair
+    from fpocli.data.pair_tokenizer import TokenPair
+    from fpocli.features.distance import StoredFeatures
+    from fpocli.features.encoder import load_encoder, top_k
+    from fpocli.model.attention import row_multiple
+    from fpocli.model.language_model import LanguageModel, Site, choose_device
+    from fpocli.model.packing import pack
+    from fpocli.scoring.score import score
+    from fpocli.training.objective import ReferenceRows, objective
 
     device = choose_device(None)
     torch.manual_seed(0)

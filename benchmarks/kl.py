@@ -16,11 +16,12 @@ import torch
 from common import by_turns, machine, measure_parser, middle, real_rows, write_page
 from torch import Tensor
 
-from fpocli import head, model
-from fpocli.batches import Batch
-from fpocli.catalog import find_model
-from fpocli.model import FrozenReference, load_model
-from fpocli.scoring import score
+from fpocli.model import head
+from fpocli.model import language_model as model
+from fpocli.model.language_model import FrozenReference, load_model
+from fpocli.model.packing import Batch
+from fpocli.scoring.score import score
+from fpocli.system.model_folder import find_model
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from common import BATCH, load_encoders, machine, make_store, measure_parser, write_page
 
-from fpocli.batches import default_tokens_per_row
-from fpocli.model import choose_device
+from fpocli.model.language_model import choose_device
+from fpocli.model.packing import default_tokens_per_row
 
 SEEDS = 2
 
@@ -41,12 +41,12 @@ def main() -> None:
 @torch.inference_mode()
 def ours(arguments: argparse.Namespace, store: Any, tokens_per_row: int) -> dict[str, np.ndarray]:
     """Per pair and seed: the normalised margin's error in nats per token, and D of both."""
-    from fpocli.catalog import find_model
     from fpocli.config import TrainConfig
-    from fpocli.model import Site, load_model
-    from fpocli.objective import objective
-    from fpocli.scoring import score
-    from fpocli.stream import Stream
+    from fpocli.model.language_model import Site, load_model
+    from fpocli.scoring.score import score
+    from fpocli.system.model_folder import find_model
+    from fpocli.training.objective import objective
+    from fpocli.training.stream import Stream
 
     device = choose_device(None)
     config = TrainConfig(cache="unused", alpha=0.0, beta=1.0)

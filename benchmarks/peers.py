@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-from fpocli.store import Store
+from fpocli.store.reader import Store
 
 RUNS = ("prompt", "chosen", "rejected")
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from common import forget_peak, machine, memory, write_page
 
-from fpocli.console import progress
-from fpocli.draft import Draft
-from fpocli.rows import Features, Reference, Tokens, Totals
-from fpocli.store import Store
-from fpocli.stream import Stream
+from fpocli.store.reader import Store
+from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.store.writer import Draft
+from fpocli.system.console import progress
+from fpocli.training.stream import Stream
 
 SITE, D_SAE, K, BLOCK, VOCABULARY = "layer_12.resid_post", 16_384, 256, 1024, 256_000
 BATCH_SIZE, TOKENS_PER_ROW = 32, 8192

@@ -69,17 +69,23 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     """fpo's loop, one step for each round."""
     import torch
 
-    from fpocli.batches import default_tokens_per_row
-    from fpocli.catalog import find_model
     from fpocli.config import TrainConfig
-    from fpocli.engine import backward, deepspeed_config, make_engine, start_processes, take_step
-    from fpocli.losses import METHODS
-    from fpocli.model import Site, choose_device, load_model
-    from fpocli.objective import objective
-    from fpocli.scoring import score
-    from fpocli.store import Store
-    from fpocli.stream import Stream
-    from fpocli.training import peak_memory
+    from fpocli.model.language_model import Site, choose_device, load_model
+    from fpocli.model.packing import default_tokens_per_row
+    from fpocli.scoring.score import score
+    from fpocli.store.reader import Store
+    from fpocli.system.model_folder import find_model
+    from fpocli.training.engine import (
+        backward,
+        deepspeed_config,
+        make_engine,
+        start_processes,
+        take_step,
+    )
+    from fpocli.training.losses import METHODS
+    from fpocli.training.objective import objective
+    from fpocli.training.stream import Stream
+    from fpocli.training.train import peak_memory
 
     device = choose_device(None)
     start_processes(device)
@@ -118,10 +124,10 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from fpocli.model import choose_device
-    from fpocli.store import Store
-    from fpocli.stream import Stream
-    from fpocli.training import peak_memory
+    from fpocli.model.language_model import choose_device
+    from fpocli.store.reader import Store
+    from fpocli.training.stream import Stream
+    from fpocli.training.train import peak_memory
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

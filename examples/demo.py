@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fpocli.console import progress
+from fpocli.system.console import progress
 
 PAIRS = Path("examples/preferences.jsonl")
 WORK = Path("demo")

@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import Any
 
 from fpocli.config import CacheConfig, CompareConfig, EvalConfig, InspectConfig, TrainConfig
-from fpocli.errors import UserError
+from fpocli.system.errors import UserError
 
 _HOME = {
-    "cache": "fpocli.reference",
-    "train": "fpocli.training",
-    "evaluate": "fpocli.evaluation",
-    "compare": "fpocli.comparison",
-    "inspect": "fpocli.report",
-    "Store": "fpocli.store",
+    "cache": "fpocli.caching.cache",
+    "train": "fpocli.training.train",
+    "evaluate": "fpocli.evaluation.evaluate",
+    "compare": "fpocli.comparison.compare",
+    "inspect": "fpocli.report.inspect",
+    "Store": "fpocli.store.reader",
 }
 
 __all__ = [

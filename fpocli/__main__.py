@@ -1,6 +1,6 @@
 """The program: `fpo`, or python -m fpocli, which torchrun can launch."""
 
-from fpocli.stopping import stop_on_signals
+from fpocli.system.signals import stop_on_signals
 
 
 def main() -> None:

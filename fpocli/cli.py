@@ -21,10 +21,10 @@ from fpocli.config import (
     InspectConfig,
     TrainConfig,
 )
-from fpocli.console import console
-from fpocli.errors import FULL, UserError
-from fpocli.reading import read_yaml
-from fpocli.stopping import note_for_resuming, say_no_more
+from fpocli.system.console import console
+from fpocli.system.errors import FULL, UserError
+from fpocli.system.json_yaml import read_yaml
+from fpocli.system.signals import note_for_resuming, say_no_more
 
 app = typer.Typer(
     name="fpo",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
-from fpocli.errors import UserError
+from fpocli.system.errors import UserError
 
 Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl", "sft"]
 # What may differ from a store without making its numbers wrong, only noisy: --allow's name of it,

@@ -100,8 +100,8 @@ def cache_config(material: Path, out: Path, **changes):
 
 def set_attributes(path: Path, **values) -> None:
     """Make a store say something else of itself, with its sums right."""
-    from fpocli.documents import attributes, write_root
-    from fpocli.layout import fingerprint
+    from fpocli.store.layout import fingerprint
+    from fpocli.store.metadata import attributes, write_root
 
     about = attributes(path) | values
     write_root(path, about | {"fingerprint": fingerprint(about)})
@@ -109,7 +109,7 @@ def set_attributes(path: Path, **values) -> None:
 
 def make_stream(store, **changes):
     """The stream of one process: batches of 4, a fifth held out, unless changed."""
-    from fpocli.stream import Stream
+    from fpocli.training.stream import Stream
 
     settings = {
         "batch_size": 4,

@@ -9,5 +9,5 @@ with contextlib.redirect_stdout(sys.stderr):
 import sae_lens  # noqa: F401
 import transformers  # noqa: F401
 
-import fpocli.reference
-import fpocli.training  # noqa: F401
+import fpocli.caching.cache
+import fpocli.training.train  # noqa: F401

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from test_batches import pairs
 from test_scoring import random_pairs
 
-from fpocli import attention
-from fpocli.attention import BY_SEQUENCE, FLEX, attend_by_sequence, mask, rule
-from fpocli.batches import pack
-from fpocli.model import LanguageModel
-from fpocli.scoring import score
+from fpocli.model import attention
+from fpocli.model.attention import BY_SEQUENCE, FLEX, attend_by_sequence, mask, rule
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.packing import pack
+from fpocli.scoring.score import score
 
 
 def dense(batch, window=None):
@@ -86,7 +86,7 @@ def test_flex_attention_gives_the_same_scores(family, monkeypatch):
     pairs = random_pairs(6, most=30)
     with torch.inference_mode():
         expected = score(LanguageModel(network, []), {}, pack(pairs)).logp
-        monkeypatch.setattr("fpocli.model.choose_kernel", lambda device: FLEX)
+        monkeypatch.setattr("fpocli.model.language_model.choose_kernel", lambda device: FLEX)
         with torch.compiler.set_stance("force_eager"):
             actual = score(LanguageModel(network, []), {}, pack(pairs, attention.FLEX_BLOCK)).logp
     assert torch.allclose(actual, expected, atol=5e-5)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpocli.batches import fill_rows, pack
-from fpocli.tokens import TokenPair
+from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.model.packing import fill_rows, pack
 
 runs = st.lists(st.integers(1, 200), min_size=1, max_size=7).map(np.array)
 pairs = st.lists(st.builds(TokenPair, runs, runs, runs), min_size=1, max_size=4)

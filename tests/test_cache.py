@@ -18,18 +18,22 @@ from conftest import cache_config, make_stream, set_attributes, write_pairs
 from forks import flags
 from test_store import contents
 
-from fpocli import UserError, attention, batches, blocks, cache, reference
-from fpocli.attention import attend_by_sequence
-from fpocli.batches import pack
-from fpocli.catalog import find_model
-from fpocli.damage import find_damage
-from fpocli.model import LanguageModel, Site, load_model
-from fpocli.report import describe
-from fpocli.scoring import score
-from fpocli.sparse import SparseEncoder
-from fpocli.start import check_arithmetic
-from fpocli.store import Store
-from fpocli.writers import Writers
+from fpocli import UserError, cache
+from fpocli.caching import blocks
+from fpocli.caching import cache as reference
+from fpocli.features.encoder import SparseEncoder
+from fpocli.model import attention
+from fpocli.model import packing as batches
+from fpocli.model.attention import attend_by_sequence
+from fpocli.model.language_model import LanguageModel, Site, load_model
+from fpocli.model.packing import pack
+from fpocli.report.inspect import describe
+from fpocli.scoring.score import score
+from fpocli.store.reader import Store
+from fpocli.store.verify import find_damage
+from fpocli.system.lock import Writers
+from fpocli.system.model_folder import find_model
+from fpocli.training.first_step import check_arithmetic
 
 SITE = "layer_3.resid_post"
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from conftest import set_attributes
 
-from fpocli.comparison import _inputs
-from fpocli.documents import attributes
-from fpocli.errors import UserError
-from fpocli.grid import read_grid
-from fpocli.tables import REPORTS, TABLES, make_table
+from fpocli.comparison.compare import _inputs
+from fpocli.comparison.grid import read_grid
+from fpocli.comparison.tables import REPORTS, TABLES, make_table
+from fpocli.store.metadata import attributes
+from fpocli.system.errors import UserError
 
 
 def grid(tmp_path, **content):

@@ -14,8 +14,8 @@ from test_several import assert_equal
 from test_train import MEASURED
 
 from fpocli import TrainConfig, cache
-from fpocli.damage import find_damage
-from fpocli.store import Store
+from fpocli.store.reader import Store
+from fpocli.store.verify import find_damage
 
 # Of these some fall into loading, where little can be lost, and most into the work.
 KILLS = 5

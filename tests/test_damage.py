@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_several import assert_equal
 
-from fpocli import UserError, cache, reference
-from fpocli.damage import find_damage
-from fpocli.documents import DOCUMENT, attributes, document_sums, write_root
-from fpocli.layout import fingerprint
-from fpocli.report import describe
-from fpocli.store import Store
+from fpocli import UserError, cache
+from fpocli.caching import cache as reference
+from fpocli.report.inspect import describe
+from fpocli.store.layout import fingerprint
+from fpocli.store.metadata import DOCUMENT, attributes, document_sums, write_root
+from fpocli.store.reader import Store
+from fpocli.store.verify import find_damage
 
 SITE = "layer_3.resid_post"
 

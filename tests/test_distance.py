@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpocli.distance import StoredFeatures, candidates, feature_distance, policy_features
-from fpocli.sparse import SparseEncoder, top_k
+from fpocli.features.distance import StoredFeatures, candidates, feature_distance, policy_features
+from fpocli.features.encoder import SparseEncoder, top_k
 
 M = 40
 

@@ -155,7 +155,8 @@ def test_torchrun_is_in_the_command_that_goes_on(unbroken, material, store_path,
 
 PAUSED = """
 import sys, time
-from fpocli import heartbeat, training
+from fpocli.training import heartbeat
+from fpocli.training import train as training
 from fpocli.__main__ import main
 
 beat, step = float(sys.argv.pop(1)), int(sys.argv.pop(1))

@@ -16,11 +16,11 @@ from test_store import contents
 
 import fpocli
 from fpocli import EvalConfig, cache, evaluate
-from fpocli.bound import operator_norm, squared_change
-from fpocli.errors import UserError
-from fpocli.sparse import SparseEncoder, load_decoder
-from fpocli.store import Store
-from fpocli.summary import summarise
+from fpocli.evaluation.summary import summarise
+from fpocli.features.encoder import SparseEncoder, load_decoder
+from fpocli.features.kl_bound import operator_norm, squared_change
+from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
 
 SITE = "layer_3.resid_post"
 

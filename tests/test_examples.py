@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fpocli.grid import read_grid
-from fpocli.tables import REPORTS
+from fpocli.comparison.grid import read_grid
+from fpocli.comparison.tables import REPORTS
 
 PAPER = Path(__file__).parents[1] / "examples/paper"
 

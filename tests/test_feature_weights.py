@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from fpocli.distance import StoredFeatures, candidates, feature_distance
-from fpocli.errors import UserError
-from fpocli.feature_weights import load_feature_weights
+from fpocli.features.distance import StoredFeatures, candidates, feature_distance
+from fpocli.features.weights import load_feature_weights
+from fpocli.system.errors import UserError
 
 SITES = {"layer_3.resid_post": {"d_sae": 96}, "layer_1.mlp_out": {"d_sae": 20}}
 

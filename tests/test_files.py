@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fpocli.files import as_typed, remove_folder, replace_text
+from fpocli.system.files import as_typed, remove_folder, replace_text
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -30,16 +30,16 @@ from safetensors.torch import load_file
 from test_hub import write_scope
 from typer.testing import CliRunner
 
-from fpocli.catalog import find_model
 from fpocli.cli import app
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
-from fpocli.drops import Drops
-from fpocli.errors import UserError
-from fpocli.feature_weights import load_feature_weights
-from fpocli.model import load_model
-from fpocli.pairs import open_source, read_pairs
-from fpocli.sparse import load_encoder
-from fpocli.tokens import PairTokenizer
+from fpocli.data.dropped import Drops
+from fpocli.data.layouts import open_source, read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.features.encoder import load_encoder
+from fpocli.features.weights import load_feature_weights
+from fpocli.model.language_model import load_model
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
 
 # Of inputs, some of which are whole files.
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")

@@ -12,13 +12,13 @@ import torch
 from conftest import cache_config
 
 from fpocli import EvalConfig, cache, evaluate
-from fpocli.catalog import find_model
-from fpocli.errors import UserError
-from fpocli.generation import Sampler, diversity
-from fpocli.loading import tokenizer_of
-from fpocli.prompts import Prompt, read_prompts
-from fpocli.store import Store
-from fpocli.tokens import encode_prompt
+from fpocli.data.pair_tokenizer import encode_prompt
+from fpocli.evaluation.prompts import Prompt, read_prompts
+from fpocli.evaluation.sampling import Sampler, diversity
+from fpocli.scoring.loading import tokenizer_of
+from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
 
 QUESTIONS = ["say the cat", "code with the hat on the mat and some more", "rat"]
 

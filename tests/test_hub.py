@@ -15,9 +15,9 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from transformers import AutoModelForCausalLM
 
 from fpocli import CacheConfig, Store, UserError, cache
-from fpocli.attention import BY_SEQUENCE
-from fpocli.catalog import GEMMA, default_sae
-from fpocli.pairs import open_source
+from fpocli.data.layouts import open_source
+from fpocli.model.attention import BY_SEQUENCE
+from fpocli.system.model_folder import GEMMA, default_sae
 
 COMMIT = "c5ebcd40d208330abc697524c919956e692655cf"
 SCOPE = "layer_25/width_16k/average_l0_116"

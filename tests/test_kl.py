@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_scoring import Largest, random_pairs
 
-from fpocli import head
-from fpocli.batches import fill_rows, pack
-from fpocli.model import FrozenReference, LanguageModel, Site
-from fpocli.scoring import score
+from fpocli.model import head
+from fpocli.model.language_model import FrozenReference, LanguageModel, Site
+from fpocli.model.packing import fill_rows, pack
+from fpocli.scoring.score import score
 
 SITE = Site(1, "resid_post")
 

@@ -8,7 +8,7 @@ import torch
 from conftest import cache_config
 
 from fpocli import UserError, cache
-from fpocli.loading import load_encoders
+from fpocli.scoring.loading import load_encoders
 
 CPU = torch.device("cpu")
 

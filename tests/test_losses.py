@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpocli.config import TrainConfig
-from fpocli.losses import METHODS, Terms
+from fpocli.training.losses import METHODS, Terms
 
 PAIRS = 5
 

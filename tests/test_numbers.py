@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from test_train import read
 
-from fpocli.engine import newest_checkpoint
+from fpocli.training.engine import newest_checkpoint
 
 SCRIPT = """
 import sys, torch
 from collections.abc import Iterable
 from pathlib import Path
-from fpocli import TrainConfig, UserError, train, training
+from fpocli import TrainConfig, UserError, train
+from fpocli.training import train as training
 
 out, store, stages, spoiled = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 make_engine, take_step, backward = training.make_engine, training.take_step, training.backward

@@ -11,15 +11,15 @@ import torch
 from conftest import cache_config, make_stream
 
 from fpocli import cache
-from fpocli.catalog import find_model
 from fpocli.config import TrainConfig
-from fpocli.errors import UserError
-from fpocli.evaluation import held_out_means
-from fpocli.model import FrozenReference, Site, load_model
-from fpocli.objective import objective
-from fpocli.scoring import score
-from fpocli.sparse import load_encoder
-from fpocli.store import Store
+from fpocli.evaluation.evaluate import held_out_means
+from fpocli.features.encoder import load_encoder
+from fpocli.model.language_model import FrozenReference, Site, load_model
+from fpocli.scoring.score import score
+from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
+from fpocli.training.objective import objective
 
 CPU = torch.device("cpu")
 
@@ -175,7 +175,7 @@ def test_several_sites_count_as_their_mean(stage):
 
 
 def test_pairs_are_shuffled_inside_a_window_of_blocks(store_path, monkeypatch):
-    monkeypatch.setattr("fpocli.stream._WINDOW", 1)
+    monkeypatch.setattr("fpocli.training.stream._WINDOW", 1)
     store = Store.open(store_path)
     one = stream(store, 1)
     order = one.pairs(0)

@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
-from fpocli.drops import Drops
-from fpocli.errors import UserError
-from fpocli.pairs import Pair, open_source, read_pairs
+from fpocli.data.dropped import Drops
+from fpocli.data.layouts import Pair, open_source, read_pairs
+from fpocli.system.errors import UserError
 
 
 def user(text):

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
-from fpocli import head
-from fpocli.attention import check_kernel
-from fpocli.batches import fill_rows, pack
-from fpocli.errors import UserError
-from fpocli.model import LanguageModel, Site, check_layers
-from fpocli.scoring import score
-from fpocli.sparse import SparseEncoder
-from fpocli.tokens import TokenPair
+from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.features.encoder import SparseEncoder
+from fpocli.model import head
+from fpocli.model.attention import check_kernel
+from fpocli.model.language_model import LanguageModel, Site, check_layers
+from fpocli.model.packing import fill_rows, pack
+from fpocli.scoring.score import score
+from fpocli.system.errors import UserError
 
 SITES = [Site(layer, kind) for layer in (1, tiny.LAYERS - 1) for kind in ("resid_post", "mlp_out")]
 

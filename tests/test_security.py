@@ -23,18 +23,18 @@ from test_hub import COMMIT, snapshot, write_scope
 from typer.testing import CliRunner
 
 from fpocli import UserError
-from fpocli.catalog import find_model
 from fpocli.cli import app
+from fpocli.comparison.grid import read_grid
+from fpocli.comparison.tables import REPORTS
 from fpocli.config import EvalConfig, TrainConfig
-from fpocli.evaluation import find_policy
-from fpocli.grid import read_grid
-from fpocli.loading import find_reference
-from fpocli.model import load_model, load_network, read_config
-from fpocli.pairs import open_source
-from fpocli.sparse import load_encoder
-from fpocli.store import Store
-from fpocli.tables import REPORTS
-from fpocli.tokens import load_tokenizer, vocabulary_hash
+from fpocli.data.layouts import open_source
+from fpocli.data.pair_tokenizer import load_tokenizer, vocabulary_hash
+from fpocli.evaluation.evaluate import find_policy
+from fpocli.features.encoder import load_encoder
+from fpocli.model.language_model import load_model, load_network, read_config
+from fpocli.scoring.loading import find_reference
+from fpocli.store.reader import Store
+from fpocli.system.model_folder import find_model
 
 CPU = torch.device("cpu")
 FLAG = re.compile("--trust-remote-code")

@@ -13,8 +13,8 @@ from forks import Command, flags
 from test_store import contents
 
 from fpocli import cache
-from fpocli.store import Store
-from fpocli.writers import Writers
+from fpocli.store.reader import Store
+from fpocli.system.lock import Writers
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sae_lens import StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 
-from fpocli.errors import UserError
-from fpocli.model import Site
-from fpocli.sparse import SparseEncoder, check_encoder, load_encoder, top_k
+from fpocli.features.encoder import SparseEncoder, check_encoder, load_encoder, top_k
+from fpocli.model.language_model import Site
+from fpocli.system.errors import UserError
 
 
 @pytest.fixture(params=tiny.ARCHITECTURES)

@@ -7,9 +7,10 @@ import pytest
 from conftest import cache_config, set_attributes
 from test_train import command, read
 
-from fpocli import UserError, blocks, cache
-from fpocli.documents import attributes
-from fpocli.scoring import score
+from fpocli import UserError, cache
+from fpocli.caching import blocks
+from fpocli.scoring.score import score
+from fpocli.store.metadata import attributes
 
 
 def train(material, out, *flags, **settings):
@@ -65,7 +66,7 @@ def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(blocks, "score", wrong)
         patch.setattr(blocks, "check_model", lambda *_: None)
-        patch.setattr("fpocli.reference.check_model", lambda *_: None)
+        patch.setattr("fpocli.caching.cache.check_model", lambda *_: None)
         cache(cache_config(material, path))
     done = train(material, tmp_path / "run", "--no-bf16", cache=path)
     assert done.returncode == 2

@@ -10,13 +10,13 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpocli.damage import find_damage
-from fpocli.documents import DOCUMENT, attributes, write_root
-from fpocli.draft import Draft
-from fpocli.errors import UserError
-from fpocli.layout import fingerprint, index_dtype
-from fpocli.rows import Features, Reference, Tokens, Totals
-from fpocli.store import Store
+from fpocli.store.layout import fingerprint, index_dtype
+from fpocli.store.metadata import DOCUMENT, attributes, write_root
+from fpocli.store.reader import Store
+from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.store.verify import find_damage
+from fpocli.store.writer import Draft
+from fpocli.system.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 SITE = "layer_3.resid_post"

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from fpocli.catalog import ModelFolder
-from fpocli.drops import Drops
-from fpocli.errors import UserError
-from fpocli.pairs import Pair
-from fpocli.tokens import PairTokenizer, TokenPair
+from fpocli.data.dropped import Drops
+from fpocli.data.layouts import Pair
+from fpocli.data.pair_tokenizer import PairTokenizer, TokenPair
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import ModelFolder
 
 PLAIN = tiny.tokenizer()
 BOS, EOS, END_OF_TURN = PLAIN.convert_tokens_to_ids(["<bos>", "<eos>", "<end_of_turn>"])

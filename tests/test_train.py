@@ -21,8 +21,8 @@ from test_store import contents
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import cache
-from fpocli.documents import attributes
-from fpocli.store import Store
+from fpocli.store.metadata import attributes
+from fpocli.store.reader import Store
 
 SITE = "layer_3.resid_post"
 # The wall-clock and memory of a step are no part of its result.
@@ -481,10 +481,10 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import tiny
 from test_scoring import random_pairs
-from fpocli.batches import pack
+from fpocli.model.packing import pack
 from fpocli.config import TrainConfig
-from fpocli.engine import deepspeed_config, shard, start_processes
-from fpocli.model import FrozenReference, Site
+from fpocli.training.engine import deepspeed_config, shard, start_processes
+from fpocli.model.language_model import FrozenReference, Site
 
 rank, world = start_processes(torch.device("cpu"))
 batch, site = pack(random_pairs(4)), Site(1, "mlp_out")

@@ -9,12 +9,12 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from fpocli.batches import pack
 from fpocli.config import TrainConfig
-from fpocli.model import LanguageModel
-from fpocli.objective import ReferenceRows, objective
-from fpocli.scoring import score
-from fpocli.tokens import TokenPair
+from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.packing import pack
+from fpocli.scoring.score import score
+from fpocli.training.objective import ReferenceRows, objective
 
 BETA = 0.3
 

@@ -11,13 +11,13 @@ import time
 
 import pytest
 
-from fpocli.errors import UserError
-from fpocli.writers import Writers
+from fpocli.system.errors import UserError
+from fpocli.system.lock import Writers
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from fpocli.writers import Writers
+from fpocli.system.lock import Writers
 with Writers(Path(sys.argv[1]), sys.argv[2] or None) as writers:
     writers.take("block-3")
     print("held", flush=True)

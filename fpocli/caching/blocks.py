@@ -1,0 +1,168 @@
+"""Scoring one block of a store with the frozen reference: rows in, reference rows out.
+
+Shapes: b pairs of the block, P pairs of a row, K kept features, m features.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fpocli.features.encoder import SparseEncoder, top_k
+from fpocli.model.attention import row_multiple
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.packing import fill_rows, pack
+from fpocli.scoring.score import PairScores, score
+from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.store.writer import Draft
+from fpocli.system.console import Bar, console
+from fpocli.system.errors import UserError
+
+# Tokens of a pair whose log-probabilities are held against the model's own forward pass.
+_CHECKED = 32
+
+
+def score_block(
+    model: LanguageModel,
+    encoders: dict[str, SparseEncoder],
+    store: Draft,
+    tokens: Tokens,
+    tokens_per_row: int,
+    bar: Bar,
+    *,
+    drop_non_finite: bool = False,
+) -> tuple[Reference, dict[str, Totals]]:
+    """Reference rows of a block's pairs. They depend on nothing outside the block.
+
+    Args:
+        model: the reference.
+        encoders: the SAE of each site.
+        store: says what is kept of the features.
+        tokens: of the b pairs.
+        tokens_per_row: the most tokens of a packed row.
+        bar: advanced by the pairs that are done.
+        drop_non_finite: leave the rows of a pair whose numbers are not finite as gaps.
+
+    Returns:
+        the b rows, and by site the sums over their responses.
+
+    Raises:
+        UserError: a number is not finite, or does not fit into float16.
+    """
+    rows = store.gaps(len(tokens))
+    totals = {
+        site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
+        for site, encoder in encoders.items()
+    }
+    device = model.network.device
+    lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
+    packed = fill_rows(lengths, tokens_per_row)
+    for pairs in packed:
+        batch = pack([tokens.pair(pair) for pair in pairs], row_multiple(device)).to(device)
+        with torch.inference_mode():
+            scores = score(model, encoders, batch)
+        finite = _finite(scores)
+        kept, wrong = (
+            [pair for pair, ok in zip(pairs, finite.tolist(), strict=True) if ok is which]
+            for which in (True, False)
+        )
+        if wrong and len(pairs) > 1:
+            # A kernel may carry NaN over to a neighbour in the row, so each is asked alone.
+            packed += [[pair] for pair in wrong]
+        elif wrong:
+            _leave_out(int(tokens.source_row[wrong[0]]), drop_non_finite)
+            bar.advance()
+        rows.logp[kept] = scores.logp[finite].cpu().numpy()
+        for site, pooled in scores.pooled.items():
+            pooled = pooled[finite]
+            _keep_largest(pooled, rows.features[site], kept, tokens.source_row)
+            totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
+            totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
+        bar.advance(len(kept))
+    average = rows.logp / tokens.counts.astype(np.float32)
+    rows.margin[:] = average[:, 0] - average[:, 1]
+    return rows, totals
+
+
+def _keep_largest(
+    pooled: torch.Tensor, into: Features, pairs: list[int], source_row: np.ndarray
+) -> None:
+    k = into.index.shape[-1]
+    index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
+    into.index[pairs] = np.where(value > 0, index, np.iinfo(into.index.dtype).max)
+    with np.errstate(over="ignore"):
+        into.value[pairs] = value
+    if not (fits := np.isfinite(into.value[pairs]).all((1, 2))).all():
+        row = source_row[pairs[int(np.argmin(fits))]]
+        raise UserError(
+            f"a pooled feature of the pair in row {row} does not fit into float16: "
+            f"{value.max():.3g}",
+            "give --value-dtype float32",
+        )
+    into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
+
+
+def _finite(scores: PairScores) -> torch.Tensor:
+    """Which pairs of a row have numbers: bool [P]."""
+    finite = scores.logp.isfinite().all(1)
+    for pooled in scores.pooled.values():
+        finite &= pooled.isfinite().all(-1).all(1)
+    return finite
+
+
+def _leave_out(row: int, allowed: bool) -> None:
+    told = f"the log-probability or a feature of the pair in row {row} is not finite"
+    if not allowed:
+        raise UserError(told, "try --dtype float32, or leave the pair out with --drop-non-finite")
+    console.print(f"{told}; it is left out")
+
+
+def check_model(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
+    """Refuse a model whose head does more than a product and a soft-cap, or that does not follow
+    the attention rule of packed rows.
+
+    Model families are many, and one that ignores a mask or the positions makes every number
+    wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
+    of the row, which must not change the rest at all; and with its responses in each other's
+    place, which may change them by rounding only.
+    """
+    pair = tokens.pair(0)
+    batch = pack([pair], row_multiple(device)).to(device)
+    with torch.inference_mode():
+        own = model.own_logprobs(batch, _CHECKED)
+        difference = (model(batch)[0][:_CHECKED] - own).abs().max().item()
+    if difference > (1e-3 if model.network.dtype == torch.float32 else 0.5):
+        raise UserError(
+            f"{type(model.network).__name__} makes its logits in a way of its own: "
+            f"log-probabilities differ by {difference:.3g} nats",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )
+    chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
+    foreign = pair.prompt[-1]
+    other = replace(pair, rejected=np.full_like(rejected, foreign))
+    trials = [
+        [pair, pair],
+        [other, pair],
+        [pair, replace(pair, chosen=np.full_like(chosen, foreign))],
+        [replace(pair, chosen=rejected, rejected=chosen)],
+    ]
+    with torch.inference_mode():
+        plain, first, last, (swapped,) = (
+            score(model, {}, pack(row, row_multiple(device)).to(device)).average.cpu()
+            for row in trials
+        )
+    changes = [
+        (plain[0] - first[0])[0],
+        (plain[1] - first[1]),
+        (plain[0] - last[0]),
+        (plain[1] - last[1])[1],
+    ]
+    neighbour = max(change.abs().max().item() for change in changes)
+    place = (plain[0] - swapped.flip(0)).abs().max().item()
+    if neighbour > 1e-4 or place > (0.01 if model.network.dtype == torch.float32 else 0.5):
+        raise UserError(
+            f"{type(model.network).__name__} does not follow the attention rule of packed rows: "
+            f"the score of a response changes by {max(neighbour, place):.3g} nats per token with "
+            "what stands beside it",
+            "Gemma-2, Gemma-3 and Llama models are supported",
+        )

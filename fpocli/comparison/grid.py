@@ -1,0 +1,290 @@
+"""A comparison's YAML file -> the stores, runs and evaluations it means.
+
+out: compare
+cache: {model: gemma-2-2b, layer: [25]}     # settings of fpo cache, or `store: ref.zarr`
+train: {preset: paper-2b, epochs: 1}        # of fpo train
+eval: {reference: gemma-2-2b}               # of fpo eval
+runs:                                       # lists are multiplied out
+  - method: [dpo, simpo, fpo]
+    seed: [0, 1, 2]
+  - {method: fpo, layer: [[7], [13]], site: [[resid_post], [mlp_out]]}
+reports: [table3, figure3]
+"""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
+from fpocli.system.errors import UserError
+from fpocli.system.json_yaml import is_file_name, read_yaml
+
+# What the comparison itself sets.
+_OWN = {
+    "cache": {"out", "join", "repair"},
+    "train": {"out", "cache"},
+    "eval": {"model", "cache", "out", "json"},
+}
+# A file cannot ask for other people's code to be run.
+_OWN = {section: names | {"trust_remote_code"} for section, names in _OWN.items()}
+# Settings of a store that leave its content as it is.
+_HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
+# Bytes of a folder's name; file systems take 255.
+_LONGEST_NAME = 240
+_PROGRAM = (sys.executable, "-m", "fpocli")
+_FILES = ("feature_weights", "deepspeed", "generate")
+_SECTIONS = {
+    "out": str, "launch": str, "store": str, "cache": dict, "train": dict, "eval": dict,
+    "runs": list, "reports": list,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Args:
+        name: of its configuration, unique in the comparison.
+        words: how the program is started, up to the command's name.
+        settings: what stands in its configuration.
+        result: the file that is there when it is done.
+        after: the step whose result it reads.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    settings: dict[str, Any]
+    result: Path
+    after: "Step | None" = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the user's that it reads."""
+        return [Path(self.settings[name]) for name in _FILES if self.settings.get(name)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy of the comparison.
+
+    Args:
+        name: from what the grid says of it.
+        settings: what sets it apart, defaults of the method included: method, alpha, layer, ...
+        folder: of the run.
+        train, evaluate: its two commands.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    folder: Path
+    train: Step
+    evaluate: Step
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a comparison's file means.
+
+    Args:
+        out: its folder.
+        stores: the caching commands, each store once.
+        runs: in the file's order.
+        reports: names of tables and figures.
+    """
+
+    out: Path
+    stores: list[Step]
+    runs: list[Run]
+    reports: list[str]
+
+
+def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
+    """Read and check a comparison's file.
+
+    Raises:
+        UserError: the file cannot be read, or says something that no command takes.
+    """
+    given = _read(path)
+    unknown = [name for name in given.get("reports", []) if name not in known_reports]
+    if unknown:
+        raise UserError(
+            f"{path} asks for the report {unknown[0]}, which is not known",
+            f"known: {', '.join(known_reports)}",
+        )
+    out = Path(given.get("out", Path(path).stem))
+    base = {
+        "cache": given.get("cache", {}),
+        "train": _with_preset(given.get("train", {})),
+        "eval": given.get("eval", {}),
+    }
+    if ("store" in given) == bool(base["cache"]):
+        raise UserError(
+            f"{path} must have either `store` or `cache`",
+            "name a store that is there, or give the settings of fpo cache",
+        )
+    stores: dict[str, Step] = {}
+    runs: dict[str, Run] = {}
+    for entry in given["runs"]:
+        for choice in _multiply(entry, path):
+            cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
+            if cached and "store" in given:
+                raise UserError(
+                    f"{path} varies {', '.join(cached)}, which the store has settled",
+                    "give `cache` with the settings of fpo cache in place of `store`",
+                )
+            step = None
+            if "store" not in given:
+                step = _store(out, base["cache"] | cached, path)
+                step = stores.setdefault(step.name, step)
+            run = _run(out, given, base, choice, step, path)
+            if run.name in runs:
+                raise UserError(f"{path} means the run {run.name} twice", "name it once in `runs`")
+            runs[run.name] = run
+    return Grid(out, list(stores.values()), list(runs.values()), given.get("reports", ["all"]))
+
+
+def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
+    """The command that makes a store; whoever needs the same settings shares it."""
+    whole = dataclasses.asdict(_make(CacheConfig, settings, f"`cache` in {path}"))
+    # What says how, and not what, is no part of the name.
+    whole = {name: value for name, value in whole.items() if name not in _HOW}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
+    sites = zip(whole["layer"], whole["site"] * len(whole["layer"]), strict=False)
+    name = "+".join(f"{layer}.{kind}" for layer, kind in sites) + f"-{digest}"
+    file = out / "stores" / f"{name}.zarr"
+    settings = settings | {"out": str(file)}
+    return Step(f"cache.{name}", (*_PROGRAM, "cache"), settings, file / "zarr.json")
+
+
+def _run(
+    out: Path,
+    given: dict[str, Any],
+    base: dict[str, dict[str, Any]],
+    choice: dict[str, Any],
+    store: Step | None,
+    path: str,
+) -> Run:
+    name = _name(choice) or "run"
+    if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        raise UserError(
+            f"{path} means a run of the name {name:.80}, which no folder can have",
+            "name a long list of values, or one with odd characters, in `train`",
+        )
+    folder = out / "runs" / name
+    cache = store.settings["out"] if store else given["store"]
+    trained = {key: value for key, value in choice.items() if key not in _fields(CacheConfig)}
+    settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
+    evaluation = base["eval"] | {
+        "model": str(folder), "cache": cache, "out": str(folder / "eval"),
+    }  # fmt: skip
+    config = _make(TrainConfig, settings, f"`train` of {name} in {path}")
+    _make(EvalConfig, evaluation, f"`eval` in {path}")
+    sites = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
+    try:
+        launch = tuple(shlex.split(given.get("launch", ""))) or _PROGRAM
+    except ValueError as error:
+        raise UserError(f"`launch` in {path} is no command line: {error}", "mend it") from error
+    train = Step(
+        f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json", store
+    )
+    return Run(
+        name=name,
+        settings=sites | dataclasses.asdict(config),
+        folder=folder,
+        train=train,
+        evaluate=Step(
+            f"eval.{name}", (*_PROGRAM, "eval"), evaluation, folder / "eval" / "eval.json", train
+        ),
+    )
+
+
+def _make(config: type, settings: dict[str, Any], where: str) -> Any:
+    """A command's settings, held to what it takes before anything runs."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.default is field.default_factory is dataclasses.MISSING
+        and field.name not in settings
+    ]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}", "see fpo --help")
+    try:
+        return config(**settings)
+    except UserError as error:
+        raise UserError(f"{where}: {error}", error.hint) from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    given = read_yaml(path)
+    if not isinstance(given, dict) or not given.get("runs"):
+        raise UserError(f"{path} has no `runs`", "list them: runs: [{method: [dpo, fpo]}]")
+    for name, value in given.items():
+        kind = _SECTIONS.get(name)
+        if kind is None:
+            raise UserError(
+                f"{path} has a section {name}, which is not known", f"known: {', '.join(_SECTIONS)}"
+            )
+        if not isinstance(value, kind) or "\0" in value:
+            raise UserError(f"{name} in {path} is no {kind.__name__}", "see docs/evaluation.md")
+    for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
+        known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())
+        _check_names(given.get(section, {}), known, f"`{section}` in {path}")
+    return given
+
+
+def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
+    if "preset" not in train:
+        return train
+    name = train["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"the preset {name} is not known", f"known: {', '.join(PRESETS)}")
+    return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}
+
+
+def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
+    """Every choice of an entry of `runs`: a list of values is a choice among them."""
+    if not isinstance(entry, dict):
+        raise UserError(f"an entry of `runs` in {path} is no set of flags", "write {method: fpo}")
+    known = _fields(TrainConfig) | _fields(CacheConfig)
+    _check_names(entry, known - _OWN["train"] - _OWN["cache"], f"`runs` in {path}")
+    several = {name for config in (CacheConfig, TrainConfig) for name in _lists(config)}
+    choices = []
+    for name, value in entry.items():
+        # A flag that takes a list has a list of lists to choose from.
+        of_lists = isinstance(value, list) and any(isinstance(item, list) for item in value)
+        listed = of_lists if name in several else isinstance(value, list)
+        choices.append([(name, item) for item in (value if listed else [value])])
+    return [dict(choice) for choice in product(*choices)]
+
+
+def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(name) for name in given if name not in known):
+        raise UserError(
+            f"{where} sets {', '.join(unknown)}, which is no flag, or one that fpo compare sets",
+            "see fpo --help",
+        )
+
+
+def _fields(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _lists(config: type) -> set[str]:
+    hints = get_type_hints(config, include_extras=True)
+    return {name for name, hint in hints.items() if get_origin(get_args(hint)[0]) is list}
+
+
+def _name(choice: dict[str, Any]) -> str:
+    """Such as method-fpo_layer-0+25_seed-1."""
+
+    def text(value: Any) -> str:
+        parts = value if isinstance(value, list) else [value]
+        return "+".join(str(part).strip("/").replace("/", "-") for part in parts)
+
+    return "_".join(f"{name}-{text(value)}" for name, value in choice.items())

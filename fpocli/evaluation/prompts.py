@@ -1,0 +1,67 @@
+"""Prompt files for sampling: AlpacaEval's, Arena-Hard's and MT-Bench's questions, or plain ones."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpocli.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question.
+
+    Args:
+        turns: what the user says; in MT-Bench twice.
+        row: the whole record, as it stands in the file.
+    """
+
+    turns: tuple[str, ...]
+    row: dict[str, Any]
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """The questions of a JSON list or JSONL file, in order.
+
+    A record holds `instruction` (AlpacaEval), `prompt` (Arena-Hard 2, or plain) or `turns`
+    (MT-Bench: texts; Arena-Hard 0.1: records with `content`).
+
+    Raises:
+        UserError: the file cannot be read, or a record holds no question.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"the prompts {path} do not exist", "give a JSON or JSONL file")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    # A line nested too deep is a RecursionError.
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is neither JSON nor JSONL: {error}", "mend the file") from error
+    prompts = [Prompt(_turns(row, path, number), row) for number, row in enumerate(rows, 1)]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt", "give a file with one record or more")
+    return prompts
+
+
+def _turns(row: Any, path: str, number: int) -> tuple[str, ...]:
+    given: Any = None
+    if isinstance(row, dict):
+        given = row.get("turns") or row.get("instruction") or row.get("prompt")
+    texts = given if isinstance(given, list) else [given]
+    if len(texts) > 1 and "question_id" not in row:
+        raise UserError(
+            f"record {number} of {path} has several turns and no question_id",
+            "only MT-Bench's judge reads several turns, and it needs the id",
+        )
+    texts = [text.get("content") if isinstance(text, dict) else text for text in texts]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise UserError(
+            f"record {number} of {path} holds no question",
+            'write {"prompt": "..."}, or take a file of AlpacaEval, Arena-Hard or MT-Bench',
+        )
+    return tuple(texts)

@@ -1,0 +1,301 @@
+"""Sampling answers from a policy, and how diverse they are.
+
+The entropy of a response is the mean over its tokens of the Shannon entropy of the policy's
+next-token distribution, in nats and at temperature 1 whatever the temperature of the sampling
+(docs/evaluation.md).
+
+Shapes: b prompts of a batch, T steps, V vocabulary.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpocli.config import EvalConfig
+from fpocli.data.pair_tokenizer import encode_prompt
+from fpocli.evaluation.judge_answers import write_answers
+from fpocli.evaluation.prompts import Prompt, read_prompts
+from fpocli.model.language_model import load_network
+from fpocli.store.reader import Store
+from fpocli.system.console import progress
+from fpocli.system.errors import UserError, differences
+from fpocli.system.files import replace_text
+from fpocli.system.model_folder import ModelFolder
+
+# What an answer is made from: another value of one of these makes others.
+_IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
+
+
+def generate(
+    config: EvalConfig,
+    samples: "Samples",
+    folder: ModelFolder,
+    tokenizer: Any,
+    store: Store,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Answer the prompts at every temperature, or go on where that was stopped.
+
+    Args:
+        config: of the sampling.
+        samples: the prompts, and the answers that are there already.
+        folder: the policy.
+        tokenizer: with the store's template.
+        store: says how its template begins a prompt and ends a turn.
+        device: where the policy runs.
+
+    Returns:
+        by temperature: number of responses, mean tokens, share that ended, entropy, distinct-n.
+    """
+    prompts = samples.prompts
+    if todo := list(samples.missing()):
+        sampler = Sampler(folder, tokenizer, store, config, device)
+        with progress("Sampling answers", len(config.temperature) * len(prompts)) as bar:
+            bar.advance(sum(len(done) for done in samples.done.values()))
+            for temperature, first in todo:
+                batch = prompts[first : first + config.batch_size]
+                samples.add(temperature, first, sampler.answer(batch, temperature, first))
+                bar.advance(len(batch))
+    results = []
+    for temperature in config.temperature:
+        rows = [samples.done[temperature][number] for number in range(len(prompts))]
+        name = f"{_name(config.model)}-t{temperature:g}"
+        write_answers(prompts, rows, name, samples.file.parent)
+        results.append({"temperature": temperature, **diversity(rows)})
+    return results
+
+
+def _name(model: str) -> str:
+    """A model's name in the judges' files: that of its folder, or of its hub repository."""
+    return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")
+
+
+class Samples:
+    """samples.jsonl: one line per prompt and temperature, whole batches only.
+
+    Args:
+        config: which prompts and how.
+        folder: the policy.
+        store: whose template is used.
+        out: where the file is.
+
+    Raises:
+        UserError: the prompts cannot be read, or `out` holds samples of other settings.
+    """
+
+    def __init__(self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path) -> None:
+        self.config, self.prompts = config, read_prompts(str(config.generate))
+        self.file = out / "samples.jsonl"
+        about = out / "samples.json"
+        text = json.dumps([prompt.row for prompt in self.prompts], sort_keys=True)
+        identity = {name: getattr(config, name) for name in _IDENTITY} | {
+            "prompts": hashlib.sha256(text.encode()).hexdigest(),
+            "weights": folder.weights_hash(),
+            "dtype": store.meta["model"]["dtype"],
+            "template": store.meta["tokenizer"]["chat_template"]["hash"],
+            "special_tokens": store.meta["tokenizer"]["special_tokens"],
+        }
+        if about.is_file() and self.file.is_file() and not config.overwrite:
+            try:
+                there = json.loads(about.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{about} is damaged: {error}", "give --overwrite") from error
+            if other := differences(there, identity):
+                raise UserError(
+                    f"{self.file} was sampled with other settings: {other}",
+                    "give another --out, or --overwrite",
+                )
+        else:
+            replace_text(self.file, "")
+            replace_text(about, json.dumps(identity, indent=1))
+        self.done: dict[float, dict[int, dict[str, Any]]] = {t: {} for t in config.temperature}
+        self._read()
+
+    def missing(self) -> Iterator[tuple[float, int]]:
+        """Temperature and first prompt of every batch that is not there."""
+        for temperature in self.config.temperature:
+            for first in range(0, len(self.prompts), self.config.batch_size):
+                if first not in self.done[temperature]:
+                    yield temperature, first
+
+    def add(self, temperature: float, first: int, rows: list[dict[str, Any]]) -> None:
+        """Append the answers of a batch."""
+        lines = []
+        for number, row in enumerate(rows, first):
+            self.done[temperature][number] = row
+            lines.append(json.dumps({"prompt": number, "temperature": temperature, **row}) + "\n")
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+
+    def _read(self) -> None:
+        """Take up whole batches and forget what a kill tore."""
+        kept: dict[tuple[float, int], list[str]] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            first = row["prompt"] - row["prompt"] % self.config.batch_size
+            kept.setdefault((row["temperature"], first), []).append(line)
+        whole = []
+        for (temperature, first), lines in kept.items():
+            if len(lines) == min(self.config.batch_size, len(self.prompts) - first):
+                whole += lines
+                for line in lines:
+                    row = json.loads(line)
+                    self.done[temperature][row.pop("prompt")] = row
+        replace_text(self.file, "".join(line + "\n" for line in whole))
+
+
+class Sampler:
+    """A policy that answers prompts, by transformers' own generation.
+
+    Args:
+        folder: the policy.
+        tokenizer: with the store's template.
+        store: says how its template begins a prompt and ends a turn.
+        config: of the sampling.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        tokenizer: Any,
+        store: Store,
+        config: EvalConfig,
+        device: torch.device,
+    ) -> None:
+        from transformers import GenerationConfig
+
+        self.config, self.tokenizer = config, tokenizer
+        special = store.meta["tokenizer"]["special_tokens"]
+        self.bos: int | None = special["bos"]
+        # A tokeniser may need several tokens for the end of a turn; then they end it together.
+        self.ends: list[list[int]] = [special["end_of_turn"]]
+        if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in self.ends:
+            self.ends.append([tokenizer.eos_token_id])
+        dtype = getattr(torch, store.meta["model"]["dtype"])
+        # Packed rows are for scoring; here the model keeps transformers' own attention.
+        self.network = load_network(folder, dtype).to(device).eval()
+        # A model may come with penalties and filters of its own; only what is asked for counts.
+        self.network.generation_config = GenerationConfig()
+
+    def answer(self, prompts: list[Prompt], temperature: float, first: int) -> list[dict[str, Any]]:
+        """Answers to a batch of prompts, turn by turn.
+
+        Args:
+            prompts: b of them.
+            temperature: 0 takes the likeliest token.
+            first: the number of the first prompt, which seeds the batch.
+
+        Returns:
+            per prompt `turns`: text, ids, entropy in nats per token, and whether it ended.
+        """
+        seed = hashlib.sha256(f"{self.config.seed} {temperature} {first}".encode()).digest()
+        torch.manual_seed(int.from_bytes(seed[:4], "little"))
+        talks: list[list[dict[str, str]]] = [[] for _ in prompts]
+        answers: list[dict[str, Any]] = [{"turns": []} for _ in prompts]
+        for turn in range(max(len(prompt.turns) for prompt in prompts)):
+            speaking = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
+            for i in speaking:
+                talks[i].append({"role": "user", "content": prompts[i].turns[turn]})
+            replies = self._sample([talks[i] for i in speaking], temperature)
+            for i, reply in zip(speaking, replies, strict=True):
+                answers[i]["turns"].append(reply)
+                talks[i].append({"role": "assistant", "content": reply["text"]})
+        return answers
+
+    def _sample(self, talks: list[list[dict[str, str]]], temperature: float) -> list[dict]:
+        prompts = [encode_prompt(self.tokenizer, talk, self.bos) for talk in talks]
+        width = max(len(ids) for ids in prompts)
+        device = self.network.device
+        single = [end[0] for end in self.ends if len(end) == 1]
+        padding = single[0] if single else 0
+        ids = torch.tensor([[padding] * (width - len(p)) + p for p in prompts], device=device)
+        seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {
+                "do_sample": True, "temperature": temperature, "top_p": self.config.top_p,
+                "top_k": 0,
+            }  # fmt: skip
+        if several := [self.tokenizer.decode(end) for end in self.ends if len(end) > 1]:
+            sampling |= {"stop_strings": several, "tokenizer": self.tokenizer}
+        with torch.inference_mode(), _entropies(self.network) as entropies:
+            tokens = self.network.generate(
+                ids,
+                attention_mask=seen,
+                max_new_tokens=self.config.max_new_tokens,
+                eos_token_id=single or None,
+                pad_token_id=padding,
+                **sampling,
+            )[:, width:]
+        return [
+            self._reply(row, entropy)
+            for row, entropy in zip(
+                tokens.tolist(), torch.stack(entropies, 1).tolist(), strict=True
+            )
+        ]
+
+    def _reply(self, tokens: list[int], entropy: list[float]) -> dict[str, Any]:
+        """Up to the end of the turn, whose tokens count in the entropy but are no text."""
+        found = [
+            (start, start + len(end))
+            for end in self.ends
+            for start in range(len(tokens) - len(end) + 1)
+            if tokens[start : start + len(end)] == end
+        ]
+        stop, count = min(found, default=(len(tokens), len(tokens)))
+        ids = tokens[:stop]
+        return {
+            "text": self.tokenizer.decode(ids, skip_special_tokens=True),
+            "ids": ids,
+            "entropy": sum(entropy[:count]) / count,
+            "ended": bool(found),
+        }
+
+
+@contextmanager
+def _entropies(network: Any) -> Iterator[list[Tensor]]:
+    """Collect the entropy of every next-token distribution, nats [b] per step: of the logits as
+    the model gives them, soft-capped, before the temperature."""
+    found: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        logs = output.logits[:, -1].float().log_softmax(-1)
+        found.append(-(logs.exp() * logs).sum(-1))
+
+    hook = network.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        hook.remove()
+
+
+def diversity(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Entropy and distinct-n of the answers at one temperature.
+
+    Args:
+        rows: per prompt `turns` as `Sampler.answer` gives them.
+    """
+    turns = [turn for row in rows for turn in row["turns"]]
+    return {
+        "responses": len(turns),
+        "tokens": sum(len(turn["ids"]) for turn in turns) / len(turns),
+        "ended": sum(turn["ended"] for turn in turns) / len(turns),
+        "entropy": sum(turn["entropy"] for turn in turns) / len(turns),
+        **{f"distinct_{n}": _distinct([turn["ids"] for turn in turns], n) for n in (1, 2, 3)},
+    }
+
+
+def _distinct(runs: list[list[int]], n: int) -> float | None:
+    """Different n-grams of tokens over all n-grams (Li et al. 2016)."""
+    grams = [tuple(ids[i : i + n]) for ids in runs for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else None

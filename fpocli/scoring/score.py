@@ -1,0 +1,73 @@
+"""The one scoring path: a batch in, per response S, n and pooled features out.
+
+Caching, training and evaluation all come through here. Shapes: P pairs, M scored tokens of the
+batch, d model width, m features.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpocli.features.encoder import SparseEncoder
+from fpocli.model.language_model import Expected
+from fpocli.model.packing import Batch
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """What a model says of P pairs; column 0 is chosen, column 1 rejected.
+
+    Args:
+        logp: float32 [P, 2], S(y) in nats, with gradient.
+        count: float32 [P, 2], n(y).
+        pooled: per site float32 [P, 2, m], pooled features without gradient.
+        states: per site the hidden states [n, d] of each of the 2P responses, with gradient.
+        kl: float32 [P, 2], K(y), the sequential KL(reference || policy) in nats (paper, the
+            definition after equation 3), with gradient; None where no reference was at hand.
+    """
+
+    logp: Tensor
+    count: Tensor
+    pooled: dict[str, Tensor]
+    states: dict[str, tuple[Tensor, ...]]
+    kl: Tensor | None
+
+    @property
+    def average(self) -> Tensor:
+        """a(y) = S(y) / n(y), [P, 2] in nats per token."""
+        return self.logp / self.count
+
+
+def score(
+    model: Any, encoders: dict[str, SparseEncoder], batch: Batch, expected: Expected | None = None
+) -> PairScores:
+    """Score the pairs of a batch.
+
+    Every response is reduced on its own, so its numbers do not hang on its neighbours.
+
+    Args:
+        model: a LanguageModel, or an engine around one.
+        encoders: an SAE for each site of the model that is to be pooled.
+        batch: the pairs.
+        expected: what the frozen reference makes of them, where the KL to it is asked for.
+    """
+    logprobs, hidden, kl = model(batch, expected)
+    counts = batch.counts
+
+    def sums(tokens: Tensor) -> Tensor:
+        return torch.stack([response.sum() for response in tokens.split(counts)]).view(-1, 2)
+
+    states = {site: hidden[site].split(counts) for site in encoders}
+    pooled = {
+        site: torch.stack([encoder.pool(response.detach()) for response in states[site]])
+        for site, encoder in encoders.items()
+    }
+    return PairScores(
+        logp=sums(logprobs),
+        count=torch.tensor(counts, dtype=torch.float32, device=logprobs.device).view(-1, 2),
+        pooled={site: value.view(-1, 2, value.shape[-1]) for site, value in pooled.items()},
+        states=states,
+        kl=None if kl is None else sums(kl),
+    )

@@ -1,0 +1,114 @@
+"""The JSON documents of a store, zarr.json, which everything else is read by; and sums over them.
+
+A chunk has a checksum of its own. A document has none, so the root's document holds the sha256 of
+every other one, and of itself with zeros where that sum stands.
+"""
+
+import hashlib
+import json
+import secrets
+from pathlib import Path
+from typing import Any
+
+from fpocli.store.layout import FORMAT, TOKENS_PER_CHUNK, layout
+from fpocli.system.errors import UserError
+
+DOCUMENT = "zarr.json"
+REPAIR = "give the command that made it again with --repair, which keeps all blocks that are whole"
+_NO_SUM = "0" * 64
+
+
+def write_root(path: Path, meta: dict[str, Any]) -> None:
+    """Write the root group's document, whole or not at all, with its sum as `checksum`."""
+    about = {name: value for name, value in meta.items() if name != "checksum"}
+    attributes = {"fpo": about | {"checksum": _NO_SUM}}
+    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    text = json.dumps(document, indent=2)
+    # Several processes may be at it.
+    partial = path / f"{DOCUMENT}.{secrets.token_hex(4)}.partial"
+    partial.write_text(text.replace(_NO_SUM, _sum(text.encode())), encoding="utf-8")
+    partial.replace(path / DOCUMENT)
+
+
+def read_root(path: Path) -> tuple[dict[str, Any], bool]:
+    """What a folder's group says under `fpo`, {} where it says nothing; and whether its document is
+    what was written."""
+    try:
+        document = (path / DOCUMENT).read_bytes()
+        about = json.loads(document)["attributes"]["fpo"]
+    # One nested too deep is a RecursionError.
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}, False
+    if not isinstance(about, dict):
+        return {}, False
+    checksum = str(about.get("checksum")).encode()
+    # Once only: what is blanked must be the sum alone.
+    whole = document.count(checksum) == 1 and (
+        _sum(document.replace(checksum, _NO_SUM.encode())).encode() == checksum
+    )
+    return about, whole
+
+
+def attributes(path: Path) -> dict[str, Any]:
+    """What a folder's group says under `fpo`, unchecked; {} where it says nothing."""
+    return read_root(path)[0]
+
+
+def is_begun(meta: dict[str, Any]) -> bool:
+    """Whether attributes are those of a store whose tokens are not all written yet."""
+    return meta.get("format") == FORMAT and meta.keys() <= {"format", "checksum"}
+
+
+def document_sums(path: Path) -> dict[str, str]:
+    """The sha256 of every document but the root's, by the name of its group or array."""
+    files = sorted(path.glob(f"*/**/{DOCUMENT}"))
+    return {file.parent.relative_to(path).as_posix(): _sum(file.read_bytes()) for file in files}
+
+
+def array_document(path: Path, name: str) -> dict[str, Any]:
+    """The document of a group or array, unchecked; {} where there is none."""
+    try:
+        document = json.loads((path / name / DOCUMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def check_documents(path: Path, meta: dict[str, Any]) -> None:
+    """Refuse documents that are not what was written, what leaves the folder, and shapes of which
+    there is too little.
+
+    Args:
+        path: of the store.
+        meta: its attributes, checked.
+
+    Raises:
+        UserError: it names the document or array.
+    """
+    whole = path.resolve()
+    sums = meta.get("documents", {})
+    for name in {*layout(meta), *sums}:
+        for inside in (path / name / DOCUMENT, path / name / "c"):
+            if not inside.resolve().is_relative_to(whole):
+                raise UserError(f"{inside} leads out of the store", "write the store again")
+    for name, expected in sums.items():
+        file = path / name / DOCUMENT
+        if not file.is_file():
+            raise UserError(f"{file} is missing", REPAIR)
+        if _sum(file.read_bytes()) != expected:
+            raise UserError(f"{file} is damaged or was edited", REPAIR)
+    # Memory is taken by these numbers, and whoever wrote the document may have made them up.
+    for name, chunks in (
+        ("spans", -(-meta["pairs"]["kept"] // meta["block"])),
+        ("tokens", -(-meta["tokens"] // TOKENS_PER_CHUNK)),
+    ):
+        folder = path / name / "c"
+        there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+        if chunks > 2 * there + 16:
+            raise UserError(
+                f"the array {name} of {path} has {there:,} of {chunks:,} chunks", REPAIR
+            )
+
+
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

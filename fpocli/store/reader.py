@@ -1,0 +1,352 @@
+"""The store of a frozen reference, version 1: docs/format.md in code, to be read.
+
+layout.py says what it must look like, draft.py writes it.
+Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import zarr
+
+from fpocli.store.layout import FORMAT, VERSION, layout, wrong_attribute
+from fpocli.store.metadata import (
+    DOCUMENT,
+    REPAIR,
+    array_document,
+    attributes,
+    check_documents,
+    is_begun,
+    read_root,
+)
+from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.system.errors import UserError
+
+# In this order; anything else may hide damage.
+_CODECS = ["bytes", "zstd", "crc32c"]
+# What zarr raises where a chunk is not what it should be.
+_BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError)
+
+
+class Store:
+    """An open store, to be read. `open` gives one."""
+
+    _mode: Literal["r", "r+"] = "r"
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
+        self._group: Any = zarr.open_group(path, mode=self._mode, zarr_format=3)
+        self._arrays: dict[str, Any] = {}
+        self._done: set[int] = set()
+        self.block_size: int = meta["block"]
+        self.pairs: int = meta["pairs"]["kept"]
+        self.sites: dict[str, dict[str, Any]] = meta["sites"]
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Open a store and check that it is what its metadata says.
+
+        Raises:
+            UserError: there is none, it is of another version, or a document is missing or wrong.
+        """
+        path = Path(path)
+        meta, whole = read_root(path)
+        if not (path / DOCUMENT).is_file():
+            what = f"has no {DOCUMENT}" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}", "write a store with `fpo cache --out`")
+        if meta.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is not an fpo store, or its {DOCUMENT} is damaged",
+                f"write one with `fpo cache --out`; if it was one, {REPAIR}",
+            )
+        if is_begun(meta):
+            raise UserError(
+                f"writing the tokens of {path} was interrupted",
+                "run `fpo cache` again with the same flags",
+            )
+        version = str(meta.get("version"))
+        if version.split(".")[0] != VERSION.split(".")[0]:
+            raise UserError(
+                f"{path} is a store of version {version}, this fpo reads version 1",
+                "write the store again, or install the fpo that wrote it",
+            )
+        # Version 1.0 has no sums, and does not say T.
+        early = version == "1.0" and "checksum" not in meta
+        if early:
+            meta["tokens"] = array_document(path, "tokens").get("shape", [None])[0]
+        elif not whole:
+            raise UserError(f"{path / DOCUMENT} is damaged or was edited", REPAIR)
+        if wrong := wrong_attribute(meta):
+            raise UserError(f"the metadata of {path} cannot be: {wrong}", REPAIR)
+        check_documents(path, meta)
+        try:
+            store = cls(path, meta)
+        except _BROKEN as error:
+            raise UserError(f"{path} cannot be opened: {error}", REPAIR) from error
+        store._check_arrays()
+        return store
+
+    def _check_arrays(self) -> None:
+        for name, (shape, dtype, chunks) in layout(self.meta).items():
+            if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
+                continue
+            try:
+                array = self._array(name)
+                found = array.shape, str(array.dtype), array.chunks
+                codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+            except _BROKEN as error:
+                raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
+            if found != (shape, dtype, chunks):
+                raise UserError(
+                    f"the array {name} of {self.path} is {found[1]} {found[0]} in chunks of "
+                    f"{found[2]}, expected {dtype} {shape} in {chunks}",
+                    REPAIR,
+                )
+            if codecs != _CODECS:
+                raise UserError(
+                    f"the array {name} of {self.path} has the codecs {', '.join(codecs)}, "
+                    f"expected {', '.join(_CODECS)}",
+                    REPAIR,
+                )
+
+    @property
+    def blocks(self) -> int:
+        """B, the number of blocks."""
+        return -(-self.pairs // self.block_size)
+
+    @property
+    def not_finite(self) -> list[int]:
+        """The pairs without reference rows, because their numbers were not finite; sorted."""
+        return self.meta["pairs"].get("not_finite", [])
+
+    @property
+    def scored(self) -> int:
+        """How many pairs of a complete store have reference rows."""
+        return self.pairs - len(self.not_finite)
+
+    @property
+    def has_totals(self) -> bool:
+        """Whether the blocks' totals are there, which version 1.0 deletes."""
+        return "documents" in self.meta
+
+    def rows(self, block: int) -> slice:
+        """The pairs of a block."""
+        return slice(block * self.block_size, min((block + 1) * self.block_size, self.pairs))
+
+    def length(self, block: int) -> int:
+        """b, the number of pairs in a block."""
+        rows = self.rows(block)
+        return rows.stop - rows.start
+
+    def missing_blocks(self) -> list[int]:
+        """The blocks that have no reference rows yet."""
+        return [block for block in range(self.blocks) if not self.has(block)]
+
+    def has(self, block: int) -> bool:
+        """Whether a block has its record, and so its reference rows."""
+        # Nobody takes a record away while others write, and this is asked often.
+        if block not in self._done:
+            if not self._is_there("blocks/digest", block) or not self._record(block):
+                return False
+            self._done.add(block)
+        return True
+
+    def require_complete(self) -> None:
+        """Refuse a store that still has gaps.
+
+        Raises:
+            UserError: it says how far the store got and what completes it.
+        """
+        if self.meta["state"] != "complete":
+            done = self.blocks - len(self.missing_blocks())
+            raise UserError(
+                f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are done",
+                "complete it with the `fpo cache` command that began it",
+            )
+
+    def require_same(self) -> dict[str, Any]:
+        """Refuse a folder that holds another store by now.
+
+        Returns:
+            its attributes as they stand there now.
+
+        Raises:
+            UserError: it was replaced or removed since it was opened.
+        """
+        about = attributes(self.path)
+        if about.get("fingerprint") != self.meta["fingerprint"]:
+            raise UserError(
+                f"{self.path} was replaced or removed meanwhile", "give the command again"
+            )
+        return about
+
+    def tokens(self, block: int) -> Tokens:
+        """The token runs of a block's pairs."""
+        rows = self.rows(block)
+        spans = self._read("spans", rows, block)
+        source_row = self._read("source_row", rows, block)
+        begin, end = int(spans[0, 0]), int(spans[-1, 3])
+        if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
+            raise self._damaged("spans", block, "they are no runs of tokens")
+        ids = self._read("tokens", slice(begin, end), block)
+        return Tokens(ids, spans - begin, source_row)
+
+    def reference(self, block: int, tokens: Tokens) -> Reference:
+        """The reference rows of a block.
+
+        Args:
+            block: which one.
+            tokens: its token runs; the block's digest covers them too.
+
+        Raises:
+            UserError: a checksum is wrong, or the block is not what was written.
+        """
+        rows = self.rows(block)
+        reference = Reference(
+            logp=self._read("ref/logp", rows, block),
+            margin=self._read("ref/margin", rows, block),
+            features={
+                site: Features(
+                    *(
+                        self._read(f"features/{site}/{name}", rows, block)
+                        for name in ("index", "value", "nonzero")
+                    )
+                )
+                for site in self.sites
+            },
+        )
+        if digest_of_block(tokens, reference) != self._record(block):
+            raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
+        self.require_same()
+        gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
+        known = [pair for pair in self.not_finite if rows.start <= pair < rows.stop]
+        if self.meta["state"] == "complete" and gaps.tolist() != known:
+            raise self._damaged("ref/margin", block, "other pairs have no numbers than it is told")
+        return reference
+
+    def _record(self, block: int) -> np.uint64:
+        """The digest that was written of a block; 0 for a gap."""
+        return self._read("blocks/digest", slice(block, block + 1), block)[0]
+
+    def whole(self, name: str) -> np.ndarray:
+        """All rows of one array, such as spans or ref/margin; what is not scored yet is gaps."""
+        if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
+            array = self._array(name)
+            for chunk in range(-(-array.shape[0] // array.chunks[0])):
+                self._require_chunk(name, chunk, chunk if name != "tokens" else None)
+        return self._read(name, slice(None))
+
+    def mean(self, site: str) -> np.ndarray:
+        """Mean pooled features over all responses: float32 [m]."""
+        return self._total(f"features/{site}/mean")
+
+    def frequency(self, site: str) -> np.ndarray:
+        """How many chosen / rejected responses have each feature: int64 [2, m]."""
+        return self._total(f"features/{site}/frequency")
+
+    def _total(self, name: str) -> np.ndarray:
+        self._require_chunk(name, 0, None)
+        values = self._read(name, slice(None))
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise self._damaged(name, None, "it holds gaps")
+        return values
+
+    def totals(self, block: int) -> dict[str, Totals]:
+        """The sums over a block's responses, by site."""
+        rows = slice(block, block + 1)
+        totals = {
+            site: Totals(
+                self._read(f"blocks/{site}/sum", rows, block)[0],
+                self._read(f"blocks/{site}/frequency", rows, block)[0],
+            )
+            for site in self.sites
+        }
+        if digest_of_totals(block, totals) != self._read("blocks/totals", rows, block)[0]:
+            raise self._damaged("blocks/totals", block, "the sums are not what it is the sum of")
+        return totals
+
+    def total(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """By site mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give
+        them."""
+        total = {
+            site: Totals(np.zeros(about["d_sae"]), np.zeros((2, about["d_sae"]), np.int64))
+            for site, about in self.sites.items()
+        }
+        for block in range(self.blocks):
+            for site, part in self.totals(block).items():
+                total[site].value[:] += part.value
+                total[site].frequency[:] += part.frequency
+        responses = 2 * self.scored
+        return {
+            site: ((made.value / responses).astype(np.float32), made.frequency)
+            for site, made in total.items()
+        }
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Bytes per array: in memory and on disk."""
+        arrays = {name: self._array(name) for name in layout(self.meta) if name in self._group}
+        return {
+            name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
+        }
+
+    def _array(self, name: str) -> Any:
+        # Kept: zarr reads an array's metadata anew whenever it is looked up.
+        if name not in self._arrays:
+            # A chunk that happens to equal the fill value is written all the same: a file that is
+            # missing then always means a gap.
+            self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
+        return self._arrays[name]
+
+    def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
+        """Rows of an array; those of a block must be there."""
+        array = self._array(name)
+        if block is not None:
+            for chunk in range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0])):
+                self._require_chunk(name, chunk, block)
+        try:
+            return np.asarray(array[rows])
+        except _BROKEN as error:
+            raise self._damaged(name, block, str(error)) from error
+
+    def _require_chunk(self, name: str, chunk: int, block: int | None) -> None:
+        """zarr gives the fill value for a chunk that is missing, without a word."""
+        if not self._is_there(name, chunk):
+            raise self._damaged(name, block, f"chunk {chunk} is missing")
+
+    def _is_there(self, name: str, chunk: int) -> bool:
+        array = self._array(name)
+        key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
+        return (self.path / name / key).is_file()
+
+    def _damaged(self, name: str, block: int | None, why: str) -> UserError:
+        rows = self.rows(block) if block is not None else None
+        where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
+        return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
+
+
+def digest_of_block(tokens: Tokens, reference: Reference) -> np.uint64:
+    """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
+    arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
+    arrays += [reference.logp, reference.margin]
+    for site in sorted(reference.features):
+        features = reference.features[site]
+        arrays += [features.index, features.value, features.nonzero]
+    return _digest(arrays)
+
+
+def digest_of_totals(block: int, totals: dict[str, Totals]) -> np.uint64:
+    """64 bits of sha256 over a block's number and totals; never 0."""
+    arrays = [np.array(block, np.int64)]
+    for site in sorted(totals):
+        arrays += [totals[site].value, totals[site].frequency]
+    return _digest(arrays)
+
+
+def _digest(arrays: list[np.ndarray]) -> np.uint64:
+    digest = hashlib.sha256()
+    for array in arrays:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(little.tobytes())
+    return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)

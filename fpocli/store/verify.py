@@ -1,0 +1,59 @@
+"""Reads a store back and says what of it is damaged, block by block."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fpocli.store.reader import Store
+from fpocli.system.console import progress
+from fpocli.system.errors import UserError
+
+
+class Damage(NamedTuple):
+    """What is wrong, and with which block; None is what was made of all blocks."""
+
+    block: int | None
+    told: str
+
+
+def find_damage(store: Store) -> list[Damage]:
+    """Check every chunk, every block's record, and what was made of all blocks.
+
+    Args:
+        store: open, so its documents are whole.
+    """
+    found: list[Damage] = []
+
+    def check(block: int | None, read: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return read(*arguments)
+        except UserError as error:
+            found.append(Damage(block, str(error)))
+            return None
+
+    complete = store.meta["state"] == "complete"
+    with progress("Verifying", store.blocks) as bar:
+        for block in range(store.blocks):
+            tokens = check(block, store.tokens, block)
+            scored = check(block, store.has, block)
+            if scored and tokens is not None:
+                check(block, store.reference, block, tokens)
+            if scored and store.has_totals:
+                check(block, store.totals, block)
+            if complete and scored is False:
+                found.append(Damage(block, f"block {block} of {store.path} has no record"))
+            bar.advance()
+    made = store.total() if complete and store.has_totals and not found else {}
+    for site in store.sites if complete else ():
+        stored = {
+            "mean": check(None, store.mean, site),
+            "frequency": check(None, store.frequency, site),
+        }
+        for (name, value), total in zip(stored.items(), made.get(site, ()), strict=False):
+            if value is not None and not np.array_equal(value, total):
+                told = (
+                    f"the array features/{site}/{name} of {store.path} is not what its blocks give"
+                )
+                found.append(Damage(None, told))
+    return found

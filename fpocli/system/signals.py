@@ -1,0 +1,130 @@
+"""How the program is ended from outside: at once, from any thread, with the command that goes on.
+
+Everything that is written appears whole or not at all, so nothing needs to unwind: a signal is read
+by a thread, whatever the main thread waits for, and what is held is given back.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+# Seconds that giving back and telling may take.
+_PATIENCE = 10.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_callbacks: list[Callable[[], object]] = []
+# Who holds it ends the process, or is in the way of that; the first end is the only one.
+_lock = threading.Lock()
+_told = threading.Event()
+_notes: list[str] = []
+
+
+def stop_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM end the process with 130 or 143; only the program asks for
+    it, for a Python session has signals of its own."""
+    if _is_program():
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        signal.signal(number, _read_by_the_thread)
+    os.register_at_fork(after_in_child=_as_usual)
+    threading.Thread(target=_wait, args=(read,), daemon=True).start()
+
+
+def _is_program() -> bool:
+    """Whether this process is `fpo`, and not a Python program that calls it."""
+    return signal.getsignal(signal.SIGTERM) is _read_by_the_thread
+
+
+def _read_by_the_thread(number: int, frame: FrameType | None) -> None:
+    """Python's own handler waits for the main thread, which may be in a collective."""
+
+
+def _as_usual() -> None:
+    """A forked child is ended by its own signals, and does not pass them on through our pipe."""
+    signal.set_wakeup_fd(-1)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _wait(read: int) -> None:
+    while (number := os.read(read, 1)[0]) not in _SIGNALS:
+        pass
+    from fpocli.system.console import is_first
+
+    end(128 + number, "stopped" if is_first() else "")
+
+
+@contextmanager
+def on_end(callback: Callable[[], object]) -> Iterator[None]:
+    """Have something done if the process is ended inside; nobody leaves once the end has begun."""
+    _callbacks.append(callback)
+    try:
+        yield
+    finally:
+        with _lock:
+            _callbacks.remove(callback)
+
+
+def say_no_more() -> None:
+    """The program has told why it ends: a signal that comes now, from a launcher say, is quiet."""
+    _told.set()
+
+
+def note_for_resuming(note: str) -> None:
+    """Tell this too with the command that goes on."""
+    _notes.append(note)
+
+
+def end(code: int, why: str) -> NoReturn:
+    """End the process from any thread, and tell the command that goes on.
+
+    Args:
+        code: exit code.
+        why: told first; with "" nothing is told.
+    """
+    # A pipe that nobody reads, or a disk that is gone, must not hold up the end.
+    threading.Timer(_PATIENCE, os._exit, [code]).start()
+    _lock.acquire()
+    for callback in reversed(_callbacks):
+        with suppress(Exception):
+            callback()
+    if why and not _told.is_set():
+        from fpocli.system.console import console
+
+        if _is_program():
+            console.print(f"{why}; go on from what was last saved with\n    {resuming_command()}")
+        else:
+            console.print(why)
+        for note in _notes:
+            console.print(note)
+    os._exit(code)
+
+
+def resuming_command() -> str:
+    """The command line as it was typed, without --overwrite, which would start anew."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    script = sys.argv[0]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = ["torchrun"]
+        if not shutil.which("torchrun"):
+            launcher = [sys.executable, "-m", "torch.distributed.run"]
+        nodes = os.environ["GROUP_WORLD_SIZE"]
+        launcher += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        # The launcher's other flags, such as those of the rendezvous, are not known here.
+        launcher += ["--nnodes", nodes, "..."] if nodes != "1" else ["--standalone"]
+        return shlex.join([*launcher, "-m", "fpocli", *words])
+    if Path(script).name == "__main__.py":
+        # Python with its flags, -m and the package.
+        return shlex.join([*sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1], *words])
+    name = Path(script).name
+    return shlex.join([name if shutil.which(name) == script else script, *words])

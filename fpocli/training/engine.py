@@ -1,0 +1,340 @@
+"""DeepSpeed: the processes, the engine, its checkpoints. The only importer of deepspeed."""
+
+import contextlib
+import math
+import os
+import pickle
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpocli.config import TrainConfig
+from fpocli.model.language_model import FrozenReference, LanguageModel
+from fpocli.system.errors import UserError, told_once, writing
+from fpocli.system.json_yaml import read_json
+from fpocli.training.heartbeat import is_of_a_lost_process
+
+_STEP = "fpo_step"
+# Elements of a group of parameters, which the optimiser updates at once.
+_GROUP_SIZE = 2**25
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join the processes of the launcher, or be the only one.
+
+    Args:
+        device: where the policy runs.
+
+    Returns:
+        rank and number of processes.
+    """
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # DeepSpeed prints to stdout, which is for data.
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+        from deepspeed.utils import logger
+
+        logger.setLevel("WARNING")
+        # DeepSpeed still calls collectives that torch has renamed, in every step.
+        warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
+        # Needs a compiler and 40 seconds, to make what gloo already does on one machine.
+        ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, Any]) -> Any:
+    """Wrap the policy in a DeepSpeed engine.
+
+    With bf16 the weights are bfloat16 and the optimiser works on float32 master weights.
+
+    Args:
+        model: the policy.
+        settings: of the run.
+        config: DeepSpeed's, from `deepspeed_config`.
+    """
+    kind: Any = {
+        # Fused, it needs no copies of the weights while it works; on a CPU too.
+        "adamw": partial(torch.optim.AdamW, fused=True),
+        "rmsprop": torch.optim.RMSprop,
+    }[settings.optimizer]
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            # Where DeepSpeed allocates the optimiser's state with a step of its own (bf16 without
+            # ZeRO), that step must move nothing. take_step sets the rate of every real one.
+            optimizer=kind(_parameter_groups(model), lr=0.0, weight_decay=0.0),
+            config=config,
+        )
+    for group in engine.optimizer.param_groups:
+        group["weight_decay"] = settings.weight_decay
+    if settings.bf16 and settings.zero == 0:
+        # It would count as Adam's first step and make the next update 0.744 times too small.
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"].zero_()
+    return engine
+
+
+def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
+    """Shard the frozen reference over the ranks, as ZeRO-3 does the policy; nothing is optimised.
+
+    Args:
+        model: the reference.
+        config: DeepSpeed's for the policy.
+    """
+    zero = config["zero_optimization"]
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "bf16": config["bf16"],
+                "zero_optimization": {k: v for k, v in zero.items() if k != "offload_optimizer"},
+            },
+        )
+    engine.eval()
+    return engine
+
+
+def _parameter_groups(model: LanguageModel) -> list[dict[str, Any]]:
+    """The parameters in groups of moderate size, as ZeRO updates them group by group: its copies
+    of the gradients are then no larger than a group."""
+    groups: list[list[torch.nn.Parameter]] = [[]]
+    for parameter in model.parameters():
+        if groups[-1] and sum(p.numel() for p in groups[-1]) + parameter.numel() > _GROUP_SIZE:
+            groups.append([])
+        groups[-1].append(parameter)
+    return [{"params": group} for group in groups]
+
+
+def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration: what the flags give, and over it the user's file.
+
+    Args:
+        settings: of the run.
+
+    Raises:
+        UserError: the file cannot be read, or contradicts the flags.
+    """
+    config: dict[str, Any] = {
+        # A step has as many rows as its pairs fill, so DeepSpeed cannot count them: `backward` is
+        # told which is the last.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.grad_clip,
+        "bf16": {"enabled": settings.bf16},
+        "zero_optimization": {
+            "stage": settings.zero,
+            # Gradients are copied into a bucket on their way; DeepSpeed's own takes a gigabyte.
+            "reduce_bucket_size": _GROUP_SIZE,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+    if settings.deepspeed is None:
+        return config
+    given = read_json(settings.deepspeed)
+    if not isinstance(given, dict):
+        raise UserError(f"{settings.deepspeed} holds no JSON object", 'write {"name": value, ...}')
+    merged = _merge(config, given)
+    # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
+    own = config.keys() - {"zero_optimization"}
+    decided = (*own, "optimizer", "scheduler", "train_batch_size", "fp16")
+    changed = sorted(name for name in decided if merged.get(name) != config.get(name))
+    if merged["zero_optimization"]["stage"] != settings.zero:
+        changed.append("the ZeRO stage")
+    if merged["zero_optimization"].get("compute_grad_norm") is False:
+        changed.append("the gradient norm")
+    if changed:
+        raise UserError(
+            f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
+            'leave it out of the file, or write "auto" there, and use the flags',
+        )
+    return merged
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `base`; "auto" stands for what is there."""
+    merged = dict(base)
+    for name, value in over.items():
+        if isinstance(base.get(name), dict) and not isinstance(value, dict):
+            raise UserError(f"{name} in the DeepSpeed file is no object", "mend the file")
+        if isinstance(value, dict):
+            merged[name] = _merge(base.get(name) or {}, value)
+        elif value != "auto":
+            merged[name] = value
+    return merged
+
+
+def backward(engine: Any, loss: torch.Tensor, last: bool) -> None:
+    """Add the gradient of a row to the step's; with the last row the ranks are averaged.
+
+    Args:
+        engine: whose forward pass made the loss.
+        loss: scalar.
+        last: whether this is the rank's last row of the step.
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    engine.backward(loss, scale_wrt_gas=False)
+
+
+def take_step(engine: Any, lr: float, step: int) -> float:
+    """Update the weights.
+
+    Args:
+        engine: after the backward pass of the step's last row.
+        lr: learning rate of this step.
+        step: its number, for the error.
+
+    Returns:
+        norm of the gradient before clipping.
+
+    Raises:
+        UserError: the gradient is not finite; weights and optimiser are as they were. All ranks
+            stop.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        # DeepSpeed takes no step with a gradient whose norm is not finite.
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+    else:
+        # Here it computes no norm.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            engine.step()
+    if not math.isfinite(norm):
+        error = UserError(
+            f"step {step}: the gradient is not finite, though the loss is; the step was not taken",
+            "begin a run with a lower --lr in another --out, or with --overwrite",
+        )
+        raise told_once(error, torch.distributed.get_rank() == 0)
+    return norm
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
+    """Write a checkpoint of all ranks, then drop all but the newest.
+
+    Args:
+        engine: after the step.
+        folder: of the checkpoints.
+        step: how many steps are done.
+        keep: how many checkpoints stay.
+
+    Raises:
+        UserError: there is no room for it; the older ones are as they were.
+    """
+    tag = f"partial-{step}"
+    with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
+        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        # Only a whole checkpoint has its name.
+        (folder / tag).rename(folder / f"step-{step}")
+        for old in _checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The name of the newest whole checkpoint in a folder, None where there is none."""
+    found = _checkpoints(folder)
+    return found[-1].name if found else None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, the newest last."""
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
+
+
+def load_checkpoint(engine: Any, folder: Path) -> int:
+    """Go back to the newest checkpoint.
+
+    Returns:
+        the number of steps done; 0 when there is no checkpoint.
+
+    Raises:
+        UserError: it cannot be loaded, or would run code; none of it is run.
+    """
+    tag = newest_checkpoint(folder)
+    if tag is None:
+        return 0
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _data_only():
+            path, client_state = engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise FileNotFoundError(folder / tag)
+        return int(client_state[_STEP])
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"the checkpoint {folder / tag} is damaged, or holds code, which is not run",
+            "delete it to go on from an older one, or start anew with --overwrite",
+        ) from error
+    except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
+        if is_of_a_lost_process(error):
+            raise
+        raise UserError(
+            f"the checkpoint {folder / tag} cannot be loaded: {error}",
+            "go on with as many processes as saved it, delete it to go on from an older one, or "
+            "start anew with --overwrite",
+        ) from error
+
+
+@contextlib.contextmanager
+def _data_only() -> Iterator[None]:
+    """torch.load makes tensors, plain values and what DeepSpeed adds to them, and calls nothing.
+
+    DeepSpeed asks it to make anything, so torch is told by its environment, which wins.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:
+    """The network's whole state dict on rank 0, None elsewhere. All ranks must call it."""
+    if engine.zero_optimization_stage() == 3:
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    if torch.distributed.get_rank() != 0:
+        return None
+    return {name.removeprefix("network."): value for name, value in state.items()}

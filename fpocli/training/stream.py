@@ -1,0 +1,266 @@
+"""The store -> packed rows of every step and rank.
+
+The order is a pure function of seed and epoch, and a step is the same B pairs however many rows
+and ranks share them; so the state of the stream is the number of the step. Blocks are read whole
+and a few are held, so memory does not grow with the store.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpocli.features.distance import StoredFeatures
+from fpocli.model.attention import row_multiple
+from fpocli.model.packing import Batch, fill_rows, pack
+from fpocli.store.reader import Store
+from fpocli.store.records import Reference, Tokens
+from fpocli.training.objective import ReferenceRows
+
+# Blocks whose pairs are shuffled together; twice as many are held in memory.
+_WINDOW = 4
+# Held-out pairs depend on the store and the fraction alone, not on the training seed.
+_HELD_OUT_SEED = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank scores at once.
+
+    Args:
+        pairs: int64 [P], their numbers in the store.
+        batch: a row of the P pairs.
+        reference: the store's rows of the same pairs.
+        weights: float32 [P], what each pair counts in the mean of the whole step; 0 for a pair
+            that only keeps a rank without work in step with the others.
+        tokens: float32 [P], tokens of each pair, the prompt once.
+    """
+
+    pairs: np.ndarray
+    batch: Batch
+    reference: ReferenceRows
+    weights: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class Ahead:
+    """Iterates over what a thread makes ready, one item before it is asked for.
+
+    Args:
+        items: made in the thread.
+        waited: seconds that were spent waiting for it.
+    """
+
+    items: Iterable[list[MicroBatch]]
+    waited: float = field(default=0.0, init=False)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        items = iter(self.items)
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(next, items, None)
+            while True:
+                began = time.perf_counter()
+                item = coming.result()
+                self.waited += time.perf_counter() - began
+                if item is None:
+                    return
+                coming = thread.submit(next, items, None)
+                yield item
+
+
+class Stream:
+    """Reads a complete store for one rank.
+
+    Args:
+        store: the store.
+        batch_size: pairs per step over all ranks.
+        tokens_per_row: the most tokens of a packed row.
+        eval_fraction: share of the pairs held out.
+        seed: of the order.
+        rank: of this process.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        batch_size: int,
+        tokens_per_row: int,
+        eval_fraction: float,
+        seed: int,
+        rank: int,
+        world: int,
+    ) -> None:
+        self.store = store
+        self.batch_size, self.tokens_per_row, self.seed = batch_size, tokens_per_row, seed
+        self.rank, self.world = rank, world
+        self._not_finite = np.array(store.not_finite, np.int64)
+        share = round(eval_fraction * store.scored)
+        self.held_out_pairs = max(1, share) if eval_fraction > 0 else 0
+        self.training_pairs = store.scored - self.held_out_pairs
+        self.steps_per_epoch = -(-self.training_pairs // batch_size)
+        self._block = lru_cache(maxsize=2 * _WINDOW)(self._read_block)
+        self._blocks = lru_cache(maxsize=1)(self._block_order)
+        self._window = lru_cache(maxsize=2)(self._shuffled_window)
+
+    def steps(self, start: int, stop: int, device: torch.device) -> Ahead:
+        """This rank's rows of the optimiser steps from `start` on, made ready in a thread.
+
+        Every rank has as many rows in a step.
+        """
+        return Ahead(list(self._share(self.pairs(step), device)) for step in range(start, stop))
+
+    def pairs(self, step: int) -> np.ndarray:
+        """The pairs of an optimiser step, over all ranks."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        _, ends = self._blocks(epoch)
+        start = position * self.batch_size
+        stop = start + self.size(step)
+        parts = []
+        while start < stop:
+            window = int(np.searchsorted(ends, start, side="right"))
+            first = ends[window - 1] if window else 0
+            part = self._window(epoch, window)[start - first : stop - first]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts)
+
+    def size(self, step: int) -> int:
+        """How many pairs a step has; the last one of an epoch may have fewer."""
+        done = step % self.steps_per_epoch * self.batch_size
+        return min(self.batch_size, self.training_pairs - done)
+
+    def evaluation(self, device: torch.device, split: str = "eval") -> Iterator[MicroBatch]:
+        """This rank's rows of the pairs of a split, as many on every rank.
+
+        Args:
+            device: where they go.
+            split: eval, the held-out pairs; train, the others; or all.
+        """
+        for first in range(0, self.store.blocks, _WINDOW):
+            blocks = range(first, min(first + _WINDOW, self.store.blocks))
+            pairs = np.concatenate([self._split(block, split) for block in blocks])
+            if len(pairs):
+                yield from self._share(pairs, device, 1 / self.split_size(split))
+
+    def split_size(self, split: str) -> int:
+        """How many pairs a split has."""
+        sizes = {"eval": self.held_out_pairs, "train": self.training_pairs}
+        return sizes.get(split, self.store.scored)
+
+    def _split(self, block: int, split: str) -> np.ndarray:
+        """The pairs of a block that belong to a split, sorted."""
+        pairs, held_out = self._scored(block), self.held_out(block)
+        return {"eval": held_out, "train": np.setdiff1d(pairs, held_out), "all": pairs}[split]
+
+    def held_out(self, block: int) -> np.ndarray:
+        """The pairs of a block that are not trained on, sorted."""
+        pairs = self._scored(block)
+        order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(len(pairs))
+        return pairs[np.sort(order[: self._held_out_count(block)])]
+
+    def _held_out_count(self, block: int) -> int:
+        first, last = (
+            end * self.held_out_pairs // self.store.scored for end in self._scored_up_to(block)
+        )
+        return last - first
+
+    def _scored(self, block: int) -> np.ndarray:
+        """The pairs of a block that have reference rows, sorted."""
+        rows = self.store.rows(block)
+        return np.setdiff1d(np.arange(rows.start, rows.stop), self._not_finite)
+
+    def _scored_up_to(self, block: int) -> tuple[int, int]:
+        """How many pairs have reference rows before a block, and up to its end."""
+        rows = self.store.rows(block)
+        first, last = (
+            end - int(np.searchsorted(self._not_finite, end)) for end in (rows.start, rows.stop)
+        )
+        return first, last
+
+    def _share(
+        self, pairs: np.ndarray, device: torch.device, weight: float | None = None
+    ) -> Iterator[MicroBatch]:
+        """This rank's part of rows that hold `pairs`; a mean over them unless a weight is given."""
+        places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
+        spans = np.array([self._block(block)[0].spans[row] for block, row in places])
+        lengths = (spans[:, 3] - spans[:, 0]).tolist()
+        for row in fill_rows(lengths, self.tokens_per_row, self.world)[self.rank :: self.world]:
+            if row:
+                chosen, counts = [places[i] for i in row], weight or 1 / len(pairs)
+            else:
+                # Nothing to do, but the other ranks wait in every backward pass.
+                chosen, counts = [places[int(np.argmin(lengths))]], 0.0
+            yield self._load(chosen, counts, device)
+
+    def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The blocks in random order, and the number of training pairs up to the end of each
+        window."""
+        blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
+        counts = [
+            last - first - self._held_out_count(block)
+            for block in blocks.tolist()
+            for first, last in [self._scored_up_to(block)]
+        ]
+        ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
+        return blocks, ends
+
+    def _shuffled_window(self, epoch: int, window: int) -> np.ndarray:
+        """The training pairs of a window of blocks, shuffled."""
+        order, _ = self._blocks(epoch)
+        blocks = order[window * _WINDOW : (window + 1) * _WINDOW].tolist()
+        pairs = np.concatenate([self._split(block, "train") for block in blocks])
+        return np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
+
+    def _read_block(self, block: int) -> tuple[Tokens, Reference]:
+        tokens = self.store.tokens(block)
+        return tokens, self.store.reference(block, tokens)
+
+    def _load(
+        self, places: list[tuple[int, int]], weight: float, device: torch.device
+    ) -> MicroBatch:
+        token_pairs, rows = [], []
+        for block, row in places:
+            tokens, reference = self._block(block)
+            token_pairs.append(tokens.pair(row))
+            rows.append((reference, row))
+        batch = pack(token_pairs, row_multiple(device))
+        lengths = batch.spans[:, 3] - batch.spans[:, 0]
+        return MicroBatch(
+            pairs=np.array([block * self.store.block_size + row for block, row in places]),
+            batch=batch.to(device),
+            reference=_reference_rows(rows, device),
+            weights=torch.full((len(places),), weight, device=device),
+            tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
+        )
+
+
+def _reference_rows(rows: list[tuple[Reference, int]], device: torch.device) -> ReferenceRows:
+    def gather(arrays: list[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.array(arrays, dtype)).to(device)
+
+    sites = rows[0][0].features
+    return ReferenceRows(
+        logp=gather([reference.logp[row] for reference, row in rows], np.float32),
+        margin=gather([reference.margin[row] for reference, row in rows], np.float32),
+        features={
+            site: StoredFeatures(
+                *(
+                    gather([getattr(ref.features[site], name)[row] for ref, row in rows], dtype)
+                    for name, dtype in (
+                        ("index", np.int64),
+                        ("value", np.float32),
+                        ("nonzero", np.int64),
+                    )
+                )
+            )
+            for site in sites
+        },
+    )

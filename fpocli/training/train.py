@@ -1,0 +1,262 @@
+"""The training stage: stream the store, score with the policy, step, log, save."""
+
+import math
+import resource
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpocli.config import TrainConfig
+from fpocli.evaluation.evaluate import held_out_means
+from fpocli.features.weights import load_feature_weights
+from fpocli.model.attention import choose_kernel
+from fpocli.model.language_model import LanguageModel, choose_device, load_model
+from fpocli.model.packing import default_tokens_per_row
+from fpocli.scoring.loading import (
+    check_k,
+    find_reference,
+    load_encoders,
+    load_reference,
+    sites_of,
+    tokenizer_of,
+)
+from fpocli.scoring.score import score
+from fpocli.store.reader import Store
+from fpocli.system.console import console, progress
+from fpocli.system.errors import UserError
+from fpocli.system.files import as_typed
+from fpocli.system.model_folder import find_model
+from fpocli.training.engine import (
+    backward,
+    deepspeed_config,
+    gather_weights,
+    load_checkpoint,
+    make_engine,
+    save_checkpoint,
+    shard,
+    start_processes,
+    take_step,
+)
+from fpocli.training.first_step import check_arithmetic, check_start
+from fpocli.training.heartbeat import heartbeat
+from fpocli.training.losses import METHODS
+from fpocli.training.objective import Means, objective
+from fpocli.training.run_folder import RunFolder, held_run
+from fpocli.training.stream import Stream
+
+
+def train(settings: TrainConfig) -> Path:
+    """Train a policy against a store, or go on with a run that was stopped.
+
+    Args:
+        settings: of the run.
+
+    Returns:
+        The folder of the trained model, in transformers' format.
+
+    Raises:
+        UserError: the store, model, SAE or run folder cannot be used; see its hint.
+    """
+    settings = replace(settings, out=str(as_typed(settings.out)))
+    store = Store.open(settings.cache)
+    check_served(store, settings)
+    device = choose_device(settings.device)
+    rank, world = start_processes(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    with heartbeat(rank, world), held_run(Path(settings.out), first=rank == 0):
+        return _train(settings, store, device, rank, world)
+
+
+def _train(
+    settings: TrainConfig, store: Store, device: torch.device, rank: int, world: int
+) -> Path:
+    """The command itself, once the run's folder is ours to write."""
+    # -- what is to be done, checked before any model is loaded --------------------------------
+    stream = Stream(
+        store,
+        batch_size=settings.batch_size,
+        tokens_per_row=settings.tokens_per_row or default_tokens_per_row(device),
+        eval_fraction=settings.eval_fraction,
+        seed=settings.seed,
+        rank=rank,
+        world=world,
+    )
+    steps = settings.epochs * stream.steps_per_epoch
+    if not steps:
+        raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
+    dtype = "bfloat16" if settings.bf16 else "float32"
+    check_arithmetic(store, dtype, choose_kernel(device), settings.allow)
+    deepspeed = deepspeed_config(settings)
+    omegas = (
+        load_feature_weights(settings.feature_weights, store.sites)
+        if settings.feature_weights
+        else {}
+    )
+    run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
+    if run.finished:
+        console.print(f"{run.final} is there already; --overwrite trains anew")
+        return run.final
+
+    # -- the policy, its SAEs and the engine -----------------------------------------------------
+    needs = METHODS[settings.method].needs
+    # The store serves all methods but those that compare whole distributions.
+    beside = "distribution" in needs
+    model, tokenizer, reference = _load_models(
+        store, settings, deepspeed, device, beside=beside or settings.measure_kl
+    )
+    encoders, weights = {}, {}
+    if "features" in needs:
+        encoders = load_encoders(store, settings.sae, model.config.hidden_size, device)
+        weights = {site: omega.to(device) for site, omega in omegas.items()}
+    engine = make_engine(model, settings, deepspeed)
+    done = load_checkpoint(engine, run.checkpoints)
+    run.resume_at(done)
+    if rank == 0:
+        console.print(
+            f"{settings.method} on {stream.training_pairs:,} pairs, "
+            f"{stream.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} "
+            f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
+            f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
+        )
+        if warmup_steps(steps, settings) > steps:
+            console.print(
+                f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
+                f"run, so the learning rate never reaches {settings.lr}"
+            )
+
+    def measure(step: int) -> None:
+        if stream.held_out_pairs:
+            pairs = stream.evaluation(device)
+            where = f"step {step}, held-out pairs"
+            means = held_out_means(engine, encoders, pairs, settings, weights, reference, where)
+            run.log({"step": step, "split": "eval"} | means)
+
+    # -- the loop ----------------------------------------------------------------------------------
+    if done == 0:
+        sample = next(iter(stream.steps(0, 1, device)))[0]
+        check_start(engine, encoders, store, sample, settings)
+        measure(0)
+    with progress("Training", steps) as bar:
+        bar.advance(done)
+        began, waited = time.perf_counter(), 0.0
+        ahead = stream.steps(done, steps, device)
+        for step, micro_batches in enumerate(ahead, done):
+            lr = learning_rate(step, steps, settings)
+            means = Means()
+            engine.train()
+            for number, micro in enumerate(micro_batches, 1):
+                expected = reference(micro.batch) if beside else None
+                scores = score(engine, encoders, micro.batch, expected)
+                loss, metrics = objective(scores, micro.reference, encoders, settings, weights)
+                # DeepSpeed averages over ranks; the weights already make this the mean over the
+                # step's pairs.
+                backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
+                means.add(metrics | {"tokens": micro.tokens}, micro.weights, micro.pairs)
+                bar.advance(1 / len(micro_batches))
+            # Before the step, which must not be taken with numbers that are none.
+            line = means.result(f"step {step + 1}")
+            norm = take_step(engine, lr, step + 1)
+            now = time.perf_counter()
+            tokens = line["tokens"] * stream.size(step)
+            line |= {
+                "gradient_norm": norm,
+                "lr": lr,
+                "seconds": now - began,
+                "tokens_per_second": tokens / (now - began),
+                "data_wait": (ahead.waited - waited) / (now - began),
+                "peak_memory_gb": peak_memory(device) / 1e9,
+            }
+            run.log({"step": step + 1, "split": "train"} | line)
+            bar.advance(0, f"loss {line['loss']:.4f}")
+            if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
+                measure(step + 1)
+            if (step + 1) % settings.save_every == 0 and step + 1 < steps:
+                save_checkpoint(engine, run.checkpoints, step + 1, settings.keep_checkpoints)
+            began, waited = time.perf_counter(), ahead.waited
+    measure(steps)
+
+    # -- the result -----------------------------------------------------------------------------
+    state = gather_weights(engine)
+    if state is not None:
+        run.save_model(model.network, state, tokenizer, store)
+        console.print(f"The trained model is in {run.final}")
+    torch.distributed.barrier()
+    return run.final
+
+
+def check_served(store: Store, settings: TrainConfig) -> None:
+    """Refuse a method that the store cannot serve.
+
+    Raises:
+        UserError: the store is not complete, or lacks what the method reads.
+    """
+    store.require_complete()
+    if "features" not in METHODS[settings.method].needs:
+        return
+    if not store.sites:
+        raise UserError(
+            f"{settings.method} needs features and {store.path} holds none",
+            "write the store again with --layer, or train with --method dpo_norm",
+        )
+    check_k(store, settings.k)
+
+
+def _load_models(
+    store: Store,
+    settings: TrainConfig,
+    deepspeed: dict[str, Any],
+    device: torch.device,
+    *,
+    beside: bool,
+) -> tuple[LanguageModel, Any, Any]:
+    """The policy with its starting weights, its tokeniser, and the frozen reference where it is
+    needed `beside`: whole on each rank, or sharded under ZeRO-3 as the policy is."""
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    trust = settings.trust_remote_code
+    if settings.model:
+        folder = find_model(settings.model, trust_remote_code=trust)
+    else:
+        folder = find_reference(store, settings.reference, trust_remote_code=trust)
+    tokenizer = tokenizer_of(store, folder)
+    model = load_model(folder, sites_of(store), dtype, device)
+    if settings.activation_checkpointing:
+        model.network.activation_checkpointing_enable()
+    if not beside:
+        return model, tokenizer, None
+    original = (
+        find_reference(store, settings.reference, trust_remote_code=trust)
+        if settings.model
+        else folder
+    )
+    reference = load_reference(original, [], dtype, device)
+    return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
+
+
+def warmup_steps(steps: int, settings: TrainConfig) -> int:
+    """Steps of the warm-up, which is given as a number of steps or, below 1, as a share."""
+    return round(settings.warmup * (steps if settings.warmup < 1 else 1))
+
+
+def learning_rate(step: int, steps: int, settings: TrainConfig) -> float:
+    """The rate of a step counted from 0: linear warm-up, then constant, cosine or linear to 0."""
+    warmup = warmup_steps(steps, settings)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    rest = (step - warmup) / max(1, steps - warmup)
+    factor = {
+        "constant": 1.0,
+        "cosine": 0.5 * (1 + math.cos(math.pi * rest)),
+        "linear": 1 - rest,
+    }[settings.schedule]
+    return settings.lr * factor
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process held on the GPU, or in memory without one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
