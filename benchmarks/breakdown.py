@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fpocli.model.attention import BY_SEQUENCE, attend_by_sequence, mask
 from fpocli.model.language_model import load_model
-from fpocli.model.packing import default_tokens_per_row
+from fpocli.model.packing import default_packed_length
 from fpocli.system.model_folder import find_model
 
 KINDS = {
@@ -138,7 +138,7 @@ def report(
         f"""# Where the time goes, {datetime.now(UTC):%Y-%m-%d}
 
 {arguments.pairs} real pairs of at most {arguments.max_length} tokens a sequence, {tokens:,} tokens,
-bfloat16, rows of {default_tokens_per_row(torch.device("cpu")):,}; activation checkpointing on in
+bfloat16, rows of {default_packed_length(torch.device("cpu")):,}; activation checkpointing on in
 training. Shares of the processor's time, without the optimiser.
 
 {machine()}

@@ -59,20 +59,22 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     import torch
 
     from fpocli.caching.blocks import score_block
-    from fpocli.model.language_model import Site, choose_device, load_model
-    from fpocli.model.packing import default_tokens_per_row
+    from fpocli.features.site import Site
+    from fpocli.model.language_model import load_model
+    from fpocli.model.network import choose_device
+    from fpocli.model.packing import default_packed_length
     from fpocli.store.reader import Store
-    from fpocli.store.records import Tokens
-    from fpocli.store.writer import Draft
+    from fpocli.store.records import TokenPairs
+    from fpocli.store.writer import StoreWriter
     from fpocli.system.console import progress
     from fpocli.system.model_folder import find_model
     from fpocli.training.train import peak_memory
 
     device = choose_device(None)
     store = Store.open(arguments.store)
-    tokens = Tokens(*(store.whole(name) for name in ("tokens", "spans", "source_row")))
+    tokens = TokenPairs(*(store.read_array(name) for name in ("tokens", "spans", "source_row")))
     with tempfile.TemporaryDirectory() as folder:
-        out = Draft.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
+        out = StoreWriter.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
         sites = [Site.parse(name) for name in store.sites]
         model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
         encoders = load_encoders(store, device)
@@ -80,7 +82,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
         def block(number: int) -> dict[str, Any]:
             began = time.perf_counter()
             with progress("", 1) as bar:
-                budget = default_tokens_per_row(device)
+                budget = default_packed_length(device)
                 rows = score_block(model, encoders, out, out.tokens(number), budget, bar)
                 scored = time.perf_counter()
                 out.write_block(number, *rows)
@@ -94,9 +96,10 @@ def bare(arguments: argparse.Namespace, line: Any) -> None:
     """The same rows through the model, and nothing else."""
     import torch
 
-    from fpocli.model.attention import row_multiple
-    from fpocli.model.language_model import choose_device, load_model
-    from fpocli.model.packing import default_tokens_per_row, fill_rows, pack
+    from fpocli.model.attention import length_multiple
+    from fpocli.model.language_model import load_model
+    from fpocli.model.network import choose_device
+    from fpocli.model.packing import default_packed_length, pack, plan_packing
     from fpocli.store.reader import Store
     from fpocli.system.model_folder import find_model
     from fpocli.training.train import peak_memory
@@ -108,8 +111,10 @@ def bare(arguments: argparse.Namespace, line: Any) -> None:
     def block(number: int) -> dict[str, Any]:
         tokens = store.tokens(number)
         pairs = [tokens.pair(row) for row in range(len(tokens))]
-        rows = fill_rows([len(pair) for pair in pairs], default_tokens_per_row(device))
-        batches = [pack([pairs[i] for i in row], row_multiple(device)).to(device) for row in rows]
+        rows = plan_packing([len(pair) for pair in pairs], default_packed_length(device))
+        batches = [
+            pack([pairs[i] for i in row], length_multiple(device)).to(device) for row in rows
+        ]
         began = time.perf_counter()
         with torch.inference_mode():
             for batch in batches:
@@ -124,7 +129,7 @@ def trl(arguments: argparse.Namespace, line: Any) -> None:
     import peers
     import torch
 
-    from fpocli.model.language_model import choose_device
+    from fpocli.model.network import choose_device
     from fpocli.store.reader import Store
     from fpocli.training.train import peak_memory
 
@@ -166,7 +171,7 @@ def report(
         if name in figures
     )
     written = [f["write"] / f["seconds"] for f in figures["fpo"][1:]]
-    spans, features = store.whole("spans"), next(iter(store.sites.values()))
+    spans, features = store.read_array("spans"), next(iter(store.sites.values()))
     lengths = spans[:, 3] - spans[:, 0]
     write_page(
         arguments.page,

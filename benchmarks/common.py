@@ -233,24 +233,25 @@ def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
     """Packed rows of the first pairs, for a CPU: how many tokens they have, and the batches."""
     import torch
 
-    from fpocli.data.dropped import Drops
-    from fpocli.data.layouts import open_source, read_pairs
+    from fpocli.data.dropped import DroppedRows
+    from fpocli.data.layouts import read_pairs
     from fpocli.data.pair_tokenizer import PairTokenizer
-    from fpocli.model.packing import default_tokens_per_row, fill_rows, pack
+    from fpocli.data.sources import open_source
+    from fpocli.model.packing import default_packed_length, pack, plan_packing
     from fpocli.system.model_folder import find_model
 
     folder, most = find_model(arguments.model), arguments.max_length
     source = open_source(arguments.data, None, arguments.pairs)
-    tokenize = PairTokenizer(folder, None, most, most - 1, Drops())
+    tokenize = PairTokenizer(folder, None, most, most - 1, DroppedRows())
     pairs = list(tokenize(read_pairs(source, tokenize.drops)))
     lengths = [len(pair) for pair in pairs]
-    rows = fill_rows(lengths, default_tokens_per_row(torch.device("cpu")))
+    rows = plan_packing(lengths, default_packed_length(torch.device("cpu")))
     return sum(lengths), [pack([pairs[i] for i in row]) for row in rows]
 
 
 def load_encoders(store: Any, device: Any) -> dict[str, Any]:
     """The SAE of each site of a store."""
-    from fpocli.features.encoder import load_encoder
+    from fpocli.features.pretrained import load_encoder
 
     return {
         name: load_encoder(about["sae"]["source"], device) for name, about in store.sites.items()

@@ -26,8 +26,9 @@ from common import (
 )
 
 from fpocli.config import TrainConfig
-from fpocli.model.language_model import Site, load_model
-from fpocli.model.packing import default_tokens_per_row
+from fpocli.features.site import Site
+from fpocli.model.language_model import load_model
+from fpocli.model.packing import default_packed_length
 from fpocli.scoring.score import score
 from fpocli.system.model_folder import find_model
 from fpocli.training.objective import objective
@@ -46,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(arguments, folder, PAIRS)
         stream = Stream(
-            store, batch_size=PAIRS, tokens_per_row=default_tokens_per_row(device),
+            store, batch_size=PAIRS, packed_length=default_packed_length(device),
             eval_fraction=0, seed=0, rank=0, world=1,
         )  # fmt: skip
         rows = next(iter(stream.steps(0, 1, device)))

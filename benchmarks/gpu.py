@@ -20,14 +20,16 @@ import torch
 from common import machine, write_page
 
 from fpocli.config import TrainConfig
-from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.data.pairs import TokenPair
 from fpocli.model import head
 from fpocli.model import language_model as model
-from fpocli.model.attention import BY_SEQUENCE, row_multiple
-from fpocli.model.language_model import LanguageModel, choose_device
-from fpocli.model.packing import fill_rows, pack
+from fpocli.model.attention import BY_SEQUENCE, length_multiple
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.network import choose_device
+from fpocli.model.packing import pack, plan_packing
 from fpocli.scoring.score import score
-from fpocli.training.objective import ReferenceRows, objective
+from fpocli.store.records import ReferenceValues
+from fpocli.training.objective import objective
 
 SMALL = {
     "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
@@ -40,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--tokens-per-row", type=int, default=8192)
+    parser.add_argument("--packed-length", type=int, default=8192)
     parser.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of an H100 in bfloat16")
     arguments = parser.parse_args()
     device = choose_device(None)
@@ -80,7 +82,7 @@ def check(device: torch.device) -> dict[str, float]:
         (gradient,) = torch.autograd.grad((scores[:, 0] - scores[:, 1]).sum(), weight)
         return scores.detach(), gradient
 
-    scores, gradient = run(row_multiple(device))
+    scores, gradient = run(length_multiple(device))
     with (
         patch.object(model, "choose_kernel", lambda _: BY_SEQUENCE),
         patch.object(head, "choose_head", lambda _: head.CHUNKED),
@@ -98,8 +100,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, fl
     network.activation_checkpointing_enable()
     policy = LanguageModel(network, [])
     pairs = make_pairs(arguments.pairs, policy.config.vocab_size, 2048)
-    rows = fill_rows([len(pair) for pair in pairs], arguments.tokens_per_row)
-    multiple = row_multiple(device)
+    rows = plan_packing([len(pair) for pair in pairs], arguments.packed_length)
+    multiple = length_multiple(device)
     batches = [pack([pairs[i] for i in row], multiple).to(device) for row in rows]
     tokens = sum(len(pair) for pair in pairs)
     weights = sum(p.numel() for p in network.parameters())
@@ -114,7 +116,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, fl
         for batch in batches:
             scores = score(policy.train(), {}, batch)
             nothing = torch.zeros_like(scores.logp)
-            reference = ReferenceRows(nothing, nothing[:, 0], {})
+            reference = ReferenceValues(nothing, nothing[:, 0], {})
             objective(scores, reference, {}, config)[0].mean().backward()
         network.zero_grad()
 
@@ -144,7 +146,7 @@ def report(
     text = f"""# On a GPU, {datetime.now(UTC):%Y-%m-%d}
 
 {shape}, random weights, {arguments.pairs} pairs, {speeds["tokens"]:,.0f} tokens in
-{speeds["rows"]:.0f} rows of {arguments.tokens_per_row:,}.
+{speeds["rows"]:.0f} rows of {arguments.packed_length:,}.
 
 {machine()}
 Command: `python benchmarks/gpu.py --peak {arguments.peak:g}`.

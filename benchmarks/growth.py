@@ -54,14 +54,18 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from fpocli.config import TrainConfig
-    from fpocli.data.pair_tokenizer import TokenPair
-    from fpocli.features.distance import StoredFeatures
-    from fpocli.features.encoder import load_encoder, top_k
-    from fpocli.model.attention import row_multiple
-    from fpocli.model.language_model import LanguageModel, Site, choose_device
+    from fpocli.data.pairs import TokenPair
+    from fpocli.features.encoder import top_k
+    from fpocli.features.pretrained import load_encoder
+    from fpocli.features.site import Site
+    from fpocli.features.top_features import TopFeatures
+    from fpocli.model.attention import length_multiple
+    from fpocli.model.language_model import LanguageModel
+    from fpocli.model.network import choose_device
     from fpocli.model.packing import pack
     from fpocli.scoring.score import score
-    from fpocli.training.objective import ReferenceRows, objective
+    from fpocli.store.records import ReferenceValues
+    from fpocli.training.objective import objective
 
     device = choose_device(None)
     torch.manual_seed(0)
@@ -78,15 +82,15 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
         TokenPair(*(rng.integers(0, vocabulary, n) for n in (length // 4, length, length)))
         for _ in range(pairs)
     ]
-    batch = pack(made, row_multiple(device)).to(device)
+    batch = pack(made, length_multiple(device)).to(device)
     with tempfile.TemporaryDirectory() as folder:
         encoder = load_encoder(random_sae(folder, WIDTH, m), device)
     index, value = top_k(torch.rand(pairs, 2, m, device=device), K)
     nonzero = torch.full((pairs, 2), m, device=device)
-    reference = ReferenceRows(
+    reference = ReferenceValues(
         logp=torch.zeros(pairs, 2, device=device),
         margin=torch.zeros(pairs, device=device),
-        features={str(site): StoredFeatures(index, value, nonzero)},
+        features={str(site): TopFeatures(index, value, nonzero)},
     )
     ways = {"simpo": {}, "fpo": {str(site): encoder}}
 

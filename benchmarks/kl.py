@@ -19,7 +19,7 @@ from torch import Tensor
 from fpocli.model import head
 from fpocli.model import language_model as model
 from fpocli.model.language_model import FrozenReference, load_model
-from fpocli.model.packing import Batch
+from fpocli.model.packing import PackedSequence
 from fpocli.scoring.score import score
 from fpocli.system.model_folder import find_model
 
@@ -41,7 +41,7 @@ def main() -> None:
     ways = {"chunk by chunk": head.logprobs_and_kl, "whole logits": whole_logits}
     values: dict[str, list[Tensor]] = {name: [] for name in ways}
 
-    def work(name: str, batch: Batch) -> None:
+    def work(name: str, batch: PackedSequence) -> None:
         with patch.object(model, "logprobs_and_kl", ways[name]):
             scores = score(policy, {}, batch, reference(batch))
         (scores.logp.sum() + scores.kl.sum()).backward()
@@ -65,7 +65,7 @@ def whole_logits(
 
 def report(
     arguments: argparse.Namespace,
-    batches: list[Batch],
+    batches: list[PackedSequence],
     seconds: dict[str, list[float]],
     peaks: dict[str, list[float]],
     values: dict[str, list[Tensor]],

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from common import BATCH, load_encoders, machine, make_store, measure_parser, write_page
 
-from fpocli.model.language_model import choose_device
-from fpocli.model.packing import default_tokens_per_row
+from fpocli.model.network import choose_device
+from fpocli.model.packing import default_packed_length
 
 SEEDS = 2
 
@@ -32,17 +32,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(arguments, folder, arguments.pairs)
-        budget = default_tokens_per_row(choose_device(None))
+        budget = default_packed_length(choose_device(None))
         own = [ours(arguments, store, tokens) for tokens in (budget, 512)]
         other = theirs(arguments, store, folder)
     report(arguments, store, own, other)
 
 
 @torch.inference_mode()
-def ours(arguments: argparse.Namespace, store: Any, tokens_per_row: int) -> dict[str, np.ndarray]:
+def ours(arguments: argparse.Namespace, store: Any, packed_length: int) -> dict[str, np.ndarray]:
     """Per pair and seed: the normalised margin's error in nats per token, and D of both."""
     from fpocli.config import TrainConfig
-    from fpocli.model.language_model import Site, load_model
+    from fpocli.features.site import Site
+    from fpocli.model.language_model import load_model
     from fpocli.scoring.score import score
     from fpocli.system.model_folder import find_model
     from fpocli.training.objective import objective
@@ -56,7 +57,7 @@ def ours(arguments: argparse.Namespace, store: Any, tokens_per_row: int) -> dict
     margins, distances = [], []
     for seed in range(SEEDS):
         stream = Stream(
-            store, batch_size=store.pairs, tokens_per_row=tokens_per_row, eval_fraction=0,
+            store, batch_size=store.pairs, packed_length=packed_length, eval_fraction=0,
             seed=seed, rank=0, world=1,
         )  # fmt: skip
         for row in next(iter(stream.steps(0, 1, device))):

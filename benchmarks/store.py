@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from common import forget_peak, machine, memory, write_page
 
+from fpocli.features.top_features import TopFeatures
 from fpocli.store.reader import Store
-from fpocli.store.records import Features, Reference, Tokens, Totals
-from fpocli.store.writer import Draft
+from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress
 from fpocli.training.stream import Stream
 
@@ -62,10 +63,10 @@ def make(path: Path, pairs: int) -> float:
     tokens = make_tokens(rng, pairs)
     pool = [make_block(rng) for _ in range(POOL)]
     began = time.perf_counter()
-    store = Draft.create(path, attributes(pairs), tokens)
+    store = StoreWriter.create(path, attributes(pairs), tokens)
     for block in range(store.blocks):
         reference, totals = pool[block % POOL]
-        store.write_block(block, first(reference, store.length(block)), {SITE: totals})
+        store.write_block(block, first(reference, store.block_length(block)), {SITE: totals})
     store.finish()
     return time.perf_counter() - began
 
@@ -89,37 +90,37 @@ def attributes(pairs: int) -> dict[str, Any]:
     }
 
 
-def make_tokens(rng: np.random.Generator, pairs: int) -> Tokens:
+def make_tokens(rng: np.random.Generator, pairs: int) -> TokenPairs:
     """Runs with lengths like UltraFeedback's; ids are as frequent as words are."""
     lengths = np.exp(rng.normal(np.log([110, 240, 240]), [0.8, 0.6, 0.6], (pairs, 3)))
     ends = lengths.clip(4, [1024, 2048, 2048]).astype(np.int64).cumsum().reshape(-1, 3)
     # Longer than a chunk, so that none repeats itself.
     ids = (VOCABULARY ** rng.random(2**22)).astype(np.uint32)
-    return Tokens(
+    return TokenPairs(
         ids=np.resize(ids, ends[-1, -1]),
         spans=np.column_stack([np.concatenate([[0], ends[:-1, -1]]), ends]),
         source_row=np.arange(pairs),
     )
 
 
-def make_block(rng: np.random.Generator) -> tuple[Reference, Totals]:
-    """Reference rows of a whole block, and its totals."""
-    features = Features(
+def make_block(rng: np.random.Generator) -> tuple[ReferenceValues, FeatureTotals]:
+    """Reference values of a whole block, and its totals."""
+    features = TopFeatures(
         index=rng.random((BLOCK, 2, D_SAE), np.float32).argpartition(K)[..., :K].astype(np.uint16),
         value=-np.sort(-rng.exponential(size=(BLOCK, 2, K)).astype(np.float32)),
         nonzero=rng.integers(K, 8 * K, (BLOCK, 2), np.int32),
     )
     logp = rng.normal(-300, 100, (BLOCK, 2)).astype(np.float32)
     margin = rng.normal(0, 0.3, BLOCK).astype(np.float32)
-    totals = Totals(rng.exponential(size=D_SAE), rng.integers(0, BLOCK, (2, D_SAE)))
-    return Reference(logp, margin, {SITE: features}), totals
+    totals = FeatureTotals(rng.exponential(size=D_SAE), rng.integers(0, BLOCK, (2, D_SAE)))
+    return ReferenceValues(logp, margin, {SITE: features}), totals
 
 
-def first(reference: Reference, rows: int) -> Reference:
+def first(reference: ReferenceValues, rows: int) -> ReferenceValues:
     """The first rows of a block, for the last one of a store."""
     all_rows = reference.features[SITE]
-    features = Features(all_rows.index[:rows], all_rows.value[:rows], all_rows.nonzero[:rows])
-    return Reference(reference.logp[:rows], reference.margin[:rows], {SITE: features})
+    features = TopFeatures(all_rows.index[:rows], all_rows.value[:rows], all_rows.nonzero[:rows])
+    return ReferenceValues(reference.logp[:rows], reference.margin[:rows], {SITE: features})
 
 
 def read(path: Path) -> tuple[float, ...]:
@@ -138,7 +139,7 @@ def read(path: Path) -> tuple[float, ...]:
     stream = Stream(
         store,
         batch_size=BATCH_SIZE,
-        tokens_per_row=TOKENS_PER_ROW,
+        packed_length=TOKENS_PER_ROW,
         eval_fraction=0.0,
         seed=0,
         rank=0,

@@ -70,8 +70,10 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     import torch
 
     from fpocli.config import TrainConfig
-    from fpocli.model.language_model import Site, choose_device, load_model
-    from fpocli.model.packing import default_tokens_per_row
+    from fpocli.features.site import Site
+    from fpocli.model.language_model import load_model
+    from fpocli.model.network import choose_device
+    from fpocli.model.packing import default_packed_length
     from fpocli.scoring.score import score
     from fpocli.store.reader import Store
     from fpocli.system.model_folder import find_model
@@ -98,7 +100,7 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     encoders = load_encoders(store, device) if constrained else {}
     engine = make_engine(model, config, deepspeed_config(config))
     stream = Stream(
-        store, batch_size=BATCH, tokens_per_row=default_tokens_per_row(device), eval_fraction=0,
+        store, batch_size=BATCH, packed_length=default_packed_length(device), eval_fraction=0,
         seed=0, rank=0, world=1,
     )  # fmt: skip
     steps = iter(stream.steps(0, stream.steps_per_epoch, device))
@@ -124,7 +126,7 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
     import torch
     from transformers import TrainerCallback
 
-    from fpocli.model.language_model import choose_device
+    from fpocli.model.network import choose_device
     from fpocli.store.reader import Store
     from fpocli.training.stream import Stream
     from fpocli.training.train import peak_memory
@@ -145,7 +147,7 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
 
     store = Store.open(arguments.store)
     stream = Stream(
-        store, batch_size=BATCH, tokens_per_row=1, eval_fraction=0, seed=0, rank=0, world=1
+        store, batch_size=BATCH, packed_length=1, eval_fraction=0, seed=0, rank=0, world=1
     )
     order = np.concatenate([stream.pairs(step) for step in range(stream.steps_per_epoch)])
     rows = peers.rows_of(store, order.tolist())
@@ -180,7 +182,7 @@ def report(
         for name in figures
     )
     constraint = [fpo / simpo for fpo, simpo in zip(seconds["fpo"], seconds["simpo"], strict=True)]
-    spans, features = store.whole("spans"), next(iter(store.sites.values()))
+    spans, features = store.read_array("spans"), next(iter(store.sites.values()))
     lengths = spans[:, 3] - spans[:, 0]
     chart = draw(arguments.page, memory)
     write_page(

@@ -1,12 +1,12 @@
 """The program: `fpo`, or python -m fpocli, which torchrun can launch."""
 
-from fpocli.system.signals import stop_on_signals
+from fpocli.system.signals import end_on_signals
 
 
 def main() -> None:
     """The program `fpo`."""
     # Before anything slow is imported.
-    stop_on_signals()
+    end_on_signals()
     from fpocli import cli
 
     cli.main()

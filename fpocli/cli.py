@@ -24,7 +24,7 @@ from fpocli.config import (
 from fpocli.system.console import console
 from fpocli.system.errors import FULL, UserError
 from fpocli.system.json_yaml import read_yaml
-from fpocli.system.signals import note_for_resuming, say_no_more
+from fpocli.system.signals import add_resume_note, mute
 
 app = typer.Typer(
     name="fpo",
@@ -111,7 +111,7 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
     def run(context: typer.Context, **flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
         if (context.default_map or {}).get("overwrite"):
-            note_for_resuming(
+            add_resume_note(
                 f"after taking overwrite out of {flags['config']}, which would start anew"
             )
         try:
@@ -158,7 +158,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _fail(message: str, hint: str) -> None:
-    say_no_more()
+    mute()
     console.print(Text.assemble(("error: ", "bold red"), message))
     if hint:
         console.print(Text.assemble(("hint: ", "bold"), hint))

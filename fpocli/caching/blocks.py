@@ -3,43 +3,39 @@
 Shapes: b pairs of the block, P pairs of a row, K kept features, m features.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
 from fpocli.features.encoder import SparseEncoder, top_k
-from fpocli.model.attention import row_multiple
+from fpocli.features.top_features import TopFeatures
+from fpocli.model.attention import length_multiple
 from fpocli.model.language_model import LanguageModel
-from fpocli.model.packing import fill_rows, pack
+from fpocli.model.packing import pack, plan_packing
 from fpocli.scoring.score import PairScores, score
-from fpocli.store.records import Features, Reference, Tokens, Totals
-from fpocli.store.writer import Draft
+from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+from fpocli.store.writer import StoreWriter
 from fpocli.system.console import Bar, console
 from fpocli.system.errors import UserError
-
-# Tokens of a pair whose log-probabilities are held against the model's own forward pass.
-_CHECKED = 32
 
 
 def score_block(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
-    store: Draft,
-    tokens: Tokens,
-    tokens_per_row: int,
+    store: StoreWriter,
+    tokens: TokenPairs,
+    packed_length: int,
     bar: Bar,
     *,
     drop_non_finite: bool = False,
-) -> tuple[Reference, dict[str, Totals]]:
-    """Reference rows of a block's pairs. They depend on nothing outside the block.
+) -> tuple[ReferenceValues, dict[str, FeatureTotals]]:
+    """Reference values of a block's pairs. They depend on nothing outside the block.
 
     Args:
         model: the reference.
         encoders: the SAE of each site.
         store: says what is kept of the features.
         tokens: of the b pairs.
-        tokens_per_row: the most tokens of a packed row.
+        packed_length: the most tokens of a packed row.
         bar: advanced by the pairs that are done.
         drop_non_finite: leave the rows of a pair whose numbers are not finite as gaps.
 
@@ -49,16 +45,16 @@ def score_block(
     Raises:
         UserError: a number is not finite, or does not fit into float16.
     """
-    rows = store.gaps(len(tokens))
+    rows = store.missing_values(len(tokens))
     totals = {
-        site: Totals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
+        site: FeatureTotals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
     }
     device = model.network.device
     lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
-    packed = fill_rows(lengths, tokens_per_row)
+    packed = plan_packing(lengths, packed_length)
     for pairs in packed:
-        batch = pack([tokens.pair(pair) for pair in pairs], row_multiple(device)).to(device)
+        batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
             scores = score(model, encoders, batch)
         finite = _finite(scores)
@@ -85,7 +81,7 @@ def score_block(
 
 
 def _keep_largest(
-    pooled: torch.Tensor, into: Features, pairs: list[int], source_row: np.ndarray
+    pooled: torch.Tensor, into: TopFeatures, pairs: list[int], source_row: np.ndarray
 ) -> None:
     k = into.index.shape[-1]
     index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
@@ -115,54 +111,3 @@ def _leave_out(row: int, allowed: bool) -> None:
     if not allowed:
         raise UserError(told, "try --dtype float32, or leave the pair out with --drop-non-finite")
     console.print(f"{told}; it is left out")
-
-
-def check_model(model: LanguageModel, tokens: Tokens, device: torch.device) -> None:
-    """Refuse a model whose head does more than a product and a soft-cap, or that does not follow
-    the attention rule of packed rows.
-
-    Model families are many, and one that ignores a mask or the positions makes every number
-    wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
-    of the row, which must not change the rest at all; and with its responses in each other's
-    place, which may change them by rounding only.
-    """
-    pair = tokens.pair(0)
-    batch = pack([pair], row_multiple(device)).to(device)
-    with torch.inference_mode():
-        own = model.own_logprobs(batch, _CHECKED)
-        difference = (model(batch)[0][:_CHECKED] - own).abs().max().item()
-    if difference > (1e-3 if model.network.dtype == torch.float32 else 0.5):
-        raise UserError(
-            f"{type(model.network).__name__} makes its logits in a way of its own: "
-            f"log-probabilities differ by {difference:.3g} nats",
-            "Gemma-2, Gemma-3 and Llama models are supported",
-        )
-    chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
-    foreign = pair.prompt[-1]
-    other = replace(pair, rejected=np.full_like(rejected, foreign))
-    trials = [
-        [pair, pair],
-        [other, pair],
-        [pair, replace(pair, chosen=np.full_like(chosen, foreign))],
-        [replace(pair, chosen=rejected, rejected=chosen)],
-    ]
-    with torch.inference_mode():
-        plain, first, last, (swapped,) = (
-            score(model, {}, pack(row, row_multiple(device)).to(device)).average.cpu()
-            for row in trials
-        )
-    changes = [
-        (plain[0] - first[0])[0],
-        (plain[1] - first[1]),
-        (plain[0] - last[0]),
-        (plain[1] - last[1])[1],
-    ]
-    neighbour = max(change.abs().max().item() for change in changes)
-    place = (plain[0] - swapped.flip(0)).abs().max().item()
-    if neighbour > 1e-4 or place > (0.01 if model.network.dtype == torch.float32 else 0.5):
-        raise UserError(
-            f"{type(model.network).__name__} does not follow the attention rule of packed rows: "
-            f"the score of a response changes by {max(neighbour, place):.3g} nats per token with "
-            "what stands beside it",
-            "Gemma-2, Gemma-3 and Llama models are supported",
-        )

@@ -12,7 +12,7 @@ _LISTED = 1000
 _NOT_FINITE = "not finite"
 
 
-class Drops:
+class DroppedRows:
     """Counts the rows of a source and what was dropped of them.
 
     Args:
@@ -58,11 +58,11 @@ class Drops:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
 
 
-def list_not_finite(file: Path, rows: list[int]) -> None:
+def list_non_finite(file: Path, rows: list[int]) -> None:
     """Add to the list the rows whose numbers were not finite.
 
     Args:
-        file: as `Drops.write` wrote it, or none.
+        file: as `DroppedRows.write` wrote it, or none.
         rows: their numbers in the source.
     """
     before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

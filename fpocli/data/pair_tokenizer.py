@@ -6,64 +6,26 @@ token, unless they were cut. Text of the data never becomes a special token.
 """
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from fpocli.data.dropped import Drops
-from fpocli.data.layouts import Message, Pair
+from fpocli.data.chat_templates import CHAT_TEMPLATES, DEFAULT_TEMPLATE
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.pairs import Pair, TokenPair
+from fpocli.data.tokenizer import (
+    encode,
+    encode_rendered,
+    encode_text,
+    load_tokenizer,
+    render_prompt,
+    vocabulary_hash,
+)
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
-from fpocli.system.model_folder import ModelFolder, refuse_code
+from fpocli.system.model_folder import ModelFolder
 
-# `{{ bos_token }}` renders as nothing where the tokeniser has none.
-CHAT_TEMPLATES = {
-    "gemma": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) "
-        "+ '\n' + message['content'] + '<end_of_turn>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-    ),
-    "chatml": (
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "halos": (
-        "{{ bos_token }}{% for message in messages %}"
-        "{{ '<|' + message['role'] + '|>\n' + message['content'] }}"
-        "{{ eos_token if message['role'] == 'assistant' }}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
-    ),
-}
-DEFAULT_TEMPLATE = "halos"
 _ANSWER = "the answer stands here"
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """The three token runs of a pair, none of them empty.
-
-    Args:
-        prompt, chosen, rejected: token ids.
-        row: the pair's row in the source; -1 where it has none.
-    """
-
-    prompt: Sequence[int] | np.ndarray
-    chosen: Sequence[int] | np.ndarray
-    rejected: Sequence[int] | np.ndarray
-    row: int = -1
-
-    def __len__(self) -> int:
-        """Tokens of the pair, the prompt once."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
 
 class PairTokenizer:
@@ -86,7 +48,7 @@ class PairTokenizer:
         chat_template: str | None,
         max_length: int,
         max_prompt_length: int,
-        drops: Drops,
+        drops: DroppedRows,
     ) -> None:
         self.tokenizer = load_tokenizer(folder)
         self.drops = drops
@@ -127,12 +89,12 @@ class PairTokenizer:
     def _prompt(self, pair: Pair) -> list[int] | None:
         """The ids of a pair's prompt; None, and told to `drops`, if the template refuses it."""
         try:
-            parts = _render_parts(self.tokenizer, pair.prompt)
+            parts = render_prompt(self.tokenizer, pair.prompt)
         except Exception as error:  # a template is a program of the user's and may raise anything
             detail = f"{self.template_name}: {error}"
             self.drops.add("refused by the chat template", pair.row, pair.place, detail)
             return None
-        return _encode_parts(self.tokenizer, parts, self.bos)
+        return encode_rendered(self.tokenizer, parts, self.bos)
 
     def _assemble(
         self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
@@ -154,7 +116,7 @@ class PairTokenizer:
         return whole if len(whole) <= room else response[:room]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return _ids(self.tokenizer, texts, add_special_tokens=False)
+        return encode(self.tokenizer, texts, add_special_tokens=False)
 
     def _render(self, question: str, answer: str = "") -> str:
         messages = [{"role": "user", "content": question}]
@@ -219,102 +181,5 @@ class PairTokenizer:
         """
         bos = self.tokenizer.bos_token_id
         prompt = self._encode([self._render("a question")])[0]
-        adds = _ids(self.tokenizer, ["a"])[0][:1] == [bos]
+        adds = encode(self.tokenizer, ["a"])[0][:1] == [bos]
         return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
-
-
-def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts of the data; what spells a special token stays text."""
-    return _ids(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
-
-
-def _ids(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
-    try:
-        return tokenizer(texts, **how).input_ids
-    except Exception as error:  # tokenizers raises no other class, such as at an unknown character
-        raise UserError(
-            f"the tokeniser of {tokenizer.name_or_path} cannot encode a text: {error}",
-            "its tokenizer.json is damaged, or lacks the token for what is unknown",
-        ) from error
-
-
-def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> list[int]:
-    """Ids of a conversation in the tokeniser's chat template, with its generation prompt.
-
-    Args:
-        tokenizer: transformers', with a chat template.
-        messages: the conversation; what spells a special token in it stays text.
-        bos: the id to begin with, once, whether the template writes it or not; or None.
-    """
-    return _encode_parts(tokenizer, _render_parts(tokenizer, messages), bos)
-
-
-def _render_parts(tokenizer: Any, messages: list[Message]) -> list[str]:
-    """The rendered conversation; every second part of it spells a special token in the data."""
-    spelt = _special_pattern(tokenizer)
-    marks = None
-    if any(spelt.search(message["content"]) for message in messages):
-        marks = left, right = _unused_characters(messages)
-        messages = [
-            message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
-            for message in messages
-        ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return re.split(f"[{''.join(marks)}]", text) if marks else [text]
-
-
-def _encode_parts(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:
-    ids: list[int] = []
-    for number, part in enumerate(parts):
-        if part and number % 2:
-            ids += encode_text(tokenizer, [part])[0]
-        elif part:
-            ids += _ids(tokenizer, [part], add_special_tokens=False)[0]
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-@lru_cache(maxsize=4)
-def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Finds what spells a special token; never, if there is none."""
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _unused_characters(messages: list[Message]) -> tuple[str, str]:
-    """Two characters for private use that are not in the conversation."""
-    used = {character for message in messages for character in message["content"]}
-    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-    return next(free), next(free)
-
-
-def load_tokenizer(folder: ModelFolder) -> Any:
-    """transformers' tokeniser of a model folder, with no clean-up of white space.
-
-    Raises:
-        UserError: there is none, or it needs code that may not be run.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            folder.path,
-            clean_up_tokenization_spaces=False,
-            trust_remote_code=folder.trust_remote_code,
-        )
-    except Exception as error:  # transformers and tokenizers raise errors of many kinds
-        refuse_code(folder, error)
-        raise UserError(
-            f"{folder.source} has no tokeniser that transformers can load: {error}",
-            "the folder needs tokenizer.json and tokenizer_config.json",
-        ) from error
-
-
-def vocabulary_hash(tokenizer: Any) -> str:
-    """sha256 over all that makes ids of a text: vocabulary, merges, normaliser, pre-tokeniser."""
-    about: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
-    if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        about |= {name: state[name] for name in ("model", "normalizer", "pre_tokenizer")}
-    text = json.dumps(about, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

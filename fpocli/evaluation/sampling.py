@@ -8,7 +8,6 @@ Shapes: b prompts of a batch, T steps, V vocabulary.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +17,14 @@ import torch
 from torch import Tensor
 
 from fpocli.config import EvalConfig
-from fpocli.data.pair_tokenizer import encode_prompt
+from fpocli.data.tokenizer import encode_prompt
 from fpocli.evaluation.judge_answers import write_answers
-from fpocli.evaluation.prompts import Prompt, read_prompts
-from fpocli.model.language_model import load_network
+from fpocli.evaluation.prompts import Prompt
+from fpocli.evaluation.samples import Samples
+from fpocli.model.network import load_network
 from fpocli.store.reader import Store
 from fpocli.system.console import progress
-from fpocli.system.errors import UserError, differences
-from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
-
-# What an answer is made from: another value of one of these makes others.
-_IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
 
 
 def generate(
@@ -74,83 +69,6 @@ def generate(
 def _name(model: str) -> str:
     """A model's name in the judges' files: that of its folder, or of its hub repository."""
     return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")
-
-
-class Samples:
-    """samples.jsonl: one line per prompt and temperature, whole batches only.
-
-    Args:
-        config: which prompts and how.
-        folder: the policy.
-        store: whose template is used.
-        out: where the file is.
-
-    Raises:
-        UserError: the prompts cannot be read, or `out` holds samples of other settings.
-    """
-
-    def __init__(self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path) -> None:
-        self.config, self.prompts = config, read_prompts(str(config.generate))
-        self.file = out / "samples.jsonl"
-        about = out / "samples.json"
-        text = json.dumps([prompt.row for prompt in self.prompts], sort_keys=True)
-        identity = {name: getattr(config, name) for name in _IDENTITY} | {
-            "prompts": hashlib.sha256(text.encode()).hexdigest(),
-            "weights": folder.weights_hash(),
-            "dtype": store.meta["model"]["dtype"],
-            "template": store.meta["tokenizer"]["chat_template"]["hash"],
-            "special_tokens": store.meta["tokenizer"]["special_tokens"],
-        }
-        if about.is_file() and self.file.is_file() and not config.overwrite:
-            try:
-                there = json.loads(about.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(f"{about} is damaged: {error}", "give --overwrite") from error
-            if other := differences(there, identity):
-                raise UserError(
-                    f"{self.file} was sampled with other settings: {other}",
-                    "give another --out, or --overwrite",
-                )
-        else:
-            replace_text(self.file, "")
-            replace_text(about, json.dumps(identity, indent=1))
-        self.done: dict[float, dict[int, dict[str, Any]]] = {t: {} for t in config.temperature}
-        self._read()
-
-    def missing(self) -> Iterator[tuple[float, int]]:
-        """Temperature and first prompt of every batch that is not there."""
-        for temperature in self.config.temperature:
-            for first in range(0, len(self.prompts), self.config.batch_size):
-                if first not in self.done[temperature]:
-                    yield temperature, first
-
-    def add(self, temperature: float, first: int, rows: list[dict[str, Any]]) -> None:
-        """Append the answers of a batch."""
-        lines = []
-        for number, row in enumerate(rows, first):
-            self.done[temperature][number] = row
-            lines.append(json.dumps({"prompt": number, "temperature": temperature, **row}) + "\n")
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-
-    def _read(self) -> None:
-        """Take up whole batches and forget what a kill tore."""
-        kept: dict[tuple[float, int], list[str]] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            first = row["prompt"] - row["prompt"] % self.config.batch_size
-            kept.setdefault((row["temperature"], first), []).append(line)
-        whole = []
-        for (temperature, first), lines in kept.items():
-            if len(lines) == min(self.config.batch_size, len(self.prompts) - first):
-                whole += lines
-                for line in lines:
-                    row = json.loads(line)
-                    self.done[temperature][row.pop("prompt")] = row
-        replace_text(self.file, "".join(line + "\n" for line in whole))
 
 
 class Sampler:

@@ -9,22 +9,7 @@ import torch
 from torch import Tensor
 
 from fpocli.features.encoder import SparseEncoder, top_k
-
-
-@dataclass(frozen=True)
-class StoredFeatures:
-    """A site's pooled reference features.
-
-    Args:
-        index: int64 [P, 2, K] the K largest, by falling value; unused slots hold the index
-            dtype's largest value.
-        value: float32 [P, 2, K]; 0 in unused slots.
-        nonzero: int64 [P, 2], how many of the m features are > 0.
-    """
-
-    index: Tensor
-    value: Tensor
-    nonzero: Tensor
+from fpocli.features.top_features import TopFeatures
 
 
 @dataclass(frozen=True)
@@ -46,7 +31,7 @@ class Candidates:
     overlap: Tensor
 
 
-def candidates(pooled: Tensor, reference: StoredFeatures, k: int) -> Candidates:
+def candidates(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> Candidates:
     """Which features D compares, and what the store knows of the reference there.
 
     A feature that is 0 on a side is not in that side's top k: it would add nothing to D.

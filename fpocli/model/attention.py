@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fpocli.model.packing import Batch
+from fpocli.model.packing import PackedSequence
 from fpocli.system.errors import UserError
 
 # Ours, registered with transformers: dense attention of each sequence apart.
@@ -35,7 +35,7 @@ def choose_kernel(device: torch.device) -> str:
     return FLEX if device.type == "cuda" else BY_SEQUENCE
 
 
-def row_multiple(device: torch.device) -> int:
+def length_multiple(device: torch.device) -> int:
     """What the length of a row on a device is rounded up to."""
     return FLEX_BLOCK if choose_kernel(device) == FLEX else 1
 
@@ -68,7 +68,7 @@ def check_kernel(network: Any) -> None:
         )
 
 
-def rule(batch: Batch, window: int | None = None) -> Callable[..., Tensor]:
+def rule(batch: PackedSequence, window: int | None = None) -> Callable[..., Tensor]:
     """The rule as flex_attention's mask function of (batch, head, query slot, key slot).
 
     A slot of no pair sees itself alone, so that no query sees nothing.
@@ -97,7 +97,7 @@ def rule(batch: Batch, window: int | None = None) -> Callable[..., Tensor]:
     return allowed
 
 
-def mask(batch: Batch, window: int | None, kernel: str, dtype: torch.dtype) -> Any:
+def mask(batch: PackedSequence, window: int | None, kernel: str, dtype: torch.dtype) -> Any:
     """What a layer's kernel is given, as its attention mask.
 
     Args:

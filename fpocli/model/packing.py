@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.data.pairs import TokenPair
 
 
 @dataclass(frozen=True)
-class Batch:
+class PackedSequence:
     """A packed row: what a model scores at once.
 
     Args:
@@ -52,7 +52,7 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
+def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> PackedSequence:
     """Lay pairs out in one row.
 
     Args:
@@ -76,7 +76,7 @@ def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
     # The first token of either response is predicted by the last one of the prompt.
     counts = np.diff(spans[:, 1:])
     predictors[counts.cumsum().reshape(-1, 2)[:, 0]] = chosen - 1
-    return Batch(
+    return PackedSequence(
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         predictors=torch.from_numpy(predictors),
@@ -85,13 +85,13 @@ def pack(pairs: Sequence[TokenPair], multiple: int = 1) -> Batch:
     )
 
 
-def default_tokens_per_row(device: torch.device) -> int:
+def default_packed_length(device: torch.device) -> int:
     """The row budget where none is given: enough work at once to keep the device busy, little
     enough for its memory."""
     return 8192 if device.type == "cuda" else 2048
 
 
-def fill_rows(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[int]]:
+def plan_packing(lengths: Sequence[int], budget: int, ranks: int = 1) -> list[list[int]]:
     """Which pairs share a row.
 
     Args:

@@ -7,10 +7,10 @@ import numpy as np
 from rich.console import Console
 
 from fpocli.config import InspectConfig
+from fpocli.features.top_features import TopFeatures
 from fpocli.report.terminal import show_pair, show_store
 from fpocli.store.metadata import REPAIR
 from fpocli.store.reader import Store
-from fpocli.store.records import Features
 from fpocli.store.verify import find_damage
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
@@ -46,7 +46,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         shown = describe(store)
         show = show_store
     if config.verify:
-        gaps = len(store.missing_blocks())
+        gaps = len(store.unscored_blocks())
         shown["verified"] = {"blocks": store.blocks - gaps, "gaps": gaps}
     if config.json:
         print(json.dumps(shown, indent=2))
@@ -57,11 +57,11 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 def describe(store: Store) -> dict[str, Any]:
     """Everything about a store but its pairs."""
-    spans, missing = store.whole("spans"), store.missing_blocks()
+    spans, missing = store.read_array("spans"), store.unscored_blocks()
     lengths = np.diff(spans)
     pairs = np.arange(store.pairs)
-    done = ~np.isin(pairs // store.block_size, missing) & ~np.isin(pairs, store.not_finite)
-    margins = store.whole("ref/margin")[done]
+    done = ~np.isin(pairs // store.block_size, missing) & ~np.isin(pairs, store.non_finite)
+    margins = store.read_array("ref/margin")[done]
     total = spans[:, [2, 3]] - spans[:, [1, 2]] + (spans[:, 1] - spans[:, 0])[:, None]
     return {
         "path": str(store.path),
@@ -135,7 +135,7 @@ def _features(store: Store, site: str) -> dict[str, Any]:
 
 def describe_pair(store: Store, pair: int) -> dict[str, Any]:
     """The texts, numbers and largest features of one pair."""
-    from fpocli.data.pair_tokenizer import load_tokenizer
+    from fpocli.data.tokenizer import load_tokenizer
 
     if pair >= store.pairs:
         raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
@@ -153,7 +153,7 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
         "tokens": {name: len(run) for name, run in runs.items()},
         "text": {name: tokenizer.decode(list(run)) for name, run in runs.items()},
     }
-    if not store.has(block) or pair in store.not_finite:
+    if not store.is_scored(block) or pair in store.non_finite:
         return shown
     reference = store.reference(block, tokens)
     sums = dict(zip(("chosen", "rejected"), reference.logp[row].tolist(), strict=True))
@@ -167,7 +167,7 @@ def describe_pair(store: Store, pair: int) -> dict[str, Any]:
     }
 
 
-def _pair_features(features: Features, row: int) -> dict[str, Any]:
+def _pair_features(features: TopFeatures, row: int) -> dict[str, Any]:
     shown = {}
     for side, name in enumerate(("chosen", "rejected")):
         index, value = features.index[row, side], features.value[row, side]

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
-from fpocli.data.pair_tokenizer import load_tokenizer, vocabulary_hash
-from fpocli.features.encoder import SparseEncoder, check_encoder, load_encoder
-from fpocli.model.language_model import FrozenReference, Site, load_model
+from fpocli.data.tokenizer import load_tokenizer, vocabulary_hash
+from fpocli.features.encoder import SparseEncoder
+from fpocli.features.pretrained import check_encoder, load_encoder
+from fpocli.features.site import Site
+from fpocli.model.language_model import FrozenReference, load_model
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, find_model

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fpocli.features.encoder import SparseEncoder
-from fpocli.model.language_model import Expected
-from fpocli.model.packing import Batch
+from fpocli.model.language_model import ReferenceOutput
+from fpocli.model.packing import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ class PairScores:
 
 
 def score(
-    model: Any, encoders: dict[str, SparseEncoder], batch: Batch, expected: Expected | None = None
+    model: Any,
+    encoders: dict[str, SparseEncoder],
+    batch: PackedSequence,
+    expected: ReferenceOutput | None = None,
 ) -> PairScores:
     """Score the pairs of a batch.
 

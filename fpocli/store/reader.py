@@ -4,13 +4,14 @@ layout.py says what it must look like, draft.py writes it.
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
 
+from fpocli.features.top_features import TopFeatures
+from fpocli.store.digest import digest_of_block, digest_of_totals
 from fpocli.store.layout import FORMAT, VERSION, layout, wrong_attribute
 from fpocli.store.metadata import (
     DOCUMENT,
@@ -21,7 +22,7 @@ from fpocli.store.metadata import (
     is_begun,
     read_root,
 )
-from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.system.errors import UserError
 
 # In this order; anything else may hide damage.
@@ -117,34 +118,34 @@ class Store:
         return -(-self.pairs // self.block_size)
 
     @property
-    def not_finite(self) -> list[int]:
+    def non_finite(self) -> list[int]:
         """The pairs without reference rows, because their numbers were not finite; sorted."""
         return self.meta["pairs"].get("not_finite", [])
 
     @property
     def scored(self) -> int:
         """How many pairs of a complete store have reference rows."""
-        return self.pairs - len(self.not_finite)
+        return self.pairs - len(self.non_finite)
 
     @property
     def has_totals(self) -> bool:
         """Whether the blocks' totals are there, which version 1.0 deletes."""
         return "documents" in self.meta
 
-    def rows(self, block: int) -> slice:
+    def pairs_in(self, block: int) -> slice:
         """The pairs of a block."""
         return slice(block * self.block_size, min((block + 1) * self.block_size, self.pairs))
 
-    def length(self, block: int) -> int:
+    def block_length(self, block: int) -> int:
         """b, the number of pairs in a block."""
-        rows = self.rows(block)
+        rows = self.pairs_in(block)
         return rows.stop - rows.start
 
-    def missing_blocks(self) -> list[int]:
+    def unscored_blocks(self) -> list[int]:
         """The blocks that have no reference rows yet."""
-        return [block for block in range(self.blocks) if not self.has(block)]
+        return [block for block in range(self.blocks) if not self.is_scored(block)]
 
-    def has(self, block: int) -> bool:
+    def is_scored(self, block: int) -> bool:
         """Whether a block has its record, and so its reference rows."""
         # Nobody takes a record away while others write, and this is asked often.
         if block not in self._done:
@@ -160,7 +161,7 @@ class Store:
             UserError: it says how far the store got and what completes it.
         """
         if self.meta["state"] != "complete":
-            done = self.blocks - len(self.missing_blocks())
+            done = self.blocks - len(self.unscored_blocks())
             raise UserError(
                 f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are done",
                 "complete it with the `fpo cache` command that began it",
@@ -182,18 +183,18 @@ class Store:
             )
         return about
 
-    def tokens(self, block: int) -> Tokens:
+    def tokens(self, block: int) -> TokenPairs:
         """The token runs of a block's pairs."""
-        rows = self.rows(block)
+        rows = self.pairs_in(block)
         spans = self._read("spans", rows, block)
         source_row = self._read("source_row", rows, block)
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
             raise self._damaged("spans", block, "they are no runs of tokens")
         ids = self._read("tokens", slice(begin, end), block)
-        return Tokens(ids, spans - begin, source_row)
+        return TokenPairs(ids, spans - begin, source_row)
 
-    def reference(self, block: int, tokens: Tokens) -> Reference:
+    def reference(self, block: int, tokens: TokenPairs) -> ReferenceValues:
         """The reference rows of a block.
 
         Args:
@@ -203,12 +204,12 @@ class Store:
         Raises:
             UserError: a checksum is wrong, or the block is not what was written.
         """
-        rows = self.rows(block)
-        reference = Reference(
+        rows = self.pairs_in(block)
+        reference = ReferenceValues(
             logp=self._read("ref/logp", rows, block),
             margin=self._read("ref/margin", rows, block),
             features={
-                site: Features(
+                site: TopFeatures(
                     *(
                         self._read(f"features/{site}/{name}", rows, block)
                         for name in ("index", "value", "nonzero")
@@ -221,7 +222,7 @@ class Store:
             raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
         self.require_same()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
-        known = [pair for pair in self.not_finite if rows.start <= pair < rows.stop]
+        known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
             raise self._damaged("ref/margin", block, "other pairs have no numbers than it is told")
         return reference
@@ -230,7 +231,7 @@ class Store:
         """The digest that was written of a block; 0 for a gap."""
         return self._read("blocks/digest", slice(block, block + 1), block)[0]
 
-    def whole(self, name: str) -> np.ndarray:
+    def read_array(self, name: str) -> np.ndarray:
         """All rows of one array, such as spans or ref/margin; what is not scored yet is gaps."""
         if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
             array = self._array(name)
@@ -253,11 +254,11 @@ class Store:
             raise self._damaged(name, None, "it holds gaps")
         return values
 
-    def totals(self, block: int) -> dict[str, Totals]:
+    def totals(self, block: int) -> dict[str, FeatureTotals]:
         """The sums over a block's responses, by site."""
         rows = slice(block, block + 1)
         totals = {
-            site: Totals(
+            site: FeatureTotals(
                 self._read(f"blocks/{site}/sum", rows, block)[0],
                 self._read(f"blocks/{site}/frequency", rows, block)[0],
             )
@@ -267,11 +268,11 @@ class Store:
             raise self._damaged("blocks/totals", block, "the sums are not what it is the sum of")
         return totals
 
-    def total(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def sum_totals(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """By site mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give
         them."""
         total = {
-            site: Totals(np.zeros(about["d_sae"]), np.zeros((2, about["d_sae"]), np.int64))
+            site: FeatureTotals(np.zeros(about["d_sae"]), np.zeros((2, about["d_sae"]), np.int64))
             for site, about in self.sites.items()
         }
         for block in range(self.blocks):
@@ -321,32 +322,6 @@ class Store:
         return (self.path / name / key).is_file()
 
     def _damaged(self, name: str, block: int | None, why: str) -> UserError:
-        rows = self.rows(block) if block is not None else None
+        rows = self.pairs_in(block) if block is not None else None
         where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
         return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
-
-
-def digest_of_block(tokens: Tokens, reference: Reference) -> np.uint64:
-    """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
-    arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
-    arrays += [reference.logp, reference.margin]
-    for site in sorted(reference.features):
-        features = reference.features[site]
-        arrays += [features.index, features.value, features.nonzero]
-    return _digest(arrays)
-
-
-def digest_of_totals(block: int, totals: dict[str, Totals]) -> np.uint64:
-    """64 bits of sha256 over a block's number and totals; never 0."""
-    arrays = [np.array(block, np.int64)]
-    for site in sorted(totals):
-        arrays += [totals[site].value, totals[site].frequency]
-    return _digest(arrays)
-
-
-def _digest(arrays: list[np.ndarray]) -> np.uint64:
-    digest = hashlib.sha256()
-    for array in arrays:
-        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        digest.update(little.tobytes())
-    return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)

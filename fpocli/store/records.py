@@ -4,29 +4,16 @@ Shapes: b pairs, K kept features, m features of a site. Column 0 is chosen, colu
 """
 
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
-from fpocli.data.pair_tokenizer import TokenPair
+from fpocli.data.pairs import TokenPair
+from fpocli.features.top_features import Array, TopFeatures
 
 
 @dataclass(frozen=True)
-class Features:
-    """Pooled features of b pairs at one site; column 0 is chosen, column 1 rejected.
-
-    Args:
-        index: [b, 2, K] the K largest, by falling value.
-        value: [b, 2, K] their values.
-        nonzero: int32 [b, 2], how many of the m features are > 0.
-    """
-
-    index: np.ndarray
-    value: np.ndarray
-    nonzero: np.ndarray
-
-
-@dataclass(frozen=True)
-class Totals:
+class FeatureTotals:
     """Sums over the 2b responses of a block, from which mean and frequency are made.
 
     Args:
@@ -39,8 +26,8 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the reference says of b pairs.
+class ReferenceValues(Generic[Array]):
+    """What the reference says of b pairs: arrays of a block, or tensors of a packed sequence.
 
     Args:
         logp: float32 [b, 2], S_ref in nats.
@@ -48,13 +35,13 @@ class Reference:
         features: by site.
     """
 
-    logp: np.ndarray
-    margin: np.ndarray
-    features: dict[str, Features]
+    logp: Array
+    margin: Array
+    features: dict[str, TopFeatures[Array]]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenPairs:
     """The token runs of b pairs.
 
     Args:

@@ -36,7 +36,7 @@ def find_damage(store: Store) -> list[Damage]:
     with progress("Verifying", store.blocks) as bar:
         for block in range(store.blocks):
             tokens = check(block, store.tokens, block)
-            scored = check(block, store.has, block)
+            scored = check(block, store.is_scored, block)
             if scored and tokens is not None:
                 check(block, store.reference, block, tokens)
             if scored and store.has_totals:
@@ -44,7 +44,7 @@ def find_damage(store: Store) -> list[Damage]:
             if complete and scored is False:
                 found.append(Damage(block, f"block {block} of {store.path} has no record"))
             bar.advance()
-    made = store.total() if complete and store.has_totals and not found else {}
+    made = store.sum_totals() if complete and store.has_totals and not found else {}
     for site in store.sites if complete else ():
         stored = {
             "mean": check(None, store.mean, site),

@@ -11,23 +11,25 @@ from typing import Any, Literal, Self
 import numpy as np
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from fpocli.config import HARMLESS
+from fpocli.config import MAY_DIFFER
+from fpocli.features.top_features import TopFeatures
+from fpocli.store.digest import digest_of_block, digest_of_totals
 from fpocli.store.layout import FORMAT, VERSION, fingerprint, layout
 from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
-from fpocli.store.reader import Store, digest_of_block, digest_of_totals
-from fpocli.store.records import Features, Reference, Tokens, Totals
+from fpocli.store.reader import Store
+from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, remove_folder
 
 
-class Draft(Store):
+class StoreWriter(Store):
     """An open store that may be written. Make one with `create` or `open`."""
 
     _mode: Literal["r", "r+"] = "r+"
 
     @classmethod
-    def create(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> Self:
+    def create(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
         """Write the token runs and lay out the rest, filled with gaps.
 
         Args:
@@ -80,7 +82,7 @@ class Draft(Store):
             )
         return store
 
-    def gaps(self, b: int) -> Reference:
+    def missing_values(self, b: int) -> ReferenceValues:
         """Rows of b pairs to be filled, which hold gaps."""
         arrays = layout(self.meta)
 
@@ -89,18 +91,20 @@ class Draft(Store):
             return np.full((b, *array.shape[1:]), array.fill(name), array.dtype)
 
         features = {
-            site: Features(
+            site: TopFeatures(
                 *(rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero"))
             )
             for site in self.sites
         }
-        return Reference(rows("ref/logp"), rows("ref/margin"), features)
+        return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features)
 
-    def write_block(self, block: int, reference: Reference, totals: dict[str, Totals]) -> None:
+    def write_block(
+        self, block: int, reference: ReferenceValues, totals: dict[str, FeatureTotals]
+    ) -> None:
         """Write the reference rows of a block, whole, and its record last."""
         if self.require_same()["state"] == "tokenised":
             self._set_state("partial")
-        rows = self.rows(block)
+        rows = self.pairs_in(block)
         self._array("ref/logp")[rows] = reference.logp
         self._array("ref/margin")[rows] = reference.margin
         for site, features in reference.features.items():
@@ -111,7 +115,7 @@ class Draft(Store):
         self._array("blocks/totals")[block] = digest_of_totals(block, totals)
         self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
 
-    def note_arithmetic(self, model: dict[str, Any]) -> None:
+    def record_allowed(self, model: dict[str, Any]) -> None:
         """Keep in the store that the blocks to come are made with another dtype or kernel, which
         --allow lets differ.
 
@@ -119,11 +123,11 @@ class Draft(Store):
             model: attributes of the model as it is now.
         """
         noted = dict(self.meta.get("allowed", {}))
-        for name in HARMLESS.values():
+        for name in MAY_DIFFER.values():
             known = [self.meta["model"][name], *noted.get(name, [])]
             if model[name] not in known:
                 noted[name] = [*known[1:], model[name]]
-        if noted != self.meta.get("allowed", {}) and self.missing_blocks():
+        if noted != self.meta.get("allowed", {}) and self.unscored_blocks():
             self.meta["allowed"] = noted
             write_root(self.path, self.meta)
 
@@ -139,19 +143,21 @@ class Draft(Store):
         Raises:
             UserError: a block is missing or damaged, or no pair has numbers.
         """
-        not_finite: list[int] = []
+        non_finite: list[int] = []
         with progress("Checking", self.blocks) as bar:
             for block in range(self.blocks):
                 margin = self.reference(block, self.tokens(block)).margin
-                not_finite += (self.rows(block).start + np.flatnonzero(np.isnan(margin))).tolist()
+                non_finite += (
+                    self.pairs_in(block).start + np.flatnonzero(np.isnan(margin))
+                ).tolist()
                 bar.advance()
-        if len(not_finite) == self.pairs:
+        if len(non_finite) == self.pairs:
             raise UserError(
                 f"no pair of {self.path} has finite numbers", "try --dtype float32, or another SAE"
             )
-        if not_finite:
-            self.meta["pairs"]["not_finite"] = not_finite
-        for site, (mean, frequency) in self.total().items():
+        if non_finite:
+            self.meta["pairs"]["not_finite"] = non_finite
+        for site, (mean, frequency) in self.sum_totals().items():
             self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
@@ -164,7 +170,7 @@ class Draft(Store):
         write_root(self.path, self.meta)
 
     @classmethod
-    def mend(cls, path: Path, about: dict[str, Any], tokens: Tokens) -> Self:
+    def mend(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
         """Write a store's documents and tokens anew and keep the blocks' rows, which may belong to
         them or not. The store is then partial.
 
@@ -195,14 +201,14 @@ class Draft(Store):
     @staticmethod
     def require_replaceable(path: Path) -> None:
         """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
-        known = attributes(path).get("format") == FORMAT or Draft.fingerprint_of_blocks(path)
+        known = attributes(path).get("format") == FORMAT or StoreWriter.fingerprint_of_blocks(path)
         if path.exists() and not (known or is_empty(path)):
             raise UserError(f"{path} exists and is not an fpo store", "give another --out")
 
     @staticmethod
     def remove(path: Path) -> None:
         """Delete a store, or what an interrupted `create` left; never anything else."""
-        Draft.require_replaceable(path)
+        StoreWriter.require_replaceable(path)
         remove_folder(path)
 
     @staticmethod

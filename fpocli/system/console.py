@@ -1,6 +1,5 @@
 """Messages and progress for people, on stderr; stdout is left to data."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,19 +14,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fpocli.system.ranks import is_first_rank
 from fpocli.system.signals import on_end
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
-def is_first() -> bool:
-    """Whether this process is the first, or the only one, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(text: str) -> None:
     """Tell something once, whatever the number of processes."""
-    if is_first():
+    if is_first_rank():
         console.print(text)
 
 
@@ -50,7 +45,7 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        disable=not is_first(),
+        disable=not is_first_rank(),
     )
     with bars, on_end(bars.stop):
         yield Bar(bars, description, total)
@@ -63,7 +58,7 @@ class Bar:
         self._bars = bars
         self._task = bars.add_task(description, total=total, note="")
 
-    def reach(self, done: float) -> None:
+    def advance_to(self, done: float) -> None:
         """Stand at `done` units at least, whoever did them."""
         if done > self._bars.tasks[self._task].completed:
             self._bars.update(self._task, completed=done)

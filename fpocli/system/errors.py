@@ -57,11 +57,6 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def told_once(error: UserError, first: bool) -> BaseException:
-    """What a process raises where all of a run meet the same error: the others just end."""
-    return error if first else SystemExit(2)
-
-
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
     """Where two nested settings differ, in words: "limits.max_length is 512 there, 2048 here"."""
     found = []

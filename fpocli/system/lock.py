@@ -44,7 +44,7 @@ class Owner:
         return f"process {self.process} on {self.host}, since {self.since}"
 
 
-class Writers:
+class WriterLock:
     """Makes this process a writer of a path.
 
     Args:
@@ -76,17 +76,17 @@ class Writers:
         self._done = threading.Event()
         self._names: set[str] = set()
 
-    def __enter__(self) -> "Writers":
+    def __enter__(self) -> "WriterLock":
         self._file = self._begin()
         threading.Thread(target=self._touch, daemon=True).start()
         try:
-            with self.alone("joining"):
+            with self.exclusive("joining"):
                 if not self._join:
                     self._refuse_other_runs()
                 self._clear_dead()
-                self.take(self._name)
+                self.claim(self._name)
                 if self._first:
-                    self.take(self._first)
+                    self.claim(self._first)
         except BaseException:
             self._end()
             raise
@@ -110,7 +110,7 @@ class Writers:
             self._names &= {self._name}
         self._end()
 
-    def take(self, name: str) -> bool:
+    def claim(self, name: str) -> bool:
         """Take a name, such as "block-7"; False where it is taken, by the living or the dead.
 
         Raises:
@@ -132,7 +132,7 @@ class Writers:
         self._names.add(name)
         return True
 
-    def drop(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Give a name back."""
         self._names.discard(name)
         (self._folder / name).unlink(missing_ok=True)
@@ -154,10 +154,10 @@ class Writers:
         return os.path.samestat(there, os.fstat(self._file.fileno()))
 
     @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
+    def exclusive(self, name: str) -> Iterator[None]:
         """Hold a name for a while, after waiting for whoever has it."""
         waited = 0
-        while name not in self._names and not self.take(name):
+        while name not in self._names and not self.claim(name):
             if self._clear(self._folder / name):
                 continue
             if waited == 50 and (owner := self.owner(name)):
@@ -167,7 +167,7 @@ class Writers:
         try:
             yield
         finally:
-            self.drop(name)
+            self.release(name)
 
     def owner(self, name: str) -> Owner | None:
         """Who has a name, living or dead; None where nobody has."""
@@ -203,7 +203,7 @@ class Writers:
     def _end(self) -> None:
         self._done.set()
         for name in list(self._names):
-            self.drop(name)
+            self.release(name)
         self._own.unlink(missing_ok=True)
         self._file.close()
         with suppress(OSError):  # others are in it

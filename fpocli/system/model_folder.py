@@ -2,8 +2,6 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,12 @@ from safetensors import SafetensorError, safe_open
 
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
+from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
 
-# Short name -> (hub id, prefix of its Gemma Scope releases in sae-lens).
-GEMMA = {
-    "gemma-2-2b": ("google/gemma-2-2b", "gemma-scope-2b-pt"),
-    "gemma-2-9b": ("google/gemma-2-9b", "gemma-scope-9b-pt"),
-}
+SHORT_NAMES = {"gemma-2-2b": "google/gemma-2-2b", "gemma-2-9b": "google/gemma-2-9b"}
 # Layers, heads, experts or labels.
 _MOST_PARTS = 10_000
-_SCOPE_SITE = {"resid_post": "res", "mlp_out": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,7 @@ def find_model(
         UserError: there is no such model, it may not be read, or the hub cannot be reached; or its
             files name others outside the folder, or sizes that no model has.
     """
-    source = GEMMA[name][0] if name in GEMMA else name
+    source = SHORT_NAMES.get(name, name)
     if Path(source).is_dir():
         path = Path(source)
     else:
@@ -159,60 +153,10 @@ def _too_large(config: dict[str, Any]) -> str | None:
     return None
 
 
-def default_sae(model: str, layer: int, kind: str) -> str:
-    """Gemma Scope's canonical SAE of width 16k for a site of Gemma-2, as sae-lens release/id.
-
-    Raises:
-        UserError: no SAE is known for the model.
-    """
-    for short, (hub_id, release) in GEMMA.items():
-        if model in (short, hub_id):
-            return f"{release}-{_SCOPE_SITE[kind]}-canonical/layer_{layer}/width_16k/canonical"
-    raise UserError(
-        f"no SAE is known for {model}",
-        "name one with --sae: a sae-lens release/id, a sae-lens folder or a params.npz",
-    )
-
-
 def refuse_code(folder: ModelFolder, error: Exception) -> None:
     """Tell what to do where transformers' error is that the folder's code may not be run."""
     if not folder.trust_remote_code and "trust_remote_code" in str(error):
         raise UserError(
             f"{folder.source} needs Python code that comes with it, which is not run unasked",
             "read that code, and give --trust-remote-code if you trust it",
-        ) from error
-
-
-@contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub and datasets raise into a sentence about `what`."""
-    from huggingface_hub import errors
-
-    offline = (
-        "check the network and HF_ENDPOINT, unset HF_HUB_OFFLINE, or name a local folder or file"
-    )
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"{what} is gated and this account may not read it",
-            "accept its licence on the hub, then log in with `hf auth login`",
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise UserError(
-            f"{what} is neither a local path nor on the hub",
-            "check the spelling; a private one needs `hf auth login`",
-        ) from error
-    except (errors.EntryNotFoundError, errors.RevisionNotFoundError) as error:
-        if isinstance(error, errors.LocalEntryNotFoundError):
-            raise UserError(
-                f"{what} is not on this machine and the hub cannot be reached", offline
-            ) from error
-        raise UserError(f"{what} lacks a file: {error}", "check the name") from error
-    except errors.HfHubHTTPError as error:
-        raise UserError(f"the hub refused {what}: {error}", "try again later") from error
-    # HTTPError is the HTTP client's own: a connection that broke.
-    except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError) as error:
-        raise UserError(
-            f"{what} is not on this machine and the hub cannot be reached", offline
         ) from error

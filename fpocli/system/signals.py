@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from fpocli.system.ranks import is_first_rank
+
 # Seconds that giving back and telling may take.
 _PATIENCE = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -26,7 +28,7 @@ _told = threading.Event()
 _notes: list[str] = []
 
 
-def stop_on_signals() -> None:
+def end_on_signals() -> None:
     """From now on Ctrl-C and SIGTERM end the process with 130 or 143; only the program asks for
     it, for a Python session has signals of its own."""
     if _is_program():
@@ -59,9 +61,7 @@ def _as_usual() -> None:
 def _wait(read: int) -> None:
     while (number := os.read(read, 1)[0]) not in _SIGNALS:
         pass
-    from fpocli.system.console import is_first
-
-    end(128 + number, "stopped" if is_first() else "")
+    end(128 + number, "stopped" if is_first_rank() else "")
 
 
 @contextmanager
@@ -75,12 +75,12 @@ def on_end(callback: Callable[[], object]) -> Iterator[None]:
             _callbacks.remove(callback)
 
 
-def say_no_more() -> None:
+def mute() -> None:
     """The program has told why it ends: a signal that comes now, from a launcher say, is quiet."""
     _told.set()
 
 
-def note_for_resuming(note: str) -> None:
+def add_resume_note(note: str) -> None:
     """Tell this too with the command that goes on."""
     _notes.append(note)
 
@@ -99,18 +99,14 @@ def end(code: int, why: str) -> NoReturn:
         with suppress(Exception):
             callback()
     if why and not _told.is_set():
-        from fpocli.system.console import console
-
+        lines = [why, *_notes]
         if _is_program():
-            console.print(f"{why}; go on from what was last saved with\n    {resuming_command()}")
-        else:
-            console.print(why)
-        for note in _notes:
-            console.print(note)
+            lines[0] = f"{why}; go on from what was last saved with\n    {resume_command()}"
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
     os._exit(code)
 
 
-def resuming_command() -> str:
+def resume_command() -> str:
     """The command line as it was typed, without --overwrite, which would start anew."""
     words = [word for word in sys.argv[1:] if word != "--overwrite"]
     script = sys.argv[0]

@@ -3,24 +3,19 @@
 import contextlib
 import math
 import os
-import pickle
-import shutil
 import sys
 import warnings
-from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fpocli.config import TrainConfig
 from fpocli.model.language_model import FrozenReference, LanguageModel
-from fpocli.system.errors import UserError, told_once, writing
+from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import read_json
-from fpocli.training.heartbeat import is_of_a_lost_process
+from fpocli.system.ranks import same_on_all_ranks
 
-_STEP = "fpo_step"
 # Elements of a group of parameters, which the optimiser updates at once.
 _GROUP_SIZE = 2**25
 
@@ -234,99 +229,8 @@ def take_step(engine: Any, lr: float, step: int) -> float:
             f"step {step}: the gradient is not finite, though the loss is; the step was not taken",
             "begin a run with a lower --lr in another --out, or with --overwrite",
         )
-        raise told_once(error, torch.distributed.get_rank() == 0)
+        raise same_on_all_ranks(error)
     return norm
-
-
-def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
-    """Write a checkpoint of all ranks, then drop all but the newest.
-
-    Args:
-        engine: after the step.
-        folder: of the checkpoints.
-        step: how many steps are done.
-        keep: how many checkpoints stay.
-
-    Raises:
-        UserError: there is no room for it; the older ones are as they were.
-    """
-    tag = f"partial-{step}"
-    with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
-        # Only a whole checkpoint has its name.
-        (folder / tag).rename(folder / f"step-{step}")
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The name of the newest whole checkpoint in a folder, None where there is none."""
-    found = _checkpoints(folder)
-    return found[-1].name if found else None
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the newest last."""
-    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
-    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
-
-
-def load_checkpoint(engine: Any, folder: Path) -> int:
-    """Go back to the newest checkpoint.
-
-    Returns:
-        the number of steps done; 0 when there is no checkpoint.
-
-    Raises:
-        UserError: it cannot be loaded, or would run code; none of it is run.
-    """
-    tag = newest_checkpoint(folder)
-    if tag is None:
-        return 0
-    try:
-        with contextlib.redirect_stdout(sys.stderr), _data_only():
-            path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise FileNotFoundError(folder / tag)
-        return int(client_state[_STEP])
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"the checkpoint {folder / tag} is damaged, or holds code, which is not run",
-            "delete it to go on from an older one, or start anew with --overwrite",
-        ) from error
-    except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
-        if is_of_a_lost_process(error):
-            raise
-        raise UserError(
-            f"the checkpoint {folder / tag} cannot be loaded: {error}",
-            "go on with as many processes as saved it, delete it to go on from an older one, or "
-            "start anew with --overwrite",
-        ) from error
-
-
-@contextlib.contextmanager
-def _data_only() -> Iterator[None]:
-    """torch.load makes tensors, plain values and what DeepSpeed adds to them, and calls nothing.
-
-    DeepSpeed asks it to make anything, so torch is told by its environment, which wins.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:

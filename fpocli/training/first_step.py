@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from fpocli.config import HARMLESS, TrainConfig
+from fpocli.config import MAY_DIFFER, TrainConfig
 from fpocli.features.encoder import SparseEncoder
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.system.console import say
-from fpocli.system.errors import UserError, told_once
-from fpocli.training.objective import compare
+from fpocli.system.errors import UserError
+from fpocli.system.ranks import same_on_all_ranks
+from fpocli.training.objective import compare_features
 from fpocli.training.stream import MicroBatch
 
 # Largest difference of a, in nats per token, and of D, as a share of the features' mean square,
@@ -21,7 +22,7 @@ from fpocli.training.stream import MicroBatch
 _FLOAT32, _BFLOAT16, _OTHER_DTYPE = 1e-3, 0.03, 0.3
 
 
-def check_arithmetic(store: Store, dtype: str, kernel: str, allow: list[str]) -> None:
+def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[str]) -> None:
     """Refuse to compare numbers that were not made alike.
 
     Args:
@@ -35,7 +36,7 @@ def check_arithmetic(store: Store, dtype: str, kernel: str, allow: list[str]) ->
     # Some blocks may have been made otherwise than the first.
     there = {
         name: [store.meta["model"][stored], *store.meta.get("allowed", {}).get(stored, [])]
-        for name, stored in HARMLESS.items()
+        for name, stored in MAY_DIFFER.items()
     }
     here = {"dtype": dtype, "kernel": kernel}
     other = [name for name in here if there[name] != [here[name]] and name not in allow]
@@ -76,7 +77,7 @@ def check_start(
     scores = score(policy, encoders, sample.batch)
     gap = (scores.average - sample.reference.logp / scores.count).abs().max()
     share = torch.zeros_like(gap)
-    _, distances = compare(scores, sample.reference, encoders, settings.k)
+    _, distances = compare_features(scores, sample.reference, encoders, settings.k)
     for site, distance in distances.items():
         scale = sample.reference.features[site].value[..., : settings.k].square().mean(-1)
         share = torch.maximum(share, (distance / scale.clamp(min=1e-12)).max())
@@ -99,4 +100,4 @@ def check_start(
             "weights and SAE are the store's, so this machine or a library computes otherwise than "
             "where it was made; cache again here",
         )
-        raise told_once(error, torch.distributed.get_rank() == 0)
+        raise same_on_all_ranks(error)

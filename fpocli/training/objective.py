@@ -3,111 +3,23 @@
 Shapes: P pairs; column 0 is chosen, column 1 rejected.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fpocli.config import TrainConfig
-from fpocli.features.distance import (
-    Candidates,
-    StoredFeatures,
-    candidates,
-    feature_distance,
-    policy_features,
-)
+from fpocli.features.distance import Candidates, candidates, feature_distance, policy_features
 from fpocli.features.encoder import SparseEncoder
 from fpocli.scoring.score import PairScores
-from fpocli.system.errors import UserError, told_once
+from fpocli.store.records import ReferenceValues
 from fpocli.training.losses import METHODS, Terms
 
-# The most pairs that an error names.
-_NAMED = 8
 
-
-@dataclass(frozen=True)
-class ReferenceRows:
-    """The store's rows of P pairs.
-
-    Args:
-        logp: float32 [P, 2], S_ref in nats.
-        margin: float32 [P], nats per token.
-        features: by site.
-    """
-
-    logp: Tensor
-    margin: Tensor
-    features: dict[str, StoredFeatures]
-
-
-class Means:
-    """Means of metrics over the pairs of a step, gathered from micro-batches and ranks."""
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._sums: Tensor | None = None
-        self._finite: list[tuple[np.ndarray, Tensor]] = []
-
-    def add(self, metrics: dict[str, Tensor], weights: Tensor, pairs: np.ndarray) -> None:
-        """Add P pairs.
-
-        Args:
-            metrics: float32 [P] each; the same names every time.
-            weights: float32 [P], what each pair counts in the mean.
-            pairs: int64 [P], their numbers in the store.
-        """
-        self._names = list(metrics)
-        values = torch.stack(list(metrics.values()))
-        sums = values.double() @ weights.double()
-        self._sums = sums if self._sums is None else self._sums + sums
-        # Looked at only if a mean turns out not to be finite: a look waits for the device.
-        self._finite.append((pairs, values.isfinite().all(0)))
-
-    def result(self, where: str) -> dict[str, float]:
-        """The means. Every rank must ask for them, as often as the others.
-
-        Args:
-            where: what the pairs are, for the error.
-
-        Raises:
-            UserError: a mean is not finite; it names the pairs. All ranks stop.
-        """
-        if self._sums is None:
-            return {}
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self._sums)
-        means = dict(zip(self._names, self._sums.tolist(), strict=True))
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise self._not_finite(f"{where}: {name} is {mean}")
-        return means
-
-    def _not_finite(self, what: str) -> BaseException:
-        pairs = [number for own, finite in self._finite for number in own[~finite.cpu().numpy()]]
-        rank = 0
-        if torch.distributed.is_initialized():
-            rank = torch.distributed.get_rank()
-            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, pairs)
-            pairs = [number for own in everywhere for number in own]
-        named = [str(number) for number in sorted(set(pairs))]
-        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-        error = UserError(
-            f"{what}, from the pairs {', '.join(named[:_NAMED])}{more} of the store",
-            "look at one with fpo inspect --pair; if it is sound, begin a run with a lower --lr, "
-            "in another --out or with --overwrite",
-        )
-        return told_once(error, rank == 0)
-
-
-def compare(
+def compare_features(
     scores: PairScores,
-    reference: ReferenceRows,
+    reference: ReferenceValues[Tensor],
     encoders: dict[str, SparseEncoder],
     k: int,
     weights: Mapping[str, Tensor] = MappingProxyType({}),
@@ -132,7 +44,7 @@ def compare(
 
 def objective(
     scores: PairScores,
-    reference: ReferenceRows,
+    reference: ReferenceValues[Tensor],
     encoders: dict[str, SparseEncoder],
     settings: TrainConfig,
     weights: Mapping[str, Tensor] = MappingProxyType({}),
@@ -149,7 +61,7 @@ def objective(
     Returns:
         loss float32 [P] with gradient, and metrics by name, each float32 [P] without.
     """
-    compared, distances = compare(scores, reference, encoders, settings.k, weights)
+    compared, distances = compare_features(scores, reference, encoders, settings.k, weights)
     distance = torch.zeros_like(scores.logp)
     if distances:
         # The mean over sites of D gives the mean over sites of delta, which is linear in D.

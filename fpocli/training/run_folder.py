@@ -14,36 +14,37 @@ import yaml
 
 from fpocli.config import TrainConfig
 from fpocli.store.reader import Store
-from fpocli.system.errors import UserError, differences, told_once, writing
+from fpocli.system.errors import UserError, differences, writing
 from fpocli.system.files import is_empty, remove_folder, replace_text
 from fpocli.system.json_yaml import read_json, read_yaml
-from fpocli.system.lock import Writers
-from fpocli.training.engine import newest_checkpoint
+from fpocli.system.lock import WriterLock
+from fpocli.system.ranks import is_first_rank, same_on_all_ranks
+from fpocli.training.checkpoints import newest_checkpoint
 
 
 @contextmanager
-def held_run(folder: Path, *, first: bool) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[None]:
     """Hold a run's folder for this run's processes; the first of them does it.
 
     Raises:
         UserError: another run is in it.
     """
     with ExitStack() as stack:
-        _together(lambda: stack.enter_context(Writers(folder)), first)
+        _together(lambda: stack.enter_context(WriterLock(folder)))
         yield
 
 
-def _together(work: Callable[[], Any], first: bool) -> None:
+def _together(work: Callable[[], Any]) -> None:
     """Do something on the first process; its error is everybody's."""
     failure: list[UserError | None] = [None]
-    if first:
+    if is_first_rank():
         try:
             work()
         except UserError as error:
             failure = [error]
     torch.distributed.broadcast_object_list(failure)
     if failure[0] is not None:
-        raise told_once(failure[0], first)
+        raise same_on_all_ranks(failure[0])
 
 
 class RunFolder:
@@ -52,17 +53,16 @@ class RunFolder:
     Args:
         settings: of the run.
         fingerprint: of the store, so that a run is not resumed on another one.
-        first: whether this is the process that writes.
 
     Raises:
         UserError: the folder holds another run.
     """
 
-    def __init__(self, settings: TrainConfig, fingerprint: str, *, first: bool) -> None:
+    def __init__(self, settings: TrainConfig, fingerprint: str) -> None:
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / "checkpoints"
         self.final = self.folder / "final"
-        self.settings, self._first = settings, first
+        self.settings = settings
         self._metrics = self.folder / "metrics.jsonl"
         config = dataclasses.asdict(settings)
         identity = {name: value for name, value in config.items() if name not in _PLACE}
@@ -70,7 +70,7 @@ class RunFolder:
         if settings.feature_weights:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # On one process, before any other looks.
-        _together(lambda: self._claim(config, identity), first)
+        _together(lambda: self._claim(config, identity))
         self.finished = (self.final / "config.json").is_file()
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class RunFolder:
 
     def resume_at(self, step: int) -> None:
         """Forget what came after the checkpoint that training goes on from."""
-        if not self._first:
+        if not is_first_rank():
             return
         for left in self.checkpoints.glob("partial-*"):
             shutil.rmtree(left)
@@ -105,7 +105,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        if self._first:
+        if is_first_rank():
             with self._metrics.open("a") as metrics:
                 metrics.write(json.dumps(record) + "\n")
 

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpocli.features.distance import StoredFeatures
-from fpocli.model.attention import row_multiple
-from fpocli.model.packing import Batch, fill_rows, pack
+from fpocli.features.top_features import TopFeatures
+from fpocli.model.attention import length_multiple
+from fpocli.model.packing import PackedSequence, pack, plan_packing
 from fpocli.store.reader import Store
-from fpocli.store.records import Reference, Tokens
-from fpocli.training.objective import ReferenceRows
+from fpocli.store.records import ReferenceValues, TokenPairs
 
 # Blocks whose pairs are shuffled together; twice as many are held in memory.
 _WINDOW = 4
@@ -42,14 +41,14 @@ class MicroBatch:
     """
 
     pairs: np.ndarray
-    batch: Batch
-    reference: ReferenceRows
+    batch: PackedSequence
+    reference: ReferenceValues
     weights: Tensor
     tokens: Tensor
 
 
 @dataclass
-class Ahead:
+class Prefetched:
     """Iterates over what a thread makes ready, one item before it is asked for.
 
     Args:
@@ -80,7 +79,7 @@ class Stream:
     Args:
         store: the store.
         batch_size: pairs per step over all ranks.
-        tokens_per_row: the most tokens of a packed row.
+        packed_length: the most tokens of a packed row.
         eval_fraction: share of the pairs held out.
         seed: of the order.
         rank: of this process.
@@ -92,16 +91,16 @@ class Stream:
         store: Store,
         *,
         batch_size: int,
-        tokens_per_row: int,
+        packed_length: int,
         eval_fraction: float,
         seed: int,
         rank: int,
         world: int,
     ) -> None:
         self.store = store
-        self.batch_size, self.tokens_per_row, self.seed = batch_size, tokens_per_row, seed
+        self.batch_size, self.packed_length, self.seed = batch_size, packed_length, seed
         self.rank, self.world = rank, world
-        self._not_finite = np.array(store.not_finite, np.int64)
+        self._not_finite = np.array(store.non_finite, np.int64)
         share = round(eval_fraction * store.scored)
         self.held_out_pairs = max(1, share) if eval_fraction > 0 else 0
         self.training_pairs = store.scored - self.held_out_pairs
@@ -110,12 +109,14 @@ class Stream:
         self._blocks = lru_cache(maxsize=1)(self._block_order)
         self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
-    def steps(self, start: int, stop: int, device: torch.device) -> Ahead:
+    def steps(self, start: int, stop: int, device: torch.device) -> Prefetched:
         """This rank's rows of the optimiser steps from `start` on, made ready in a thread.
 
         Every rank has as many rows in a step.
         """
-        return Ahead(list(self._share(self.pairs(step), device)) for step in range(start, stop))
+        return Prefetched(
+            list(self._share(self.pairs(step), device)) for step in range(start, stop)
+        )
 
     def pairs(self, step: int) -> np.ndarray:
         """The pairs of an optimiser step, over all ranks."""
@@ -174,12 +175,12 @@ class Stream:
 
     def _scored(self, block: int) -> np.ndarray:
         """The pairs of a block that have reference rows, sorted."""
-        rows = self.store.rows(block)
+        rows = self.store.pairs_in(block)
         return np.setdiff1d(np.arange(rows.start, rows.stop), self._not_finite)
 
     def _scored_up_to(self, block: int) -> tuple[int, int]:
         """How many pairs have reference rows before a block, and up to its end."""
-        rows = self.store.rows(block)
+        rows = self.store.pairs_in(block)
         first, last = (
             end - int(np.searchsorted(self._not_finite, end)) for end in (rows.start, rows.stop)
         )
@@ -192,7 +193,7 @@ class Stream:
         places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
         spans = np.array([self._block(block)[0].spans[row] for block, row in places])
         lengths = (spans[:, 3] - spans[:, 0]).tolist()
-        for row in fill_rows(lengths, self.tokens_per_row, self.world)[self.rank :: self.world]:
+        for row in plan_packing(lengths, self.packed_length, self.world)[self.rank :: self.world]:
             if row:
                 chosen, counts = [places[i] for i in row], weight or 1 / len(pairs)
             else:
@@ -219,7 +220,7 @@ class Stream:
         pairs = np.concatenate([self._split(block, "train") for block in blocks])
         return np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
 
-    def _read_block(self, block: int) -> tuple[Tokens, Reference]:
+    def _read_block(self, block: int) -> tuple[TokenPairs, ReferenceValues]:
         tokens = self.store.tokens(block)
         return tokens, self.store.reference(block, tokens)
 
@@ -231,7 +232,7 @@ class Stream:
             tokens, reference = self._block(block)
             token_pairs.append(tokens.pair(row))
             rows.append((reference, row))
-        batch = pack(token_pairs, row_multiple(device))
+        batch = pack(token_pairs, length_multiple(device))
         lengths = batch.spans[:, 3] - batch.spans[:, 0]
         return MicroBatch(
             pairs=np.array([block * self.store.block_size + row for block, row in places]),
@@ -242,16 +243,18 @@ class Stream:
         )
 
 
-def _reference_rows(rows: list[tuple[Reference, int]], device: torch.device) -> ReferenceRows:
+def _reference_rows(
+    rows: list[tuple[ReferenceValues, int]], device: torch.device
+) -> ReferenceValues:
     def gather(arrays: list[np.ndarray], dtype: type) -> Tensor:
         return torch.from_numpy(np.array(arrays, dtype)).to(device)
 
     sites = rows[0][0].features
-    return ReferenceRows(
+    return ReferenceValues(
         logp=gather([reference.logp[row] for reference, row in rows], np.float32),
         margin=gather([reference.margin[row] for reference, row in rows], np.float32),
         features={
-            site: StoredFeatures(
+            site: TopFeatures(
                 *(
                     gather([getattr(ref.features[site], name)[row] for ref, row in rows], dtype)
                     for name, dtype in (

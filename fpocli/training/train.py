@@ -1,6 +1,5 @@
 """The training stage: stream the store, score with the policy, step, log, save."""
 
-import math
 import resource
 import time
 from dataclasses import replace
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 
 from fpocli.config import TrainConfig
-from fpocli.evaluation.evaluate import held_out_means
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
-from fpocli.model.language_model import LanguageModel, choose_device, load_model
-from fpocli.model.packing import default_tokens_per_row
+from fpocli.model.language_model import LanguageModel, load_model
+from fpocli.model.network import choose_device
+from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import (
     check_k,
     find_reference,
@@ -29,22 +28,24 @@ from fpocli.system.console import console, progress
 from fpocli.system.errors import UserError
 from fpocli.system.files import as_typed
 from fpocli.system.model_folder import find_model
+from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
 from fpocli.training.engine import (
     backward,
     deepspeed_config,
     gather_weights,
-    load_checkpoint,
     make_engine,
-    save_checkpoint,
     shard,
     start_processes,
     take_step,
 )
-from fpocli.training.first_step import check_arithmetic, check_start
+from fpocli.training.first_step import check_dtype_and_kernel, check_start
 from fpocli.training.heartbeat import heartbeat
+from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
-from fpocli.training.objective import Means, objective
-from fpocli.training.run_folder import RunFolder, held_run
+from fpocli.training.means import Means
+from fpocli.training.objective import objective
+from fpocli.training.run_folder import RunFolder, locked_run_folder
+from fpocli.training.schedule import learning_rate, warmup_steps
 from fpocli.training.stream import Stream
 
 
@@ -67,7 +68,7 @@ def train(settings: TrainConfig) -> Path:
     rank, world = start_processes(device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    with heartbeat(rank, world), held_run(Path(settings.out), first=rank == 0):
+    with heartbeat(rank, world), locked_run_folder(Path(settings.out)):
         return _train(settings, store, device, rank, world)
 
 
@@ -79,7 +80,7 @@ def _train(
     stream = Stream(
         store,
         batch_size=settings.batch_size,
-        tokens_per_row=settings.tokens_per_row or default_tokens_per_row(device),
+        packed_length=settings.packed_length or default_packed_length(device),
         eval_fraction=settings.eval_fraction,
         seed=settings.seed,
         rank=rank,
@@ -89,14 +90,14 @@ def _train(
     if not steps:
         raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
     dtype = "bfloat16" if settings.bf16 else "float32"
-    check_arithmetic(store, dtype, choose_kernel(device), settings.allow)
+    check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
     omegas = (
         load_feature_weights(settings.feature_weights, store.sites)
         if settings.feature_weights
         else {}
     )
-    run = RunFolder(settings, store.meta["fingerprint"], first=rank == 0)
+    run = RunFolder(settings, store.meta["fingerprint"])
     if run.finished:
         console.print(f"{run.final} is there already; --overwrite trains anew")
         return run.final
@@ -119,7 +120,7 @@ def _train(
         console.print(
             f"{settings.method} on {stream.training_pairs:,} pairs, "
             f"{stream.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} "
-            f"pairs in rows of {stream.tokens_per_row:,} tokens on {world} {device.type} "
+            f"pairs in rows of {stream.packed_length:,} tokens on {world} {device.type} "
             f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
         )
         if warmup_steps(steps, settings) > steps:
@@ -234,25 +235,6 @@ def _load_models(
     )
     reference = load_reference(original, [], dtype, device)
     return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
-
-
-def warmup_steps(steps: int, settings: TrainConfig) -> int:
-    """Steps of the warm-up, which is given as a number of steps or, below 1, as a share."""
-    return round(settings.warmup * (steps if settings.warmup < 1 else 1))
-
-
-def learning_rate(step: int, steps: int, settings: TrainConfig) -> float:
-    """The rate of a step counted from 0: linear warm-up, then constant, cosine or linear to 0."""
-    warmup = warmup_steps(steps, settings)
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    rest = (step - warmup) / max(1, steps - warmup)
-    factor = {
-        "constant": 1.0,
-        "cosine": 0.5 * (1 + math.cos(math.pi * rest)),
-        "linear": 1 - rest,
-    }[settings.schedule]
-    return settings.lr * factor
 
 
 def peak_memory(device: torch.device) -> int:

@@ -11,10 +11,10 @@ from pathlib import Path
 import zarr
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE.parent / "support"))
 
 import tiny  # noqa: E402
-from conftest import write_pairs  # noqa: E402
+from stores import write_pairs  # noqa: E402
 
 from fpocli import CacheConfig, cache  # noqa: E402
 from fpocli.store.layout import VERSION  # noqa: E402

@@ -1,0 +1,1 @@
+"""fpo cache: the frozen reference and its SAEs -> a store."""

@@ -1,0 +1,1 @@
+"""fpo compare: many runs -> the paper's tables and figures."""

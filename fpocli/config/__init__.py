@@ -1,0 +1,25 @@
+"""The settings of every command: one flat frozen dataclass each, a help text beside each field.
+
+The command line makes its flags from these fields and the Python API takes the same objects, so
+nothing is listed twice. A field's type is what the flag accepts.
+"""
+
+from fpocli.config.cache import CacheConfig
+from fpocli.config.checks import MAY_DIFFER
+from fpocli.config.compare import CompareConfig
+from fpocli.config.evaluate import EvalConfig
+from fpocli.config.inspect import InspectConfig
+from fpocli.config.shared import DEFAULT_DATA
+from fpocli.config.train import PRESETS, Method, TrainConfig
+
+__all__ = [
+    "DEFAULT_DATA",
+    "MAY_DIFFER",
+    "PRESETS",
+    "CacheConfig",
+    "CompareConfig",
+    "EvalConfig",
+    "InspectConfig",
+    "Method",
+    "TrainConfig",
+]

@@ -1,0 +1,126 @@
+"""The settings of fpo cache."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from typer import Option
+
+from fpocli.config.checks import check_values
+from fpocli.config.shared import DEFAULT_DATA, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.system.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Run the frozen reference model and its SAE once and write the store that training reads.
+
+    The same command given again goes on where a stopped run ended. For several processes:
+    torchrun --nproc-per-node N -m fpocli cache ..., or the command on any host with --join.
+    """
+
+    model: Annotated[
+        str,
+        Option(help="Reference model: gemma-2-2b, gemma-2-9b, a hub id or a local folder."),
+    ]
+    layer: Annotated[
+        list[int], Option(help="Decoder layer of the site, from 0. Repeat for several sites.")
+    ]
+    site: Annotated[
+        list[str],
+        Option(help="resid_post (the layer's output) or mlp_out. One for all layers, or one each."),
+    ] = field(default_factory=lambda: ["resid_post"])
+    sae: Annotated[
+        list[str],
+        Option(
+            help="SAE of each layer: sae-lens release/id, a sae-lens folder, or a Gemma Scope "
+            "params.npz. For Gemma-2 the default is Gemma Scope's canonical one of width 16k.",
+        ),
+    ] = field(default_factory=list)
+    data: Annotated[
+        str, Option(help="Preference pairs: hub id, JSON, JSONL, Parquet or a saved data set.")
+    ] = DEFAULT_DATA
+    split: Annotated[
+        str | None,
+        Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
+    ] = None
+    limit: Annotated[int | None, Option(min=1, help="Read only the first so many rows.")] = None
+    strict: Annotated[
+        bool, Option("--strict", help="Stop at the first row of the data that cannot be used.")
+    ] = False
+    chat_template: Annotated[
+        str | None,
+        Option(
+            help="gemma, chatml, halos or a Jinja file. Default: the tokeniser's own; a base "
+            "model without one gets halos (the paper's <|user|> / <|assistant|> format).",
+        ),
+    ] = None
+    top_k: Annotated[
+        str, Option(help="How many of the largest pooled features to keep per response, or all.")
+    ] = "256"
+    value_dtype: Annotated[
+        Literal["float32", "float16"], Option(help="How feature values are stored.")
+    ] = "float32"
+    max_length: Annotated[
+        int, Option(min=2, help="Tokens of prompt plus response; longer responses are cut.")
+    ] = 2048
+    max_prompt_length: Annotated[
+        int, Option(min=1, help="Pairs with a longer prompt are dropped and counted.")
+    ] = 1024
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], Option(help="Dtype the model runs in.")
+    ] = "bfloat16"
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+    ] = None
+    packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
+    block: Annotated[
+        int, Option(min=1, help="Pairs per block: the unit of work and of what a crash can lose.")
+    ] = 1024
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    allow: Annotated[
+        list[str], Option(help="Go on with a store although this differs: dtype, kernel.")
+    ] = field(default_factory=list)
+    drop_non_finite: Annotated[
+        bool,
+        Option("--drop-non-finite", help="Leave pairs out whose numbers are NaN or infinite."),
+    ] = False
+    join: Annotated[
+        bool, Option("--join", help="Take blocks of a store that other commands write, too.")
+    ] = False
+    repair: Annotated[
+        bool, Option("--repair", help="Find what is damaged in the store and score it anew.")
+    ] = False
+    out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.repair and self.overwrite:
+            raise UserError(
+                "--repair keeps what --overwrite would throw away", "give one of the two"
+            )
+        if not self.layer:
+            raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
+        if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
+            raise UserError(f"--site {unknown[0]} is unknown", "take resid_post or mlp_out")
+        if len(self.site) not in (1, len(self.layer)):
+            raise UserError(
+                f"{len(self.site)} sites are given for {len(self.layer)} layers",
+                "give --site once for all layers, or once for each",
+            )
+        if self.sae and len(self.sae) != len(self.layer):
+            raise UserError(
+                f"{len(self.sae)} SAEs are given for {len(self.layer)} layers",
+                "give one --sae for each --layer, in the same order",
+            )
+        if self.top_k != "all" and not (self.top_k.isdecimal() and int(self.top_k) > 0):
+            raise UserError(
+                f"--top-k {self.top_k} is neither a positive number nor 'all'",
+                "256 is the default; all makes the feature distance exact",
+            )
+
+    @property
+    def sites(self) -> list[tuple[int, str]]:
+        """(layer, kind) of every site, in the order of --layer."""
+        kinds = self.site * len(self.layer) if len(self.site) == 1 else self.site
+        return list(zip(self.layer, kinds, strict=True))

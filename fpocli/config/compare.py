@@ -1,0 +1,21 @@
+"""The settings of fpo compare."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Cache, train and evaluate a grid of runs, and write the paper's tables and figures.
+
+    What is done is not done anew, so the same command goes on where it was stopped.
+    """
+
+    config_file: Annotated[
+        str, Argument(metavar="CONFIG.yaml", help="The grid; examples/paper has some.")
+    ]
+    plan: Annotated[
+        bool, Option("--plan", help="Only list the commands, and which of them are done.")
+    ] = False

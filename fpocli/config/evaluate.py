@@ -1,0 +1,73 @@
+"""The settings of fpo eval."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from fpocli.config.checks import check_values
+from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.system.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Measure a policy on the pairs of a store, beside its reference, and sample answers.
+
+    Writes eval.json, pairs.jsonl, charts and answer files, and prints a table.
+    """
+
+    model: Annotated[str, Argument(help="A run's folder, a model folder or a hub id.")]
+    cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
+    split: Annotated[
+        Literal["eval", "train", "all"] | None,
+        Option(help="Which pairs. Default: the held-out ones where there are any, else all."),
+    ] = None
+    eval_fraction: Annotated[
+        float,
+        Option(min=0, max=0.9, help="Share held out, for a model that is no run of fpo train."),
+    ] = 0.0
+    reference: Annotated[
+        str | None,
+        Option(help="The store's reference model; with it the sequential KL is measured."),
+    ] = None
+    sae: Annotated[
+        list[str],
+        Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
+    ] = field(default_factory=list)
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    k: Annotated[
+        int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")
+    ] = None
+    generate: Annotated[
+        str | None,
+        Option(
+            metavar="PROMPTS",
+            help="Sample answers to the prompts of a JSON or JSONL file. The question files of "
+            "AlpacaEval, Arena-Hard and MT-Bench are known.",
+        ),
+    ] = None
+    temperature: Annotated[
+        list[float], Option(help="Of the sampling; repeat for several. 0 takes the likeliest.")
+    ] = field(default_factory=lambda: [0.7])
+    top_p: Annotated[float, Option(min=0, max=1, help="Of the sampling; 1 is all tokens.")] = 1.0
+    max_new_tokens: Annotated[int, Option(min=1, help="The longest answer.")] = 512
+    batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
+    seed: Annotated[int, Option(help="Of the sampling.")] = 0
+    packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
+    device: Annotated[
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+    ] = None
+    out: Annotated[
+        str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
+    ] = None
+    overwrite: Annotated[bool, Option("--overwrite", help="Sample anew.")] = False
+    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if not self.temperature or not all(0 <= t < math.inf for t in self.temperature):
+            raise UserError("--temperature needs numbers from 0 up", "try --temperature 0.7")
+        if len(set(self.temperature)) < len(self.temperature):
+            raise UserError("a --temperature is given twice", "give each once")

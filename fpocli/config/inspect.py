@@ -1,0 +1,20 @@
+"""The settings of fpo inspect."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from typer import Argument, Option
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Show what is in a store."""
+
+    store: Annotated[str, Argument(help="The store.")]
+    pair: Annotated[
+        int | None, Option(min=0, help="Show one pair: text, numbers, top features.")
+    ] = None
+    verify: Annotated[
+        bool, Option("--verify", help="Read everything back and check every sum.")
+    ] = False
+    json: Annotated[bool, Option("--json", help="Print JSON.")] = False

@@ -1,0 +1,1 @@
+"""Preference data: from files and the hub to the token ids of pairs."""

@@ -1,0 +1,108 @@
+"""transformers' tokeniser of a model folder; text of the data never becomes a special token."""
+
+import hashlib
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from fpocli.data.pairs import Message
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import ModelFolder, refuse_code
+
+
+def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of texts of the data; what spells a special token stays text."""
+    return encode(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
+
+
+def encode(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
+    try:
+        return tokenizer(texts, **how).input_ids
+    except Exception as error:  # tokenizers raises no other class, such as at an unknown character
+        raise UserError(
+            f"the tokeniser of {tokenizer.name_or_path} cannot encode a text: {error}",
+            "its tokenizer.json is damaged, or lacks the token for what is unknown",
+        ) from error
+
+
+def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> list[int]:
+    """Ids of a conversation in the tokeniser's chat template, with its generation prompt.
+
+    Args:
+        tokenizer: transformers', with a chat template.
+        messages: the conversation; what spells a special token in it stays text.
+        bos: the id to begin with, once, whether the template writes it or not; or None.
+    """
+    return encode_rendered(tokenizer, render_prompt(tokenizer, messages), bos)
+
+
+def render_prompt(tokenizer: Any, messages: list[Message]) -> list[str]:
+    """The rendered conversation; every second part of it spells a special token in the data."""
+    spelt = _special_pattern(tokenizer)
+    marks = None
+    if any(spelt.search(message["content"]) for message in messages):
+        marks = left, right = _unused_characters(messages)
+        messages = [
+            message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
+            for message in messages
+        ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return re.split(f"[{''.join(marks)}]", text) if marks else [text]
+
+
+def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:
+    ids: list[int] = []
+    for number, part in enumerate(parts):
+        if part and number % 2:
+            ids += encode_text(tokenizer, [part])[0]
+        elif part:
+            ids += encode(tokenizer, [part], add_special_tokens=False)[0]
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+@lru_cache(maxsize=4)
+def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
+    """Finds what spells a special token; never, if there is none."""
+    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _unused_characters(messages: list[Message]) -> tuple[str, str]:
+    """Two characters for private use that are not in the conversation."""
+    used = {character for message in messages for character in message["content"]}
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    return next(free), next(free)
+
+
+def load_tokenizer(folder: ModelFolder) -> Any:
+    """transformers' tokeniser of a model folder, with no clean-up of white space.
+
+    Raises:
+        UserError: there is none, or it needs code that may not be run.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder.path,
+            clean_up_tokenization_spaces=False,
+            trust_remote_code=folder.trust_remote_code,
+        )
+    except Exception as error:  # transformers and tokenizers raise errors of many kinds
+        refuse_code(folder, error)
+        raise UserError(
+            f"{folder.source} has no tokeniser that transformers can load: {error}",
+            "the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """sha256 over all that makes ids of a text: vocabulary, merges, normaliser, pre-tokeniser."""
+    about: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        about |= {name: state[name] for name in ("model", "normalizer", "pre_tokenizer")}
+    text = json.dumps(about, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""fpo eval: one policy, measured and sampled."""

@@ -1,0 +1,124 @@
+"""Everything that is measured of each pair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fpocli.config import EvalConfig
+from fpocli.features.encoder import SparseEncoder
+from fpocli.features.kl_bound import operator_norm, squared_change
+from fpocli.features.pretrained import load_decoder
+from fpocli.model.language_model import FrozenReference, LanguageModel, load_model
+from fpocli.scoring.loading import (
+    find_reference,
+    load_encoders,
+    load_reference,
+    sae_sources,
+    sites_of,
+)
+from fpocli.scoring.score import PairScores, score
+from fpocli.store.reader import Store
+from fpocli.system.console import progress
+from fpocli.system.files import replace_text
+from fpocli.system.model_folder import ModelFolder
+from fpocli.training.objective import compare_features
+from fpocli.training.stream import MicroBatch, Stream
+
+# Arrays of one number per pair, or one per response [N, 2].
+Values = dict[str, np.ndarray]
+
+
+def measure_pairs(
+    config: EvalConfig,
+    store: Store,
+    folder: ModelFolder,
+    stream: Stream,
+    split: str,
+    k: int,
+    device: torch.device,
+) -> Values:
+    """Everything that is known of the N pairs, in the store's order."""
+    dtype = getattr(torch, store.meta["model"]["dtype"])
+    sites = sites_of(store)
+    original = (
+        find_reference(store, config.reference, trust_remote_code=config.trust_remote_code)
+        if config.reference
+        else None
+    )
+    policy = load_model(folder, sites, dtype, device).eval()
+    encoders = load_encoders(store, config.sae, policy.config.hidden_size, device)
+    reference, norms = None, {}
+    if original:
+        reference = load_reference(original, sites, dtype, device)
+        norms = _operator_norms(config, store, policy)
+    parts: list[Values] = []
+    with (
+        torch.inference_mode(),
+        progress("Scoring pairs", stream.split_size(split)) as bar,
+    ):
+        for micro in stream.evaluation(device, split):
+            parts.append(_measure_row(policy, reference, encoders, micro, k, norms))
+            bar.advance(len(micro.pairs))
+    order = np.argsort(np.concatenate([part["pair"] for part in parts]))
+    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
+
+def _measure_row(
+    policy: LanguageModel,
+    reference: FrozenReference | None,
+    encoders: dict[str, SparseEncoder],
+    micro: MicroBatch,
+    k: int,
+    norms: dict[str, float],
+) -> Values:
+    expected = reference(micro.batch) if reference else None
+    scores = score(policy, encoders, micro.batch, expected)
+    _, distances = compare_features(scores, micro.reference, encoders, k)
+    values: dict[str, Tensor] = {
+        "tokens": scores.count,
+        "logp": scores.logp,
+        "ref_logp": micro.reference.logp,
+        **{f"distance.{site}": distance for site, distance in distances.items()},
+    }
+    if scores.kl is not None and expected is not None:
+        values["kl"] = scores.kl
+        for site, norm in norms.items():
+            change = _changes(scores, expected.states[site], encoders[site], site)
+            values[f"bound.{site}"] = norm**2 / 2 * change
+    return {"pair": micro.pairs} | {name: v.double().cpu().numpy() for name, v in values.items()}
+
+
+def _changes(scores: PairScores, states: Tensor, encoder: SparseEncoder, site: str) -> Tensor:
+    """sum over positions of ||c_policy - c_reference||^2, [P, 2]."""
+    own = scores.states[site]
+    other = states.split([len(response) for response in own])
+    pairs = zip(own, other, strict=True)
+    return torch.stack([squared_change(encoder, *pair) for pair in pairs]).view(-1, 2)
+
+
+def _operator_norms(config: EvalConfig, store: Store, policy: LanguageModel) -> dict[str, float]:
+    """M of each site."""
+    head = policy.network.get_output_embeddings().weight
+    norms = {}
+    with progress("Appendix B's operator norm", len(store.sites)) as bar:
+        for site, source in sae_sources(store, config.sae).items():
+            norms[site] = operator_norm(head, load_decoder(source, head.device))
+            bar.advance()
+    return norms
+
+
+def write_pairs(path: Path, values: Values) -> None:
+    lines = []
+    for row in range(len(values["pair"])):
+        record: dict[str, Any] = {"pair": int(values["pair"][row])}
+        for name, array in values.items():
+            if name != "pair":
+                record |= dict(
+                    zip((f"{name}_chosen", f"{name}_rejected"), array[row].tolist(), strict=True)
+                )
+        lines.append(json.dumps(record) + "\n")
+    replace_text(path, "".join(lines))

@@ -1,0 +1,1 @@
+"""SAEs: sites, encoders, pooled features, their distance and weights."""

@@ -1,0 +1,139 @@
+"""Pre-trained SAEs: a sae-lens release, a sae-lens folder or a Gemma Scope file -> an encoder."""
+
+import lzma
+import pickle
+import re
+import struct
+import tokenize
+import zlib
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fpocli.features.encoder import SparseEncoder, fold_decoder_norm
+from fpocli.features.gemma_scope import check_npz, read_npz
+from fpocli.system.errors import UserError
+from fpocli.system.hub import hub_errors
+from fpocli.system.json_yaml import read_json
+
+# What a file raises that is cut, altered or of another kind: the readers' own errors, and those of
+# sae-lens, which takes what is in a configuration as it is.
+_BROKEN = (
+    OSError, EOFError, BadZipFile, zlib.error, lzma.LZMAError, struct.error, SafetensorError,
+    pickle.UnpicklingError, MemoryError, ValueError, TypeError, LookupError, AttributeError,
+    ArithmeticError, RuntimeError, AssertionError, SyntaxError, tokenize.TokenError,
+)  # fmt: skip
+
+
+def load_encoder(source: str, device: torch.device) -> SparseEncoder:
+    """Load an SAE.
+
+    Args:
+        source: a sae-lens release/id, a sae-lens folder, or a Gemma Scope params.npz.
+        device: where it runs, in float32.
+
+    Raises:
+        UserError: nothing is there, or it is no SAE that can be used.
+    """
+    return SparseEncoder(_load(source, device))
+
+
+def load_decoder(source: str, device: torch.device) -> Tensor:
+    """W_dec of an SAE, float32 [m, d], which turns the features of `load_encoder` into states."""
+    sae = _load(source, device)
+    fold_decoder_norm(sae)
+    return sae.W_dec.detach()
+
+
+def _load(source: str, device: torch.device) -> Any:
+    from sae_lens import SAE
+
+    path = Path(source)
+    name = str(device)
+    try:
+        if path.is_dir():
+            _check_folder(path)
+            sae = SAE.load_from_disk(source, device=name, dtype="float32")
+        elif path.suffix == ".npz":
+            if not path.is_file():
+                raise UserError(f"the SAE {source} does not exist", "check the path given to --sae")
+            check_npz(path)
+            sae = SAE.load_from_disk(source, device=name, dtype="float32", converter=read_npz)
+        else:
+            release, sae_id = _split_release(source)
+            with hub_errors(f"the SAE {source}"):
+                sae = SAE.from_pretrained(release, sae_id, device=name)
+        # Settings that do not go with the parameters, such as a k above m, show here.
+        with torch.no_grad():
+            sae.encode(torch.zeros(1, sae.cfg.d_in, device=device))
+    except _BROKEN as error:
+        raise UserError(
+            f"the SAE {source} cannot be loaded: {error}",
+            "give a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors, or a "
+            "Gemma Scope params.npz",
+        ) from error
+    return sae
+
+
+def _check_folder(path: Path) -> None:
+    """Hold cfg.json to the header of the weights, before either is turned into an SAE.
+
+    Raises:
+        ValueError: they are of different sizes.
+    """
+    config = read_json(path / "cfg.json")
+    if not isinstance(config, dict):
+        raise ValueError("cfg.json holds no JSON object")
+    with safe_open(path / "sae_weights.safetensors", "pt") as weights:
+        shape = weights.get_slice("W_enc").get_shape()
+    if [config.get("d_in"), config.get("d_sae")] != shape:
+        raise ValueError(
+            f"cfg.json has d_in {config.get('d_in')} and d_sae {config.get('d_sae')}, the weights "
+            f"have W_enc {shape}"
+        )
+
+
+def check_encoder(encoder: SparseEncoder, source: str, site: Any, width: int) -> None:
+    """Refuse an SAE that was not made for this model or site.
+
+    Args:
+        encoder: the SAE.
+        source: its name in messages.
+        site: where it is to be used.
+        width: d of the model.
+    """
+    if encoder.width != width:
+        raise UserError(
+            f"the SAE {source} reads states of width {encoder.width}, the model's are {width} wide",
+            "name an SAE that was trained on this model",
+        )
+    # TransformerLens writes blocks.L.hook_resid_post, transformers model.layers.L.
+    hook = str(encoder.sae.cfg.metadata.hook_name or "")
+    layer = re.search(r"(?:blocks|layers)\.(\d+)", hook)
+    kinds = {"hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out"}
+    kind = kinds.get(hook.rpartition(".")[2])
+    if (layer and int(layer[1]) != site.layer) or (kind and kind != site.kind):
+        raise UserError(
+            f"the SAE {source} was trained at {hook}, not at {site}",
+            "give the --layer and --site it was trained at, or another --sae",
+        )
+
+
+def _split_release(source: str) -> tuple[str, str]:
+    """A sae-lens release and the id in it; an unknown release is a hub repository owner/name."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    first, _, rest = source.partition("/")
+    if first not in get_pretrained_saes_directory():
+        second, _, rest = rest.partition("/")
+        first = f"{first}/{second}"
+    if not rest:
+        raise UserError(
+            f"the SAE {source} is neither a file, a folder nor a sae-lens release/id",
+            "an example: gemma-scope-2b-pt-res-canonical/layer_25/width_16k/canonical",
+        )
+    return first, rest

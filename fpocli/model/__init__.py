@@ -1,0 +1,1 @@
+"""The network: packed sequences in, log-probabilities and hidden states out."""

@@ -1,0 +1,119 @@
+"""A model folder -> transformers' network, every parameter read from the folder's files."""
+
+import math
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import ModelFolder, refuse_code
+
+
+def read_config(folder: ModelFolder) -> Any:
+    """transformers' configuration of a text model.
+
+    Raises:
+        UserError: transformers does not know the model's type, or it needs code that may not be
+            run.
+    """
+    return _read_config(folder).get_text_config()
+
+
+def _read_config(folder: ModelFolder) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder.path, trust_remote_code=folder.trust_remote_code)
+    except Exception as error:  # transformers checks little before it computes with a value
+        refuse_code(folder, error)
+        raise UserError(f"the configuration of {folder.source} cannot be read: {error}") from error
+
+
+def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
+    """transformers' model of a folder, on the CPU, every parameter read from the folder's files.
+
+    Args:
+        folder: where its files are.
+        dtype: of the weights.
+
+    Raises:
+        UserError: the configuration describes another model than the weights are, or the model
+            needs code that may not be run.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _read_config(folder)
+    loaded: Any
+    try:
+        _check_size(folder, config)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder.path,
+            dtype=dtype,
+            use_safetensors=True,
+            # transformers' own choice, or the configuration may name a kernel of the hub's.
+            attn_implementation=None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            trust_remote_code=folder.trust_remote_code,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # as in _read_config
+        refuse_code(folder, error)
+        raise UserError(f"the model {folder.source} cannot be loaded: {error}") from error
+    network, report = loaded
+    # transformers fills these with random numbers.
+    absent = sorted(report["missing_keys"])
+    other = sorted(name for name, *_ in report["mismatched_keys"])
+    for names, what in ((absent, "lack"), (other, "have another shape of")):
+        if names:
+            raise UserError(
+                f"the weights of {folder.source} {what} {', '.join(names[:3])}"
+                + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
+                "the model was not saved whole, or its config.json is of another one",
+            )
+    return network
+
+
+def _check_size(folder: ModelFolder, config: Any) -> None:
+    """Refuse a configuration of far more parameters than the weights hold, before memory is taken.
+
+    Less than twice as many: then some are missing, and `load_network` can name them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    held, tensors = 0, 0
+    for file in folder.weight_files:
+        with safe_open(file, "pt") as weights:
+            names = weights.keys()
+            held += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+            tensors += len(names)
+    layers = config.get_text_config().num_hidden_layers
+    # transformers makes objects for each layer, even without memory for its weights.
+    larger = f"{layers:,} layers, and the weights {tensors:,} tensors" if layers > tensors else ""
+    if not larger:
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=None,
+                trust_remote_code=folder.trust_remote_code,
+            )
+        described = sum(parameter.numel() for parameter in shapes.parameters())
+        if described > 2 * held:
+            larger = f"{described:,} parameters, and the weights {held:,}"
+    if larger:
+        raise UserError(
+            f"config.json of {folder.source} describes a larger model than is there: {larger}",
+            "the files are of different models, or the weights are quantised; fetch them anew",
+        )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of a name; None is the GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device {name} cannot be used: {error}", "try --device cpu") from error
+    return device

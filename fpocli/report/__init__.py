@@ -1,0 +1,1 @@
+"""What fpo inspect and fpo eval show in a terminal."""

@@ -1,0 +1,33 @@
+"""The record of a block: 64 bits of a sha256 over its content (docs/format.md, The digest)."""
+
+import hashlib
+
+import numpy as np
+
+from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+
+
+def digest_of_block(tokens: TokenPairs, reference: ReferenceValues) -> np.uint64:
+    """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
+    arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
+    arrays += [reference.logp, reference.margin]
+    for site in sorted(reference.features):
+        features = reference.features[site]
+        arrays += [features.index, features.value, features.nonzero]
+    return _digest(arrays)
+
+
+def digest_of_totals(block: int, totals: dict[str, FeatureTotals]) -> np.uint64:
+    """64 bits of sha256 over a block's number and totals; never 0."""
+    arrays = [np.array(block, np.int64)]
+    for site in sorted(totals):
+        arrays += [totals[site].value, totals[site].frequency]
+    return _digest(arrays)
+
+
+def _digest(arrays: list[np.ndarray]) -> np.uint64:
+    digest = hashlib.sha256()
+    for array in arrays:
+        little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        digest.update(little.tobytes())
+    return np.uint64(int.from_bytes(digest.digest()[:8], "little") or 1)

@@ -1,0 +1,1 @@
+"""What knows nothing of the method: messages, files, locks, signals, the hub."""

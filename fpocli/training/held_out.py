@@ -1,0 +1,49 @@
+"""The training metrics of the held-out pairs."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpocli.config import TrainConfig
+from fpocli.features.encoder import SparseEncoder
+from fpocli.scoring.score import score
+from fpocli.training.means import Means
+from fpocli.training.objective import objective
+from fpocli.training.stream import MicroBatch
+
+
+@torch.no_grad()
+def held_out_means(
+    model: Any,
+    encoders: dict[str, SparseEncoder],
+    batches: Iterable[MicroBatch],
+    settings: TrainConfig,
+    weights: Mapping[str, Tensor],
+    reference: Any,
+    where: str,
+) -> dict[str, float]:
+    """Means of the training metrics over batches, of all ranks together.
+
+    Args:
+        model: the policy, or an engine around it.
+        encoders: an SAE for each site that is compared.
+        batches: what to score.
+        settings: the method and its scalars.
+        weights: per-feature weights of the sites that have them.
+        reference: the FrozenReference, or an engine around it; with it, the sequential KL is
+            measured too, whatever the method. Or None.
+        where: what the batches are, for the error.
+
+    Raises:
+        UserError: a mean is not finite.
+    """
+    model.eval()
+    means = Means()
+    for micro in batches:
+        expected = reference(micro.batch) if reference is not None else None
+        scores = score(model, encoders, micro.batch, expected)
+        _, metrics = objective(scores, micro.reference, encoders, settings, weights)
+        means.add(metrics, micro.weights, micro.pairs)
+    return means.result(where)

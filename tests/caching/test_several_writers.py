@@ -1,0 +1,148 @@
+"""Several processes that write one store: they share blocks, and none stops the others."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import Command, flags
+from stores import assert_equal, cache_config, write_pairs
+
+from fpocli import cache
+from fpocli.store.reader import Store
+from fpocli.system.lock import WriterLock
+
+
+@pytest.fixture(scope="module")
+def many(material, tmp_path_factory):
+    """Pairs for 20 blocks, and the store that one process makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    data = str(write_pairs(folder / "pairs.jsonl", 160, seed=3))
+    store = cache(cache_config(material, folder / "one.zarr", data=data))
+    return data, store.path
+
+
+@pytest.fixture
+def start(material, many, tmp_path):
+    """Starts `fpo cache --join` on one store, in a process."""
+    started = []
+
+    def start(**changes):
+        config = cache_config(
+            material, tmp_path / "ref.zarr", **({"data": many[0], "join": True} | changes)
+        )
+        started.append(Command("cache", *flags(config)))
+        return started[-1]
+
+    yield start
+    for command in started:
+        command.close()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_content_is_the_same_for_any_number_of_writers(start, many, tmp_path, count):
+    commands = [start() for _ in range(count)]
+    for command in commands:
+        assert command.wait(120) == 0, command.printed()
+    assert_equal(tmp_path / "ref.zarr", many[1])
+
+
+def held_by(command, path):
+    """The blocks that a process has taken."""
+    found = []
+    for file in path.with_name(path.name + ".writers").glob("block-*"):
+        with WriterLock(path, join=True) as writers:
+            owner = writers.owner(file.name)
+        if owner and owner.process == command.pid:
+            found.append(int(file.name.removeprefix("block-")))
+    return found
+
+
+def stop_at_work(commands, path):
+    """Stop one of some processes while it has a block that is not written yet; which, and that."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        for command in commands:
+            if held_by(command, path):
+                command.kill(signal.SIGSTOP)
+                store = Store.open(path)
+                if held := [
+                    block for block in held_by(command, path) if not store.is_scored(block)
+                ]:
+                    return command, held
+                command.kill(signal.SIGCONT)
+    raise AssertionError("none ever held a block")
+
+
+def test_when_one_of_four_dies_the_others_finish_all_but_its_blocks(start, many, tmp_path):
+    path = tmp_path / "ref.zarr"
+    commands = [start() for _ in range(4)]
+    lost, held = stop_at_work(commands, path)
+    lost.kill(signal.SIGKILL)
+    for command in set(commands) - {lost}:
+        assert command.wait(120) == 2, command.printed()
+        told = command.printed()
+        assert (
+            f"scored but {', '.join(map(str, held))}, which were left by process {lost.pid} on"
+            in told
+        )
+        assert "Traceback" not in told
+    assert Store.open(path).unscored_blocks() == held
+    again = start()
+    assert again.wait(120) == 0, again.printed()
+    assert f"process {lost.pid} on" in again.printed()
+    assert_equal(path, many[1])
+
+
+def test_a_slow_writer_stops_nobody(start, many, tmp_path):
+    """The others do all the rest and wait; when it goes on, all end well."""
+    path = tmp_path / "ref.zarr"
+    commands = [start() for _ in range(3)]
+    slow, held = stop_at_work(commands, path)
+    deadline = time.monotonic() + 120
+    while Store.open(path).unscored_blocks() != held:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert all(command.running() for command in commands)
+    slow.kill(signal.SIGCONT)
+    for command in commands:
+        assert command.wait(120) == 0, command.printed()
+    assert_equal(path, many[1])
+
+
+def test_any_number_goes_on_with_what_any_other_began(start, many, tmp_path):
+    """Four are killed, then two, then one completes it."""
+    path = tmp_path / "ref.zarr"
+    records = path / "blocks" / "digest" / "c"
+    for count, done in ((4, 3), (2, 8)):
+        commands = [start() for _ in range(count)]
+        while not (records.is_dir() and len(list(records.iterdir())) >= done):
+            time.sleep(0.01)
+        for command in commands:
+            command.kill(signal.SIGKILL)
+            command.wait()
+    assert 0 < len(Store.open(path).unscored_blocks()) < 20
+    last = start(join=False)
+    assert last.wait(120) == 0, last.printed()
+    assert_equal(path, many[1])
+
+
+def test_torchrun_starts_writers_that_belong_together(material, many, tmp_path):
+    path = tmp_path / "ref.zarr"
+    config = cache_config(material, path, data=many[0])
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*words, "-m", "fpocli", "cache", *flags(config)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall("is complete", done.stderr)) == 1, "told once"
+    assert_equal(path, many[1])
+
+
+def test_overwrite_and_repair_are_for_one(start):
+    for flag in ("overwrite", "repair"):
+        command = start(**{flag: True})
+        assert command.wait(60) == 2
+        assert "are for one process" in command.printed()

@@ -1,0 +1,296 @@
+"""fpo compare: what a grid means, a small one run from end to end, and its tables."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import yaml
+from stores import set_attributes
+
+from fpocli.comparison.compare import _inputs
+from fpocli.comparison.grid import read_grid
+from fpocli.comparison.tables import REPORTS, TABLES, make_table
+from fpocli.store.metadata import attributes
+from fpocli.system.errors import UserError
+
+
+def grid(tmp_path, **content):
+    file = tmp_path / "grid.yaml"
+    base = {"out": str(tmp_path / "out"), "store": "ref.zarr", "runs": [{"method": "fpo"}]}
+    file.write_text(yaml.safe_dump(base | content, sort_keys=False))
+    return str(file)
+
+
+def read(tmp_path, **content):
+    return read_grid(grid(tmp_path, **content), REPORTS)
+
+
+def test_lists_are_multiplied_out(tmp_path):
+    found = read(
+        tmp_path,
+        train={"preset": "paper-2b", "lr": 1e-4},
+        runs=[{"method": ["dpo", "fpo"], "seed": [0, 1]}, {"method": "fpo", "alpha": [0.1, 2]}],
+    )
+    assert [run.name for run in found.runs] == [
+        "method-dpo_seed-0",
+        "method-dpo_seed-1",
+        "method-fpo_seed-0",
+        "method-fpo_seed-1",
+        "method-fpo_alpha-0.1",
+        "method-fpo_alpha-2",
+    ]
+    assert not found.stores
+    settings = found.runs[4].train.settings
+    assert settings["alpha"] == 0.1 and settings["warmup"] == 150 and settings["lr"] == 1e-4
+    assert found.runs[0].settings["beta"] == 0.1
+
+
+def test_runs_of_the_same_cache_settings_share_a_store(tmp_path):
+    file = tmp_path / "grid.yaml"
+    content = {
+        "cache": {"model": "m", "layer": [25], "sae": ["a/canonical"]},
+        "runs": [
+            {"method": ["dpo", "fpo"]},
+            {"method": "sft", "layer": [[25]], "site": [["resid_post"]]},
+            {"method": "fpo", "sae": [["b/canonical"]]},
+            {"method": "fpo", "layer": [0, 12], "sae": ["a", "b"], "site": ["mlp_out"]},
+        ],
+    }
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = read_grid(str(file), REPORTS)
+    assert [step.name.rpartition("-")[0] for step in found.stores] == [
+        "cache.25.resid_post",
+        "cache.25.resid_post",
+        "cache.0.mlp_out+12.mlp_out",
+    ]
+    stores = [run.train.settings["cache"] for run in found.runs]
+    assert stores[0] == stores[1] == stores[2] == found.stores[0].settings["out"]
+    assert stores[3] == found.stores[1].settings["out"] != stores[0]
+    assert found.runs[3].settings["sae"] == []
+    assert found.runs[4].settings["layer"] == [0, 12]
+    content["runs"][3]["sae"] = ["a"]
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(UserError, match="1 SAEs are given for 2 layers"):
+        read_grid(str(file), REPORTS)
+
+
+def test_numbers_that_yaml_reads_as_text(tmp_path):
+    """YAML 1.1 wants a point in 2e-5."""
+    file = tmp_path / "grid.yaml"
+    file.write_text("store: s\ntrain: {lr: 2e-5, warmup: 3}\nruns: [{method: fpo, alpha: [1e-1]}]")
+    (run,) = read_grid(str(file), REPORTS).runs
+    assert run.settings["lr"] == 2e-5 and run.settings["alpha"] == 0.1
+
+
+def test_a_cache_without_a_model_is_told(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text("cache: {layer: [3]}\nruns: [{method: fpo}]")
+    with pytest.raises(UserError, match="lacks model"):
+        read_grid(str(file), REPORTS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"runs": []}, "has no `runs`"),
+        ({"runs": [{"methd": "fpo"}]}, "sets methd"),
+        ({"runs": [{"method": "fpp"}]}, "--method fpp is unknown"),
+        ({"runs": ["fpo"]}, "no set of flags"),
+        ({"runs": [{"method": "fpo"}, {"method": "fpo"}]}, "means the run method-fpo twice"),
+        ({"runs": [{"layer": [[7]]}]}, "the store has settled"),
+        ({"cache": {"model": "m"}}, "either `store` or `cache`"),
+        ({"train": {"preset": "paper"}}, "preset paper is not known"),
+        ({"train": {"rate": 1}}, "sets rate"),
+        ({"eval": {"generation": "x"}}, "sets generation"),
+        ({"reports": ["table1"]}, "table1, which is not known"),
+        ({"seeds": 3}, "a section seeds"),
+        ({"runs": "all"}, "runs in .* is no list"),
+        ({"train": {"lr": "fast"}}, "--lr fast is no float"),
+        ({"train": {"epochs": 1.5}}, "--epochs 1.5 is no int"),
+        ({"train": {"bf16": "yes"}}, "--bf16 yes is no bool"),
+        ({"train": {"out": "x"}}, "sets out"),
+        ({"train": {"preset": ["paper-2b"]}}, "is not known"),
+        ({"train": {"measure_kl": True}}, "none are held out"),
+        ({"eval": {"out": "x"}}, "sets out"),
+        ({"eval": {"preset": "paper-2b"}}, "sets preset"),
+        ({"eval": {"temperature": ["hot"]}}, "--temperature hot is no float"),
+        ({"eval": {"temperature": [float("nan")]}}, "--temperature"),
+        ({"eval": {"temperature": [0.7, 0.7]}}, "given twice"),
+        ({"runs": [{"seed": "abc"}]}, "--seed abc is no int"),
+        ({"runs": [{"cache": "x"}]}, "sets cache"),
+        ({"launch": "torchrun 'x"}, "no command line"),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, **content)
+
+
+def remark(out, file):
+    """Mark every step as done."""
+    for step in comparison_steps(read_grid(str(file), REPORTS)):
+        (out / "configs" / f"{step.name}.done").write_text(_inputs(step))
+
+
+def comparison_steps(grid):
+    return [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
+
+
+def fpo(*words, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "fpocli", *map(str, words)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory):
+    """Two methods from one store, in their own processes."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "prompts.jsonl").write_text('{"prompt": "say the cat"}\n')
+    content = {
+        "out": str(folder / "out"),
+        "cache": {
+            "model": str(material / "model"),
+            "layer": [3],
+            "sae": [str(material / "sae")],
+            "data": str(material / "pairs.jsonl"),
+            "dtype": "float32",
+            "top_k": 64,
+            "block": 8,
+        },
+        "train": {
+            "bf16": False, "batch_size": 6, "lr": 1e-3, "warmup": 0, "eval_fraction": 0.3,
+            "measure_kl": True, "eval_every": 1, "packed_length": 400,
+        },
+        "eval": {
+            "reference": str(material / "model"), "generate": str(folder / "prompts.jsonl"),
+            "max_new_tokens": 4,
+        },
+        "runs": [{"method": ["simpo", "fpo"]}],
+        "reports": ["all", "table2", "figure3", "figure4"],
+    }  # fmt: skip
+    (folder / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    done = fpo("compare", folder / "grid.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done
+
+
+def test_tables_hold_what_eval_and_metrics_say(finished):
+    folder, done = finished
+    out = folder / "out"
+    frame = pd.read_csv(out / "all.csv", index_col="method")
+    assert list(frame.index) == ["simpo", "fpo"]
+    for method in frame.index:
+        run = out / f"runs/method-{method}"
+        result = json.loads((run / "eval/eval.json").read_text())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        row = frame.loc[method]
+        assert row["Accuracy (%)"] == pytest.approx(100 * result["accuracy"]["share"])
+        assert row["KL rejected (nats)"] == pytest.approx(result["kl"]["rejected"])
+        assert row["D chosen"] == pytest.approx(result["distance"]["layer_3.resid_post"]["chosen"])
+        assert row["Entropy (nats)"] == pytest.approx(result["generation"][0]["entropy"])
+        seconds = [line["seconds"] for line in lines if line["split"] == "train"]
+        assert row["Time (s)"] == pytest.approx(sum(seconds))
+        assert "Peak (GB)" not in frame, "the reference was in memory for both"
+        last = [line for line in lines if line["split"] == "eval"][-1]
+        assert last["kl_chosen"] == pytest.approx(result["kl"]["chosen"], rel=1e-4)
+        assert last["accuracy"] == pytest.approx(result["accuracy"]["share"])
+        steps = [line["step"] for line in lines if line["split"] == "eval"]
+        assert steps == [0, 1, 2, 3]
+    assert (out / "table2.md").read_text() in done.stdout
+    for name in ("figure3", "figure4"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert [row["name"] for row in json.loads((out / "results.json").read_text())] == [
+        "method-simpo",
+        "method-fpo",
+    ]
+
+
+def test_what_is_done_is_not_done_anew(finished):
+    folder, first = finished
+    final = folder / "out/runs/method-fpo/final/model.safetensors"
+    before = final.stat().st_mtime_ns
+    plan = fpo("compare", folder / "grid.yaml", "--plan")
+    assert {line.split()[0] for line in plan.stdout.splitlines()} == {"done"}
+    assert len(plan.stdout.splitlines()) == 5
+    (folder / "out/runs/method-simpo/eval/eval.json").unlink()
+    plan = fpo("compare", folder / "grid.yaml", "--plan")
+    assert "to do  eval.method-simpo" in plan.stdout
+    again = fpo("compare", folder / "grid.yaml")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert final.stat().st_mtime_ns == before
+    assert again.stdout == first.stdout
+
+
+def test_what_lies_upstream_counts(finished, tmp_path):
+    """Other prompts, another store: what was made of the old ones is to be made anew."""
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    out = tmp_path / "copy/out"
+    content = yaml.safe_load((folder / "grid.yaml").read_text()) | {"out": str(out)}
+    file = tmp_path / "grid.yaml"
+
+    def plan(**changes):
+        changed = {
+            name: content[name] | values if isinstance(values, dict) else values
+            for name, values in changes.items()
+        }
+        file.write_text(yaml.safe_dump(content | changed, sort_keys=False))
+        lines = fpo("compare", file, "--plan").stdout.splitlines()
+        return [line.split()[-1].partition(".")[0] for line in lines if line.startswith("to do")]
+
+    # The copy lies elsewhere, so it counts as nothing until it is marked again.
+    assert plan() == ["cache", "train", "eval", "train", "eval"]
+    remark(out, file)
+    assert plan() == []
+    (tmp_path / "other.jsonl").write_text('{"prompt": "rat"}\n')
+    assert plan(eval={"generate": str(tmp_path / "other.jsonl")}) == ["eval", "eval"]
+    assert plan(train={"lr": 5e-4}) == ["train", "eval", "train", "eval"]
+    assert plan(cache={"limit": 9}) == ["cache", "train", "eval", "train", "eval"]
+    (store,) = (out / "stores").glob("*.zarr")
+    set_attributes(store, data=attributes(store)["data"] | {"fingerprint": "made anew"})
+    assert plan() == ["cache", "train", "eval", "train", "eval"]
+
+
+def test_a_step_that_fails_stops_the_comparison(finished, tmp_path):
+    folder, _ = finished
+    content = yaml.safe_load((folder / "grid.yaml").read_text())
+    content |= {"out": str(tmp_path / "out"), "runs": [{"method": "fpo", "k": 80}]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    done = fpo("compare", tmp_path / "grid.yaml")
+    assert done.returncode == 2
+    assert "--k 80 compares more features" in done.stderr
+    assert "train.method-fpo_k-80 stopped with exit code 2" in done.stderr
+
+
+def row(share, **settings):
+    return {
+        "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1]}
+        | settings,
+        "eval": {"accuracy": {"share": share}, "split": "eval", "pairs": 20},
+    }
+
+
+def test_means_and_deviations_over_seeds():
+    rows = [
+        row(0.5, method="fpo", seed=0),
+        row(0.7, method="fpo", seed=1),
+        row(0.25, method="simpo", seed=0),
+    ]
+    text, frame = make_table(TABLES["table2"], rows)
+    assert "| fpo | 2 | 60.0 ± 14.1 |" in text and "| simpo | 1 | 25.0 |" in text
+    assert frame["runs"].tolist() == [2, 1]
+    assert frame["Accuracy (%), std"][0] == pytest.approx(14.142, abs=1e-3)
+    assert "Entropy" not in text, "a column that nothing was measured for"
+    assert "beta" not in text, "it differs with the method alone"
+    assert "eval (20 pairs)" in text
+
+
+def test_runs_of_other_settings_are_not_averaged():
+    rows = [row(0.5, method="fpo", alpha=0.1), row(0.9, method="fpo", alpha=2.0)]
+    text, frame = make_table(TABLES["table2"], rows)
+    assert list(frame.columns[:1]) == ["alpha"] or list(frame.columns[:2]) == ["method", "alpha"]
+    assert "50.0" in text and "90.0" in text and "±" not in text.splitlines()[4]

@@ -1,0 +1,320 @@
+"""Every layout and kind of file gives the same pairs; every mistake is told with its place."""
+
+import json
+
+import datasets
+import pytest
+
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pairs import Pair
+from fpocli.data.sources import open_source
+from fpocli.system.errors import UserError
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+# Tabs, both line ends, trailing blanks, a line separator that str.splitlines would cut at.
+GOOD = "  ```python\nif x:\n\treturn  x # don't\r\n```\n\n\u00a0é🙂\u2028\x85 \\n {{ x }} \n"
+BAD = "No .\n"
+ASK = user("What  is\tx?\n")
+TALK = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello\n"), ASK]
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\n\nHuman: Human: x?\n\nAssistant: "
+
+# Name -> (row, the prompt it means); the answers are always GOOD and BAD.
+LAYOUTS = {
+    "text": ({"prompt": ASK["content"], "chosen": GOOD, "rejected": BAD}, [ASK]),
+    "text after messages": ({"prompt": TALK, "chosen": GOOD, "rejected": BAD}, TALK),
+    "messages": (
+        {"prompt": TALK, "chosen": [assistant(GOOD)], "rejected": [assistant(BAD)]},
+        TALK,
+    ),
+    "implicit prompt": (
+        {"chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+        TALK,
+    ),
+    "UltraFeedback": (
+        {
+            "prompt": ASK["content"],
+            "prompt_id": "0af",
+            "chosen": [ASK, assistant(GOOD)],
+            "rejected": [ASK, assistant(BAD)],
+            "messages": [ASK, assistant(GOOD)],
+            "score_chosen": 8.5,
+        },
+        [ASK],
+    ),
+    "whole conversations": (
+        {"prompt": TALK, "chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
+        TALK,
+    ),
+    "HH-RLHF": (
+        {"chosen": TRANSCRIPT + GOOD, "rejected": TRANSCRIPT + BAD},
+        [user("Hi"), assistant("Hello\n"), user("Human: x?")],
+    ),
+}
+
+
+def write_json(path, rows):
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def write_jsonl(path, rows):
+    path = path.with_suffix(".jsonl")
+    lines = "\n \n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text(f"\n{lines}\n\n", encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    path = path.with_suffix(".parquet")
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def write_dataset(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+def write_splits(path, rows):
+    """`rows` as the split train, and their last one as the split test."""
+    made = {"train": rows, "test": rows[-1:]}
+    splits = {name: datasets.Dataset.from_list(part) for name, part in made.items()}
+    datasets.DatasetDict(splits).save_to_disk(path)
+    return path
+
+
+WRITERS = [write_json, write_jsonl, write_parquet, write_dataset, write_splits]
+
+
+def texts(*prompts):
+    return [{"prompt": prompt, "chosen": GOOD, "rejected": BAD} for prompt in prompts]
+
+
+def read(path, split=None, limit=None, drops=None):
+    return list(read_pairs(open_source(str(path), split, limit), drops or DroppedRows(strict=True)))
+
+
+def identity(path, split=None, limit=None):
+    return open_source(str(path), split, limit).identity
+
+
+def refusal(path, split=None):
+    with pytest.raises(UserError) as caught:
+        read(path, split)
+    return caught.value.message
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout, write):
+    row, prompt = LAYOUTS[layout]
+    pairs = read(write(tmp_path / "data", [row] * 3))
+    assert pairs == [Pair(prompt, GOOD, BAD, number) for number in range(3)]
+
+
+def test_layouts_may_be_mixed(tmp_path):
+    pairs = read(write_jsonl(tmp_path / "data", [row for row, _ in LAYOUTS.values()]))
+    prompts = [prompt for _, prompt in LAYOUTS.values()]
+    assert pairs == [Pair(prompt, GOOD, BAD, i) for i, prompt in enumerate(prompts)]
+
+
+def test_split(tmp_path):
+    path = write_splits(tmp_path / "data", texts("a", "b"))
+    assert [pair.prompt for pair in read(path)] == [[user("a")], [user("b")]]
+    assert [pair.prompt for pair in read(path, "test")] == [[user("b")]]
+    assert (identity(path)["split"], identity(path, "test")["split"]) == ("train", "test")
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_limit_takes_the_first_rows_and_reads_no_further(tmp_path, write):
+    rows = [*texts("a", "b"), {"prompt": "broken", "chosen": None, "rejected": None}]
+    path = write(tmp_path / "data", rows)
+    for limit in (0, 1, 2):
+        assert [pair.row for pair in read(path, limit=limit)] == list(range(limit))
+    with pytest.raises(UserError):
+        read(path, limit=3)
+
+
+def test_a_limit_above_the_rows_changes_nothing(tmp_path):
+    assert len(read(write_jsonl(tmp_path / "data", texts("a", "b")), limit=9)) == 2
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_identity(tmp_path, write):
+    path = write(tmp_path / "data", texts("a", "b"))
+    other = write(tmp_path / "other", texts("a", "c"))
+    first = identity(path, limit=1)
+    assert first == identity(path, limit=1)
+    assert first["source"] == str(path)
+    assert first["revision"] is None
+    assert (first["limit"], identity(path)["limit"]) == (1, None)
+    assert first["fingerprint"] != identity(other)["fingerprint"]
+
+
+@pytest.mark.parametrize("write", [write_json, write_jsonl, write_parquet])
+def test_a_file_is_known_by_its_bytes_and_has_no_split(tmp_path, write):
+    one, same = (write(tmp_path / name, texts("a")) for name in ("one", "same"))
+    assert identity(one)["fingerprint"] == identity(same)["fingerprint"]
+    assert identity(one, "test")["split"] is None
+
+
+WRONG_ROWS = [
+    ({"prompt": "q", "rejected": "b"}, "missing field", "chosen"),
+    ({"prompt": "q", "chosen": "a"}, "missing field", "rejected"),
+    ({"chosen": "a", "rejected": "b"}, "missing field", "prompt"),
+    ({"prompt": "q", "chosen": None, "rejected": "b"}, "null field", "chosen"),
+    ({"prompt": "q", "chosen": "a", "rejected": [assistant("b")]}, "wrong type", "rejected is not"),
+    ({"prompt": "q", "chosen": [assistant("a")], "rejected": "b"}, "wrong type", "rejected is not"),
+    ({"prompt": "q", "chosen": 1, "rejected": 2}, "wrong type", "must be a list"),
+    ({"prompt": 5, "chosen": "a", "rejected": "b"}, "wrong type", "must be a list"),
+    ({"prompt": [], "chosen": "a", "rejected": "b"}, "empty messages", ""),
+    ({"prompt": "q", "chosen": [], "rejected": []}, "empty messages", ""),
+    ({"prompt": ["q"], "chosen": "a", "rejected": "b"}, "wrong type", "an object with role"),
+    ({"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "missing field", "content"),
+    ({"prompt": [user(None)], "chosen": "a", "rejected": "b"}, "wrong type", "must be text"),
+    ({"chosen": [ASK, user("a")], "rejected": [ASK, user("b")]}, "wrong role", "assistant"),
+    (
+        {"chosen": [ASK, assistant("a")], "rejected": [user("r"), assistant("b")]},
+        "different prompts",
+        "differ",
+    ),
+    ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "empty prompt", ""),
+    ({"prompt": " \n", "chosen": "a", "rejected": "b"}, "empty prompt", ""),
+    ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty response", "chosen"),
+    ({"prompt": "q", "chosen": "a", "rejected": " \t\u00a0"}, "empty response", ""),
+    (
+        {"prompt": TALK, "chosen": [ASK, assistant("a")], "rejected": [assistant("b")]},
+        "not one answer",
+        "one answer",
+    ),
+    ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "wrong role", "assistant"),
+    (["q", "a", "b"], "no object", "list"),
+    ("q", "no object", "str"),
+    (None, "no object", "NoneType"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason", "detail"), WRONG_ROWS)
+def test_a_wrong_row_is_dropped_or_told_with_its_place(tmp_path, row, reason, detail):
+    rows = [*texts("a"), row, *texts("b")]
+    lines, listed = write_jsonl(tmp_path / "data", rows), write_json(tmp_path / "data", rows)
+    for path, place in ((lines, "line 4"), (listed, "row 1")):
+        # The rows are on lines 2, 4 and 6, between blank ones.
+        said = refusal(path)
+        assert said.startswith(f"{path}, {place}: {reason}") and detail in said
+        drops = DroppedRows()
+        assert [pair.row for pair in read(path, drops=drops)] == [0, 2]
+        assert drops.read == 3 and drops.counts == {reason: 1}
+        drops.write(tmp_path / "dropped.jsonl")
+        (record,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
+        assert record["row"] == 1 and record["place"] == f"{path}, {place}"
+        assert record["reason"] == reason and detail in record["detail"]
+
+
+def test_half_a_character_is_dropped(tmp_path):
+    """A lone surrogate has no bytes, and no tokeniser takes it."""
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}\n')
+    assert "half a character" in refusal(path)
+
+
+ODD = [
+    "\x00\x07 bell",
+    "\u202eright to left \u05d0\u05d1",
+    "e\u0301\u200d\u200b",
+    "x" * 10**6,
+    "\x1b[31m",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_texts_are_kept_as_they_are(tmp_path, text):
+    rows = [{"prompt": text, "chosen": text + "a", "rejected": text + "b"}]
+    (pair,) = read(write_jsonl(tmp_path / "data", rows))
+    assert pair == Pair([user(text)], text + "a", text + "b", 0)
+
+
+def test_broken_lines_in_the_middle_are_dropped(tmp_path):
+    path = tmp_path / "data.jsonl"
+    good = [json.dumps(row).encode() for row in texts("a", "b", "c")]
+    deep = b"[" * 100_000
+    path.write_bytes(b"\n".join([good[0], good[1][:9], good[1], b"\xff{}", deep, good[2]]))
+    drops = DroppedRows()
+    assert [pair.prompt for pair in read(path, drops=drops)] == [[user(t)] for t in "abc"]
+    assert drops.counts == {"broken line": 3} and drops.read == 6
+
+
+def test_at_most_a_thousand_rows_are_listed_for_each_reason(tmp_path):
+    drops, file = DroppedRows(), tmp_path / "dropped.jsonl"
+    for row in range(1500):
+        drops.add("empty prompt", row, f"row {row}")
+    drops.add("null field", 1500, "row 1500", "chosen")
+    drops.write(file)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(lines) == 1001 and lines[-1]["row"] == 1500
+    assert str(drops) == "1,500 empty prompt, 1 null field"
+    DroppedRows().write(file)
+    assert not file.exists(), "a list of an earlier run would mislead"
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_dataset, write_splits])
+def test_a_wrong_row_of_a_table_is_told_with_its_number(tmp_path, write):
+    path = write(tmp_path / "data", [*texts("a"), {"prompt": "q", "chosen": "a", "rejected": None}])
+    assert refusal(path).startswith(f"{path}, row 1: null field, rejected")
+
+
+# File name, bytes, what the message says after the path.
+WRONG_FILES = [
+    (
+        "a.jsonl",
+        b'{"prompt":"q","chosen":"a","rejected":"b"}\n{"prompt": \n{}\n',
+        ", line 2: broken line",
+    ),
+    (
+        "a.jsonl",
+        b'{"prompt":"q","chosen":"a","rejected":"b"}\n\n"\xff"\n',
+        ", line 3: broken line, 'utf-8'",
+    ),
+    ("a.json", b'[{"prompt":"q","chosen":"a","rejected":"b"},\n{"prompt"]', ", line 2: "),
+    ("a.json", b'{"prompt":"q","chosen":"a","rejected":"b"}', " does not hold a list"),
+    ("a.json", b'["\xff"]', ", line 1: no UTF-8 text"),
+    ("a.json", b"", ", line 1: "),
+    ("a.parquet", b"PAR1 and no more", " is not readable Parquet"),
+    ("a.csv", b"prompt,chosen,rejected\nq,a,b\n", " is of no known kind"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "said"), WRONG_FILES)
+def test_a_wrong_file(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert refusal(path).startswith(f"{path}{said}")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_a_missing_file(tmp_path, suffix):
+    path = tmp_path / f"gone.{suffix}"
+    assert refusal(path) == f"the data file {path} does not exist"
+
+
+def test_an_unknown_split(tmp_path):
+    path = write_splits(tmp_path / "data", texts("a"))
+    with pytest.raises(UserError, match="has no split validation") as caught:
+        read(path, "validation")
+    assert str(path) in caught.value.message
+    assert caught.value.hint == "it has train, test"
+
+
+def test_a_folder_that_is_no_data_set(tmp_path):
+    write_jsonl(tmp_path / "data", texts("a"))
+    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no readable data set")

@@ -1,0 +1,375 @@
+"""The command line: what it loads, its flags, where their values come from, and its errors."""
+
+import dataclasses
+import errno
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import tiny
+import typer
+import yaml
+import zarr
+from stores import set_attributes
+from typer.testing import CliRunner
+
+import fpocli
+from fpocli import (
+    CacheConfig,
+    CompareConfig,
+    EvalConfig,
+    InspectConfig,
+    TrainConfig,
+    UserError,
+    cli,
+)
+from fpocli.config import PRESETS
+
+HEAVY = {"torch", "zarr", "numpy", "transformers", "deepspeed", "datasets", "sae_lens", "pandas"}
+COMMANDS = {
+    "cache": CacheConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "compare": CompareConfig,
+    "inspect": InspectConfig,
+}
+FUNCTIONS = {name: "evaluate" if name == "eval" else name for name in COMMANDS}
+POSITIONAL = {"eval": "model", "compare": "config_file", "inspect": "store"}
+REQUIRED = {
+    "cache": "--model m --layer 1",
+    "train": "--cache s",
+    "eval": "m --cache s",
+    "compare": "c.yaml",
+    "inspect": "s",
+}
+ORDERS = [
+    " ".join(order)
+    for order in itertools.permutations(["--preset paper-control", "--config c.yaml", "--epochs 5"])
+]
+EXTRA = {"cache": ["config"], "train": ["config", "preset"], "eval": ["config"]}
+FLAGS = {"model": "model", "layer": 2, "sae": "sae", "data": "ten.jsonl", "out": "new.zarr"}
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", ["fpocli.cli", "fpocli --help", "fpocli train --help"])
+def test_nothing_heavy_is_loaded(command):
+    """Python itself tells what is imported, on stderr."""
+    program = [sys.executable, "-X", "importtime", "-m", *command.split()]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.stdout.startswith("Usage: ") == ("--help" in command)
+    assert "fpocli.config" in loaded
+    assert not HEAVY & loaded
+
+
+def test_flags_are_the_fields():
+    commands = typer.main.get_command(cli.app).commands
+    assert [*commands] == [*COMMANDS]
+    for name, config in COMMANDS.items():
+        names = [field.name for field in dataclasses.fields(config)] + EXTRA.get(name, [])
+        words = POSITIONAL.get(name)
+        flags = ["--" + name.replace("_", "-") for name in names if name != words]
+        parameters = commands[name].params
+        assert [parameter.name for parameter in parameters] == names
+        assert [item.opts[0] for item in parameters if item.name != words] == flags
+        assert all(parameter.help for parameter in parameters)
+
+
+@pytest.fixture
+def resolve(monkeypatch, tmp_path):
+    """Give a command line, and a YAML file as `c.yaml`; get the config that the function gets."""
+    calls = []
+    for function in FUNCTIONS.values():
+        monkeypatch.setitem(vars(fpocli), function, calls.append)
+    monkeypatch.chdir(tmp_path)
+
+    def resolve(command, file=None):
+        if file is not None:
+            text = file if isinstance(file, str) else yaml.safe_dump(file)
+            (tmp_path / "c.yaml").write_text(text)
+        result = run(*command.split())
+        assert result.exit_code == 0, result.output
+        return calls.pop()
+
+    return resolve
+
+
+def test_flags(resolve):
+    assert resolve("train --cache s") == TrainConfig(cache="s")
+    assert resolve("inspect s --pair 3 --json") == InspectConfig(store="s", pair=3, json=True)
+    assert resolve("compare c.yaml --plan") == CompareConfig(config_file="c.yaml", plan=True)
+    sampled = EvalConfig(model="run", cache="s", generate="p", temperature=[0.2, 1.0])
+    flags = "--generate p --temperature 0.2 --temperature 1"
+    assert resolve(f"eval run --cache s {flags}") == sampled
+    assert resolve("train --cache s --no-bf16") == TrainConfig(cache="s", bf16=False)
+    several = CacheConfig(model="m", layer=[3, 1])
+    assert resolve("cache --model m --layer 3 --layer 1") == several
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(cache="s"),
+        TrainConfig(cache="s", method="simpo", sae=["a", "b"], bf16=False, device="cpu", lr=1e-3),
+        EvalConfig(model="run", cache="s", split="all", temperature=[0.5]),
+        CacheConfig(model="m", layer=[3]),
+        CacheConfig(model="m", layer=[3, 1], site=["mlp_out", "resid_post"], limit=5, top_k="7"),
+    ],
+)
+def test_a_saved_config_gives_itself_back(resolve, config):
+    (name,) = (name for name, kind in COMMANDS.items() if kind is type(config))
+    word = "run " if name == "eval" else ""
+    assert resolve(f"{name} {word}--config c.yaml", dataclasses.asdict(config)) == config
+
+
+def test_file_may_use_dashes_whole_numbers_and_no_list(resolve):
+    numbers = TrainConfig(cache="s", batch_size=8, warmup=3.0, lr=5e-7)
+    text = "cache: s\nbatch-size: 8\nwarmup: 3\nlr: 5e-7"
+    assert resolve("train --config c.yaml", text) == numbers
+    layer = CacheConfig(model="m", layer=[25], top_k="64")
+    assert resolve("cache --config c.yaml", "model: m\nlayer: 25\ntop_k: 64") == layer
+
+
+def test_flags_win_over_file(resolve):
+    file = {"cache": "s", "lr": 1e-3, "epochs": 4, "bf16": True, "sae": ["a", "b"]}
+    expected = TrainConfig(cache="t", lr=1e-4, epochs=4, bf16=False, sae=["c"])
+    flags = "--cache t --lr 1e-4 --no-bf16 --sae c"
+    assert resolve(f"train --config c.yaml {flags}", file) == expected
+    assert resolve(f"train {flags} --config c.yaml", file) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(resolve, name):
+    expected = TrainConfig(cache="s", **PRESETS[name])
+    assert resolve(f"train --cache s --preset {name}") == expected
+    assert resolve("train --config c.yaml", {"cache": "s", "preset": name}) == expected
+
+
+@pytest.mark.parametrize("flags", ORDERS)
+def test_flags_win_over_file_and_file_over_preset(resolve, flags):
+    file = {"cache": "s", "lr": 1e-3, "epochs": 4}
+    expected = TrainConfig(**PRESETS["paper-control"] | file | {"epochs": 5})
+    assert resolve(f"train {flags}", file) == expected
+    assert resolve(f"train {flags}", file | {"preset": "paper-9b"}) == expected
+    inside = flags.replace("--preset paper-control", "")
+    assert resolve(f"train {inside}", file | {"preset": "paper-control"}) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("cache: s\nlearning_rate: 1", "c.yaml sets learning_rate, which is no flag"),
+        ("cache: [", "c.yaml cannot be read as YAML"),
+        ("\xff", "c.yaml cannot be read as YAML"),
+        ("- cache", "c.yaml must hold one flag per line, name: value"),
+        ("cache: s\nbatch_size: many", "'--batch-size': Input should be a valid integer"),
+        ("cache: s\nbatch_size: 2.5", "'--batch-size': Input should be a valid integer"),
+        ("cache: s\nbf16: many", "'--bf16': Input should be a valid boolean"),
+        ("cache: s\nlr: [1, 2]", "'--lr' more than one value"),
+        ("cache: s\nout: [a, b]", "'--out'"),
+        ("cache: s\nzero: 4", "'--zero': Input should be less than or equal to 3"),
+        ("cache: s\nmethod: ppo", "'ppo' is not one of"),
+        ("cache: s\npreset: paper", "paper is none of paper-2b, paper-9b, paper-control"),
+        ("lr: 1", "Missing option '--cache'"),
+    ],
+)
+def test_a_wrong_file_is_told(tmp_path, monkeypatch, file, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_bytes(file.encode("latin-1"))
+    result = run("train", "--config", "c.yaml")
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+    assert result.stdout == ""
+    assert "none.yaml cannot be read" in run("train", "--config", "none.yaml").stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with all that the commands below name, and a complete store of ten pairs."""
+    folder = tmp_path_factory.mktemp("made")
+    tiny.model_folder(folder / "model")
+    shutil.copytree(folder / "model", folder / "other")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(folder / "other")
+    tiny.sae_folder(folder / "sae")
+    tiny.sae_folder(folder / "narrow", width=24)
+    elsewhere = tiny.sae()
+    elsewhere.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    elsewhere.save_model(folder / "elsewhere")
+    pairs = [{"prompt": "a?", "chosen": f"cat {n}", "rejected": "rat" * n} for n in range(1, 11)]
+    lines = [json.dumps(pair) + "\n" for pair in pairs]
+    (folder / "ten.jsonl").write_text("".join(lines))
+    (folder / "broken.jsonl").write_text(lines[0] + lines[1][:20])
+    (folder / "short.jsonl").write_text(lines[0] + '{"prompt": "a", "chosen": "b"}')
+    (folder / "equal.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}')
+    (folder / "notes").mkdir()
+    (folder / "notes" / "precious.txt").write_text("keep me")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        result = run(*cache_command(out="ref.zarr", top_k=16, block=4, dtype="float32"))
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture
+def work(made, tmp_path, monkeypatch):
+    """A copy of `made` that a test may change, as the current folder."""
+    folder = tmp_path / "work"
+    shutil.copytree(made, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def cache_command(**changes):
+    command = ["cache"]
+    for name, values in (FLAGS | changes).items():
+        for value in values if isinstance(values, list) else [values]:
+            command += ["--" + name.replace("_", "-"), value]
+    return command
+
+
+def error(*arguments):
+    """The sentence a command ends with; a hint follows it."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    *_, told = result.stderr.partition("error: ")
+    sentence, _, advice = told.partition("\nhint: ")
+    assert advice.strip()
+    return sentence.strip()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "./none"}, "the model ./none is neither a local path nor on the hub"),
+        ({"layer": 4}, "layer 4 is out of range: the model has layers 0 to 3"),
+        ({"layer": [2, 2], "sae": ["sae", "sae"]}, "a site is given twice"),
+        ({"sae": "none.npz"}, "the SAE none.npz does not exist"),
+        ({"sae": "none"}, "the SAE none is neither a file, a folder nor a sae-lens release/id"),
+        ({"sae": "notes"}, "the SAE notes cannot be loaded"),
+        ({"sae": []}, "no SAE is known for model"),
+        ({"sae": "narrow"}, "reads states of width 24, the model's are 32 wide"),
+        ({"sae": "elsewhere"}, "trained at blocks.1.hook_resid_post, not at layer_2.resid_post"),
+        ({"data": "none.jsonl"}, "the data file none.jsonl does not exist"),
+        ({"data": "equal.jsonl"}, "no pair is left of 1: 1 equal responses"),
+        ({"site": "attention"}, "--site attention is unknown"),
+        ({"site": ["mlp_out"] * 2}, "2 sites are given for 1 layers"),
+        ({"top_k": 0}, "--top-k 0 is neither a positive number nor 'all'"),
+        ({"top_k": "some"}, "--top-k some is neither"),
+        ({"layer": [1, 2]}, "1 SAEs are given for 2 layers"),
+        ({"chat_template": "none.jinja"}, "--chat-template none.jinja is neither"),
+        ({"out": "ref.zarr"}, "ref.zarr was made with other settings: "),
+    ],
+)
+def test_cache_tells_a_mistake(work, changes, sentence):
+    assert sentence in error(*cache_command(**changes))
+    assert not (work / "new.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [("broken.jsonl", "broken line"), ("short.jsonl", "missing field")]
+)
+def test_a_wrong_row_is_dropped_and_listed_or_refused(work, data, reason):
+    command = cache_command(data=data, top_k=16)
+    assert f"{data}, line 2: {reason}" in error(*command, "--strict")
+    assert not (work / "new.zarr").exists()
+    result = run(*command)
+    assert result.exit_code == 0, result.output
+    assert f"1 pairs of 2 read, 1 {reason}" in result.stderr
+    assert "the dropped rows are listed in new.zarr.dropped.jsonl" in result.stderr
+    (row,) = map(json.loads, (work / "new.zarr.dropped.jsonl").read_text().splitlines())
+    assert (row["row"], row["place"], row["reason"]) == (1, f"{data}, line 2", reason)
+    shown = json.loads(run("inspect", "new.zarr", "--json").stdout)
+    assert shown["pairs"] == {"read": 2, "kept": 1, "dropped": {reason: 1}}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("out", ["notes", "notes/precious.txt"])
+def test_cache_leaves_a_folder_that_is_no_store(work, out, overwrite):
+    assert out in error(*cache_command(out=out), *overwrite)
+    assert (work / "notes" / "precious.txt").read_text() == "keep me"
+    assert [path.name for path in (work / "notes").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("command", ["train --cache", "inspect"])
+def test_a_store_that_cannot_be_read_is_told(work, command):
+    command = command.split()
+    assert error(*command, "none.zarr") == "none.zarr does not exist"
+    assert "notes" in error(*command, "notes")
+    set_attributes(Path("ref.zarr"), version="2.0")
+    assert "ref.zarr is a store of version 2.0" in error(*command, "ref.zarr")
+    set_attributes(Path("ref.zarr"), version="1.1")
+    shutil.rmtree("ref.zarr/ref/margin")
+    assert error(*command, "ref.zarr") == "ref.zarr/ref/margin/zarr.json is missing"
+
+
+def test_train_wants_a_complete_store(work):
+    set_attributes(Path("ref.zarr"), state="partial")
+    zarr.open_array("ref.zarr/blocks/digest")[2] = 0
+    assert error("train", "--cache", "ref.zarr") == "ref.zarr is partial: 2 of 3 blocks are done"
+
+
+def test_train_wants_as_many_features_as_it_compares(work):
+    sentence = error("train", "--cache", "ref.zarr", "--k", 17)
+    assert "--k 17 compares more features than the 16 that ref.zarr holds" in sentence
+
+
+def test_train_wants_the_tokeniser_of_the_store(work):
+    command = "train --cache ref.zarr --k 16 --model other --device cpu --no-bf16"
+    assert "the tokeniser of other is not the one ref.zarr was made with" in error(*command.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_told(monkeypatch, name):
+    def full(config):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(vars(fpocli), FUNCTIONS[name], full)
+    assert "cannot be written: No space left on device" in error(name, *REQUIRED[name].split())
+
+
+@pytest.mark.parametrize(
+    "command", ["train --cache ref.zarr --k 16 --allow dtype --feature-weights", "compare"]
+)
+def test_a_file_that_is_not_there_is_told(work, command):
+    assert error(*command.split(), "none.yaml") == "none.yaml: No such file or directory"
+
+
+def test_eval_tells_a_mistake(work):
+    assert error("eval", "./none", "--cache", "ref.zarr").startswith("the model ./none is neither")
+    assert "--k 50 compares more" in error("eval", "model", "--cache", "ref.zarr")
+    assert error("eval", "model", "--cache", "none.zarr") == "none.zarr does not exist"
+    command = "eval model --cache ref.zarr --device cpu --k 16 --generate none.json"
+    assert error(*command.split()) == "the prompts none.json do not exist"
+
+
+def test_version():
+    assert run("--version").stdout.strip() == metadata.version("fpocli")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (CacheConfig, {"model": "m", "layer": 24}, "--layer 24 is not a list"),
+        (CacheConfig, {"model": "m", "layer": [1], "dtype": "fp16"}, "--dtype fp16 is unknown"),
+        (TrainConfig, {"cache": "s", "method": "fpp"}, "--method fpp is unknown"),
+        (TrainConfig, {"cache": "s", "zero": 7}, "--zero 7 is out of range"),
+        (TrainConfig, {"cache": "s", "lr": -1.0}, "--lr -1.0 is out of range"),
+        (TrainConfig, {"cache": "s", "allow": ["weights"]}, "--allow weights is unknown"),
+    ],
+)
+def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sentence):
+    with pytest.raises(UserError, match=sentence):
+        kind(**settings)

@@ -1,0 +1,646 @@
+"""Arbitrary and spoilt files and flags: each is taken for what it says, or refused in a sentence.
+
+Every target writes an input and reads it with the product. What it may not do: raise anything but
+a UserError, run on, or give another result than a naive reader. `pytest -m long` takes many more.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import json
+import math
+import re
+import signal
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tiny
+import torch
+import yaml
+from hub_cache import write_scope
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from fpocli.cli import app
+from fpocli.config import CacheConfig, EvalConfig, TrainConfig
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.data.sources import open_source
+from fpocli.features.pretrained import load_encoder
+from fpocli.features.weights import load_feature_weights
+from fpocli.model.language_model import load_model
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
+
+# Of inputs, some of which are whole files.
+pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+CPU = torch.device("cpu")
+PAIR = {"prompt": "the cat", "chosen": "sat <eos>", "rejected": "on"}
+# Seconds of work after which an input counts as one that never ends.
+_ENDLESS = 20
+
+
+class Endless(BaseException):
+    """Not to be caught by what is tested."""
+
+
+@contextlib.contextmanager
+def limited():
+    """Stop after so much work of this process, however busy the machine is."""
+
+    def stop(*_):
+        raise Endless
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _ENDLESS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def attempt(call, *arguments):
+    """What a call gives; None where it refuses in a sentence."""
+    try:
+        with limited():
+            return call(*arguments)
+    except UserError as error:
+        assert error.message
+        assert error.message.isprintable()
+        assert "Traceback" not in error.message
+        return None
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=()), max_size=12),
+    st.sampled_from([
+        "", " ", "\0", "\ud800", "\u202eabc\u202c", "é" * 5000, "<eos>", "\n\nHuman: x",
+        "\n\nHuman: Hi\n\nAssistant: a", "\n\nHuman: Hi\n\nAssistant:b", "\x1b[2J",
+        "\ufeff", "\x85", "true", "1e999", "../x", "/etc/passwd", "~", "user", "assistant", "inf",
+        "nan", "٣", "auto",
+    ]),
+)  # fmt: skip
+NUMBERS = st.one_of(
+    st.integers(-3, 3),
+    st.floats(),
+    st.sampled_from([10**4, 2**31, 2**63, 10**18, 10**400, -(2**63), 0.5, 1e308, math.nan]),
+)
+LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@st.composite
+def edited(draw, value):
+    """A JSON value with some of its parts replaced, removed, doubled or added."""
+    value = copy.deepcopy(value)
+    for _ in range(draw(st.integers(1, 3))):
+        part = value
+        for _ in range(draw(st.integers(0, 3))):
+            inner = list(part.values()) if isinstance(part, dict) else part
+            inner = [item for item in inner if isinstance(item, (dict, list)) and item]
+            if not inner:
+                break
+            part = draw(st.sampled_from(inner))
+        keys = sorted(part, key=str) if isinstance(part, dict) else list(range(len(part)))
+        if not keys:
+            return draw(VALUES)
+        key = draw(st.sampled_from(keys))
+        change = draw(st.integers(0, 5))
+        if change == 0:
+            del part[key]
+        elif change == 1 and isinstance(part, dict):
+            part[draw(TEXTS)] = part[key]
+        elif change == 2 and isinstance(part, list):
+            part.append(part[key])
+        elif change == 3 and type(part[key]) is int:
+            part[key] = draw(st.sampled_from([0, -1, part[key] + 1, part[key] * 2, 10**12]))
+        else:
+            part[key] = draw(VALUES)
+    return value
+
+
+@st.composite
+def spoilt(draw, whole, most=4):
+    """Bytes with some of them changed, cut out or put in."""
+    whole = bytearray(whole)
+    for _ in range(draw(st.integers(1, most))):
+        place = draw(st.integers(0, max(len(whole) - 1, 0)))
+        change = draw(st.integers(0, 4))
+        if change == 0:
+            del whole[place:]
+        elif change == 1:
+            del whole[place : place + draw(st.integers(1, 9))]
+        elif change == 2:
+            whole[place:place] = draw(st.binary(max_size=9))
+        elif whole:
+            place = min(place, len(whole) - 1)
+            whole[place] = draw(st.integers(0, 255))
+    return bytes(whole)
+
+
+# -- data files ------------------------------------------------------------------------------------
+
+
+def says(role, content):
+    return {"role": role, "content": content}
+
+
+ROWS = [
+    {"prompt": "Hi", "chosen": "a", "rejected": "b"},
+    {"prompt": [says("user", "Hi")], "chosen": [says("assistant", "a")],
+     "rejected": [says("assistant", "b")]},
+    {"prompt": "Hi", "chosen": [says("user", "Hi"), says("assistant", "a")],
+     "rejected": [says("user", "Hi"), says("assistant", "b")]},
+    {"chosen": [says("user", "Hi"), says("assistant", "a")],
+     "rejected": [says("user", "Hi"), says("assistant", "b")]},
+    {"chosen": "\n\nHuman: Hi\n\nAssistant: a", "rejected": "\n\nHuman: Hi\n\nAssistant: b"},
+    {"prompt": [says("system", "x"), says("user", "Hi")], "chosen": "a", "rejected": "b"},
+]  # fmt: skip
+DEEP = ["[" * 10**5, "[" * 10**5 + "]" * 10**5, '{"a":' * 10**5, "9" * 5000, "-", "NaN", "1e999"]
+
+
+def naive(row):
+    """A row by docs/data.md: prompt as (role, text), chosen and rejected; None for no pair."""
+
+    def talk(value):
+        if not isinstance(value, list) or not value:
+            return None
+        found = []
+        for item in value:
+            turn = (item.get("role"), item.get("content")) if isinstance(item, dict) else ()
+            if len(turn) < 2 or not all(isinstance(part, str) for part in turn):
+                return None
+            found.append(turn)
+        return found
+
+    def transcript(text):
+        found, names = [], ("\n\nHuman:", "\n\nAssistant:")
+        marks = [place for place in range(len(text)) if text.startswith(names, place)]
+        if not marks or text[: marks[0]].strip():
+            return None
+        for place, end in zip(marks, [*marks[1:], len(text)], strict=True):
+            name, _, said = text[place + 2 : end].partition(":")
+            said = said[1:] if said[:1] == " " else said
+            found.append(({"Human": "user", "Assistant": "assistant"}[name], said))
+        return found
+
+    if not isinstance(row, dict):
+        return None
+    prompt, sides = row.get("prompt"), [row.get("chosen"), row.get("rejected")]
+    texts = [isinstance(side, str) for side in sides]
+    if texts[0] != texts[1]:
+        return None
+    if texts[0] and prompt is not None:
+        head = [("user", prompt)] if isinstance(prompt, str) else talk(prompt)
+        talks = [[("assistant", side)] for side in sides]
+    else:
+        talks = [transcript(side) if texts[0] else talk(side) for side in sides]
+        if None in talks:
+            return None
+        if isinstance(prompt, list):
+            head = talk(prompt)
+        elif isinstance(prompt, str) and len(talks[0]) == len(talks[1]) == 1:
+            head = [("user", prompt)]
+        else:
+            head = talks[0][:-1]
+            if talks[1][:-1] != head:
+                return None
+            talks = [side[-1:] for side in talks]
+        if head is None:
+            return None
+        talks = [side[len(head) :] if side[: len(head)] == head else side for side in talks]
+    if head is None or [len(side) for side in talks] != [1, 1]:
+        return None
+    (one_role, one), (other_role, other) = talks[0][0], talks[1][0]
+    everything = "".join(said for _, said in [*head, *talks[0], *talks[1]])
+    whole = not re.search("[\ud800-\udfff]", everything)
+    told = any(said.strip() for _, said in head) and one.strip() and other.strip()
+    if not whole or not told or {one_role, other_role} != {"assistant"}:
+        return None
+    return head, one, other
+
+
+def kept(path):
+    """What the product reads: (row, prompt, chosen, rejected), and how many rows there are."""
+    drops = DroppedRows()
+    pairs = [
+        (
+            pair.row,
+            [(turn["role"], turn["content"]) for turn in pair.prompt],
+            pair.chosen,
+            pair.rejected,
+        )
+        for pair in read_pairs(open_source(str(path), None, None), drops)
+    ]
+    assert drops.read == len(pairs) + drops.counts.total()
+    return pairs
+
+
+def expected(rows):
+    found = ((number, naive(row)) for number, row in enumerate(rows))
+    return [(number, *pair) for number, pair in found if pair is not None]
+
+
+SOME_ROWS = st.lists(
+    st.one_of(st.sampled_from(ROWS), st.sampled_from(ROWS).flatmap(edited), VALUES), max_size=4
+)
+CODINGS = st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+
+
+@st.composite
+def jsonl(draw):
+    rows = draw(SOME_ROWS)
+    ascii_only = draw(st.booleans())
+    lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+    if draw(st.integers(0, 5)) == 0:
+        lines.insert(draw(st.integers(0, len(lines))), draw(st.sampled_from(DEEP)))
+    end = draw(st.sampled_from(["\n", "\r\n", "\n \n", "\r"]))
+    content = end.join(lines).encode(draw(CODINGS), "replace")
+    return draw(spoilt(content)) if draw(st.booleans()) else content
+
+
+def check_jsonl(folder, content):
+    file = folder / "data.jsonl"
+    file.write_bytes(content)
+    rows = []
+    for line in content.split(b"\n"):
+        if line.strip():
+            try:
+                rows.append(json.loads(line.decode("utf-8").removeprefix("\ufeff")))
+            except (ValueError, RecursionError):
+                rows.append(None)
+    assert attempt(kept, file) == expected(rows)
+
+
+@st.composite
+def json_file(draw):
+    value = draw(SOME_ROWS | VALUES)
+    text = json.dumps(
+        value, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1]))
+    )
+    if draw(st.integers(0, 5)) == 0:
+        text = text.replace("null", draw(st.sampled_from(DEEP))) + draw(
+            st.sampled_from(["", *DEEP])
+        )
+    content = text.encode(draw(CODINGS), "replace")
+    return draw(spoilt(content)) if draw(st.booleans()) else content
+
+
+def check_json(folder, content):
+    file = folder / "data.json"
+    file.write_bytes(content)
+    try:
+        rows = json.loads(content.decode("utf-8").removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        rows = None
+    assert attempt(kept, file) == (expected(rows) if isinstance(rows, list) else None)
+
+
+@st.composite
+def parquet(draw):
+    shape = draw(st.sampled_from(ROWS))
+    columns = {name: [row.get(name) for row in [shape] * 3] for name in shape}
+    for name in draw(st.sets(st.sampled_from(["chosen", "rejected", "prompt", "more"]))):
+        kind = draw(st.sampled_from(["text", "number", "bytes", "date", "null", "lists", "gone"]))
+        columns[name] = {
+            "text": ["a", draw(TEXTS), None],
+            "number": [1, None, 3],
+            "bytes": [b"\xff", b"", None],
+            "date": pyarrow.array([2**62, 0, -(2**62)], pyarrow.timestamp("us")),
+            "null": [None] * 3,
+            "lists": [[says("assistant", "a")], [], None],
+            "gone": None,
+        }[kind]
+        if columns[name] is None:
+            del columns[name]
+    columns = columns or {"more": [1]}
+    with contextlib.suppress(pyarrow.ArrowException, UnicodeError):
+        table = pyarrow.table({name: pyarrow.array(value) for name, value in columns.items()})
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(
+            table, sink, compression=draw(st.sampled_from(["none", "zstd"]))
+        )
+        content = sink.getvalue().to_pybytes()
+        return (table, content) if draw(st.booleans()) else (None, draw(spoilt(content)))
+    return None, draw(st.binary(max_size=50))
+
+
+def check_parquet(folder, given):
+    table, content = given
+    file = folder / "data.parquet"
+    file.write_bytes(content)
+    found = attempt(kept, file)
+    if table is not None and found is not None:
+        assert found == expected(table.to_pylist())
+
+
+# -- flags and YAML files --------------------------------------------------------------------------
+
+CONFIGS = {"cache": CacheConfig, "train": TrainConfig, "eval": EvalConfig}
+WORDS = TEXTS.filter(lambda text: "\0" not in text and not re.search("[\ud800-\udfff]", text))
+
+
+def fields(config):
+    return [field.name for field in dataclasses.fields(config)]
+
+
+@st.composite
+def flags(draw):
+    command = draw(st.sampled_from(sorted(CONFIGS)))
+    names = draw(st.lists(st.sampled_from(fields(CONFIGS[command])), max_size=4))
+    values = WORDS | NUMBERS.map(str)
+    words = [word for name in names for word in ("--" + name.replace("_", "-"), draw(values))]
+    return [command, "--cache=s", "--model=m", "--layer=1", *words][: None if names else 2]
+
+
+@st.composite
+def flag_file(draw):
+    command = draw(st.sampled_from(sorted(CONFIGS)))
+    names = st.sampled_from([*fields(CONFIGS[command]), "preset", "config", "help"]) | TEXTS
+    values = st.dictionaries(names, VALUES, max_size=5)
+    return command, draw(as_text(values))
+
+
+BOMBS = [
+    "a: &a [*a]", "!!int ''", "!!bool x", "!!timestamp x", "2001-99-99", "!!float x",
+    "? {a: b}\n: c", "[" * 5000, "{" * 5000, "!!python/object:os.system x", "9" * 5000,
+    "a: !!binary é", "<<: 1", "%YAML 9", "1:" * 50, "&a", "*a", "!!set {a, b}", "!!omap [a: 1]",
+    "\ufeffa: 1", "0x", "._", "=", "---\n---",
+]  # fmt: skip
+
+
+@st.composite
+def as_text(draw, values):
+    """YAML or JSON of a value, sometimes with something odd in it, as bytes."""
+    value = draw(values)
+    kind = draw(st.integers(0, 4))
+    if kind == 0:
+        text = json.dumps(value)
+    else:
+        text = yaml.safe_dump(value, allow_unicode=draw(st.booleans()))
+    if kind == 1:
+        text = draw(st.sampled_from([text, ""])) + draw(st.sampled_from(BOMBS))
+    content = text.encode("utf-8", "surrogatepass")
+    return draw(spoilt(content)) if kind == 2 else content
+
+
+def invoke(words):
+    """A command, which stops at its call."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch, limited():
+        for name in ("cache", "train", "evaluate"):
+            patch.setattr(f"fpocli.{name}", taken.append)
+        result = CliRunner().invoke(app, words)
+    assert result.exit_code in (0, 2), (result.exception, result.output)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    if "--help" not in words and result.exit_code == 0:
+        (config,) = taken
+        # What was taken would be taken again: every field is of its type and in its range.
+        assert type(config)(**dataclasses.asdict(config)) == config
+        assert not config.trust_remote_code or "--trust-remote-code" in words
+
+
+def check_flags(folder, words):
+    invoke(words)
+
+
+def check_flag_file(folder, given):
+    command, content = given
+    file = folder / "flags.yaml"
+    file.write_bytes(content)
+    invoke([command, *(["m"] if command == "eval" else []), "--config", str(file)])
+
+
+GRID = {
+    "cache": {"model": "m", "layer": [1], "sae": ["a/b"]},
+    "train": {"preset": "paper-2b", "epochs": 1},
+    "eval": {"k": 3},
+    "runs": [{"method": ["dpo", "fpo"], "seed": [0, 1]}, {"method": "fpo", "layer": [[7], [9]]}],
+    "reports": ["table3"],
+    "launch": "a 'b'",
+}
+
+
+def check_grid(folder, content):
+    """The plan alone, so nothing is started."""
+    file = folder / "grid.yaml"
+    file.write_bytes(content)
+    with contextlib.chdir(folder), limited():
+        result = CliRunner().invoke(app, ["compare", "--plan", str(file)])
+    assert result.exit_code in (0, 2), (result.exception, result.output)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    assert not [path for path in folder.iterdir() if path != file]
+
+
+SITES = {"layer_1.mlp_out": {"d_sae": 12}, "layer_2.mlp_out": {"d_sae": 7}}
+WEIGHTS = {"layer_1.mlp_out": {"default": 0.5, 1: 2, "3": 0.0}, "layer_2.mlp_out": {"6": 1e3}}
+
+
+def check_weights(folder, content):
+    file = folder / "weights.yaml"
+    file.write_bytes(content)
+    found = attempt(load_feature_weights, str(file), SITES)
+    if found is None:
+        return
+    given = yaml.safe_load(content.decode())
+    assert found.keys() == given.keys() <= SITES.keys()
+    for site, weights in found.items():
+        values = {str(name): value for name, value in given[site].items()}
+        naive = [values.get(str(i), values.get("default", 1)) for i in range(SITES[site]["d_sae"])]
+        assert weights.isfinite().all()
+        assert weights.tolist() == pytest.approx(np.float32(naive).tolist(), abs=0)
+
+
+# -- SAEs and models -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    tiny.sae_folder(folder / "sae")
+    tiny.model_folder(folder / "model")
+    write_scope(folder / "params.npz", tiny.WIDTH, tiny.FEATURES, np.float32, threshold=1.5)
+    return folder
+
+
+def npz(originals):
+    return spoilt((originals / "params.npz").read_bytes()) | st.binary(max_size=50)
+
+
+def check_npz(folder, content, originals):
+    file = folder / "params.npz"
+    file.write_bytes(content)
+    found = attempt(load_encoder, str(file), CPU)
+    # An archive has checksums: what loads is what was written.
+    if found is not None:
+        assert found.hash() == load_encoder(str(originals / "params.npz"), CPU).hash()
+
+
+def sae(originals):
+    weights = (originals / "sae/sae_weights.safetensors").read_bytes()
+    config = (originals / "sae/cfg.json").read_bytes()
+    changed = edited(json.loads(config)).map(lambda value: json.dumps(value).encode())
+    return st.one_of(
+        st.tuples(spoilt(weights), st.just(config)),
+        st.tuples(spoilt(weights[:800]).map(lambda head: head + weights[800:]), st.just(config)),
+        st.tuples(st.just(weights), spoilt(config)),
+        st.tuples(st.just(weights), changed),
+    )
+
+
+def check_sae(folder, given, originals):
+    weights, config = given
+    (folder / "cfg.json").write_bytes(config)
+    (folder / "sae_weights.safetensors").write_bytes(weights)
+    found = attempt(load_encoder, str(folder), CPU)
+    if found is None:
+        return
+    assert (found.width, found.features) == (tiny.WIDTH, tiny.FEATURES)
+    original = (originals / "sae/sae_weights.safetensors").read_bytes()
+    header = original[: 8 + int.from_bytes(original[:8], "little")]
+    if weights == original:
+        assert found.hash() == load_encoder(str(originals / "sae"), CPU).hash()
+    elif not weights.startswith(header):
+        # Only a header that means the same, or gives the values to other names of the same shape.
+        assert len(weights) - len(original) < 100
+
+
+def model(originals):
+    def parts(name):
+        whole = (originals / "model" / name).read_bytes()
+        changed = edited(json.loads(whole)).map(lambda value: json.dumps(value).encode())
+        return st.tuples(st.just(name), changed | spoilt(whole))
+
+    return st.one_of(parts("config.json"), parts("tokenizer_config.json"), parts("tokenizer.json"))
+
+
+def check_model(folder, given, originals):
+    name, content = given
+    for file in (originals / "model").iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / name).unlink()
+    (folder / name).write_bytes(content)
+    (folder / "pairs.jsonl").write_text(json.dumps(PAIR))
+    if name == "config.json":
+        found = attempt(lambda: load_model(find_model(str(folder)), [], torch.float32, CPU))
+        if found is not None:
+            state = load_file(originals / "model/model.safetensors")
+            for key, value in found.network.named_parameters():
+                assert torch.equal(value, state[key]), key
+    attempt(lambda: tokenise(folder))
+
+
+def tokenise(folder):
+    tokenizer = PairTokenizer(find_model(str(folder)), "halos", 64, 32, DroppedRows())
+    pairs = read_pairs(open_source(str(folder / "pairs.jsonl"), None, None), DroppedRows())
+    return list(tokenizer(pairs))
+
+
+# Target: (inputs, check, of the files made before; how many inputs, and how many in the long run).
+TARGETS = {
+    "jsonl": (jsonl(), check_jsonl, 60, 2500),
+    "json": (json_file(), check_json, 50, 1500),
+    "parquet": (parquet(), check_parquet, 40, 1000),
+    "flags": (flags(), check_flags, 40, 1000),
+    "flag file": (flag_file(), check_flag_file, 40, 1500),
+    "grid": (as_text(st.just(GRID).flatmap(edited) | VALUES), check_grid, 40, 1500),
+    "feature weights": (as_text(edited(WEIGHTS) | VALUES), check_weights, 60, 2000),
+}
+FILES = {
+    "npz": (npz, check_npz, 40, 1500),
+    "sae": (sae, check_sae, 40, 1500),
+    "model": (model, check_model, 30, 1000),
+}
+
+
+def fuzz(inputs, check, count, **profile):
+    """Give a check so many inputs, each with an empty folder."""
+    tried = 0
+
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        # Without the one that explains a failure, which traces every line that is run.
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+        **profile,
+    )
+    @given(inputs)
+    def run(value):
+        nonlocal tried
+        tried += 1
+        with tempfile.TemporaryDirectory() as folder:
+            check(Path(folder), value)
+
+    run()
+    return tried
+
+
+def inputs_of(name, originals):
+    if name in TARGETS:
+        return TARGETS[name]
+    inputs, check, few, many = FILES[name]
+    return inputs(originals), functools.partial(check, originals=originals), few, many
+
+
+@pytest.mark.parametrize("name", [*TARGETS, *FILES])
+def test_some_inputs(name, originals):
+    """The same ones each time."""
+    inputs, check, few, _ = inputs_of(name, originals)
+    assert fuzz(inputs, check, few, derandomize=True) >= few
+
+
+def npz_of(head):
+    """An archive of one array whose header is `head`."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        text = head.encode()
+        start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
+        archive.writestr("W_enc.npy", start + text)
+    return made.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("grid", b"store: s\nruns: [{method: null}]"),
+        ("feature weights", b"layer_1.mlp_out: {default: 1" + b"0" * 400 + b"}"),
+        ("feature weights", b"layer_1.mlp_out: {1: 1.0e+39}"),
+        ("npz", npz_of("{'descr': '<f4',")),
+        ("npz", npz_of("(")),
+    ],
+)
+def test_what_was_found(name, content, originals, tmp_path):
+    """Inputs that ended in a traceback or in an infinite weight."""
+    _, check, *_ = inputs_of(name, originals)
+    check(tmp_path, content)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", [*TARGETS, *FILES])
+def test_many_inputs(name, originals, capsys):
+    """Others each time, over 10,000 for all targets together."""
+    inputs, check, _, many = inputs_of(name, originals)
+    tried = fuzz(inputs, check, many)
+    with capsys.disabled():
+        print(f"\n{name}: {tried:,} inputs")

@@ -1,0 +1,306 @@
+"""Damage of every kind to every file of a store: found by --verify and before training, mended."""
+
+import json
+import random
+import shutil
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from processes import Command
+from stores import assert_equal, cache_config, make_stream
+
+from fpocli import UserError, cache
+from fpocli.caching import cache as caching_stage
+from fpocli.report.inspect import describe
+from fpocli.store.layout import fingerprint
+from fpocli.store.metadata import DOCUMENT, attributes, document_sums, write_root
+from fpocli.store.reader import Store
+from fpocli.store.verify import find_damage
+
+SITE = "layer_3.resid_post"
+
+
+@pytest.fixture(scope="module")
+def small(material, tmp_path_factory):
+    """A store of seven pairs in three blocks."""
+    config = cache_config(
+        material,
+        tmp_path_factory.mktemp("small") / "ref.zarr",
+        limit=7,
+        block=3,
+        top_k="8",
+    )
+    return config, cache(config).path
+
+
+@pytest.fixture
+def spoiled(small, tmp_path):
+    """A copy that a test may spoil, and the settings that made it."""
+    config, path = small
+    copy = shutil.copytree(path, tmp_path / "ref.zarr")
+    return type(config)(**(vars(config) | {"out": str(copy)})), copy
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def verify(path: Path) -> list[str]:
+    """What `fpo inspect --verify` says is wrong."""
+    try:
+        return [damage.told for damage in find_damage(Store.open(path))]
+    except UserError as error:
+        return [str(error)]
+
+
+def train_on(path: Path) -> list[tuple]:
+    """All that training reads of a store, up to where it stops."""
+    read = []
+    try:
+        store = Store.open(path)
+        store.require_complete()
+        stream = make_stream(store, eval_fraction=0.0)
+        for step in stream.steps(0, stream.steps_per_epoch, torch.device("cpu")):
+            for micro in step:
+                rows = micro.reference
+                features = [f for site in rows.features.values() for f in vars(site).values()]
+                arrays = (micro.batch.ids, rows.logp, rows.margin, *features)
+                read.append(tuple(array.numpy().tobytes() for array in arrays))
+    except UserError:
+        read.append(("stopped",))
+    return read
+
+
+def sweep(path: Path, positions, rng: random.Random) -> Counter:
+    """Damage one file after the other; returns what was tried, and fails on what is not found.
+
+    Args:
+        path: of the store.
+        positions: of a size, the bytes to change.
+        rng: says into what.
+    """
+    tried: Counter = Counter()
+    whole = train_on(path)
+    assert verify(path) == [] and ("stopped",) not in whole
+    for file in files_of(path):
+        good, name = file.read_bytes(), file.relative_to(path).as_posix()
+        kinds = [("truncated", good[: rng.randrange(len(good))]), ("deleted", None)]
+        for at in positions(len(good)):
+            flipped = good[at] ^ rng.randrange(1, 256)
+            kinds.append(("changed", bytes([*good[:at], flipped, *good[at + 1 :]])))
+        for kind, data in kinds:
+            file.unlink(missing_ok=True)
+            if data is not None:
+                file.write_bytes(data)
+            told = verify(path)
+            assert told, f"{name} {kind}"
+            array = name.split("/c/")[0].removesuffix("/zarr.json")
+            named = (array if array != name else str(path), "has no record")
+            assert any(part in line for part in named for line in told), (name, told)
+            if "/c/" in name and not name.endswith(("mean/c/0", "frequency/c/0/0")):
+                assert any("block " in line for line in told), (name, told)
+            # Training reads what is right, or stops before.
+            read = train_on(path)
+            assert read[:-1] == whole[: len(read) - 1]
+            assert read == whole or read[-1] == ("stopped",), f"{name} {kind}"
+            tried[kind] += 1
+        file.write_bytes(good)
+    assert verify(path) == []
+    return tried
+
+
+def test_damage_to_any_file_is_found(spoiled):
+    """A byte of every file, and every file cut and gone; the long sweep takes every byte."""
+    rng = random.Random(0)
+    tried = sweep(spoiled[1], lambda size: [rng.randrange(size)], rng)
+    assert min(tried.values()) == len(files_of(spoiled[1]))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_damage_to_any_byte_is_found(spoiled):
+    """Every byte of every file is changed into another, drawn at random."""
+    tried = sweep(spoiled[1], range, random.Random(1))
+    print(f"{len(files_of(spoiled[1]))} files, all damage found: {dict(tried)}")
+
+
+@pytest.mark.parametrize("edit", ["created", "writer", "model", "pairs", "data"])
+def test_an_edited_attribute_is_found(spoiled, edit):
+    document = spoiled[1] / "zarr.json"
+    about = json.loads(document.read_text())
+    about["attributes"]["fpo"][edit] = {"created": "2020-01-01T00:00:00+00:00"}.get(edit, {})
+    document.write_text(json.dumps(about, indent=2))
+    assert "was edited" in verify(spoiled[1])[0]
+
+
+def test_chunks_in_the_wrong_place_are_found(spoiled):
+    """Each is whole and its checksum right."""
+    for name in ("ref/logp/c/{}/0", "spans/c/{}/0", "blocks/digest/c/{}"):
+        one, other = (spoiled[1] / name.format(block) for block in "01")
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        assert verify(spoiled[1]), name
+        one.write_bytes(first)
+        other.write_bytes(second)
+    assert verify(spoiled[1]) == []
+
+
+REPAIRED = {
+    "a block's rows": ({"ref/logp/c/1/0": b"x"}, [1]),
+    "rows of two blocks, one twice": (
+        {f"features/{SITE}/value/c/0/0/0": b"", "ref/margin/c/2": None, "ref/logp/c/2/0": b"1"},
+        [0, 2],
+    ),
+    "a record": ({"blocks/digest/c/1": b"damaged"}, [1]),
+    "a record that is gone": ({"blocks/digest/c/1": None}, [1]),
+    "rows under a record": ({f"features/{SITE}/index/c/2/0/0": None}, [2]),
+    "a block's totals": ({f"blocks/{SITE}/sum/c/0/0": None}, [0]),
+    "what is made of all blocks": ({f"features/{SITE}/mean/c/0": b"?"}, []),
+    "tokens": ({"tokens/c/0": b"", "spans/c/1/0": None, "source_row/c/0": b"no"}, []),
+    "documents": ({"spans/zarr.json": b"{}", "ref/zarr.json": None}, []),
+    "the root's document": ({"zarr.json": b"{"}, []),
+}
+
+
+@pytest.mark.parametrize("what", REPAIRED)
+def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, what):
+    """And the store is then as it was."""
+    config, path = spoiled
+    damages, expected = REPAIRED[what]
+    for name, data in damages.items():
+        if data is None:
+            (path / name).unlink()
+        else:
+            (path / name).write_bytes(data)
+    assert verify(path)
+    scored, real = [], caching_stage.score_block
+
+    def counting(*arguments, **settings):
+        scored.append(int(arguments[3].source_row[0]) // 3)
+        return real(*arguments, **settings)
+
+    monkeypatch.setattr(caching_stage, "score_block", counting)
+    cache(type(config)(**(vars(config) | {"repair": True})))
+    assert scored == expected
+    assert verify(path) == []
+    assert_equal(path, small[1])
+    assert not path.with_name("ref.zarr.repair").exists()
+
+
+def test_totals_of_another_block_are_found_and_mended(spoiled, small):
+    """Whole, with a right checksum, and they would make a wrong mean."""
+    config, path = spoiled
+    sums = path / f"blocks/{SITE}/sum/c"
+    shutil.copy(sums / "1/0", sums / "0/0")
+    assert "blocks/totals, block 0 (pairs 0 to 2)" in verify(path)[0]
+    cache(type(config)(**(vars(config) | {"repair": True})))
+    assert_equal(path, small[1])
+
+
+def test_repair_of_other_settings_is_refused(spoiled, material):
+    config, path = spoiled
+    other = {"repair": True, "max_length": 99}
+    with pytest.raises(UserError, match=r"limits\.max_length is 2048 there, 99 here"):
+        cache(type(config)(**(vars(config) | other)))
+    (path / "zarr.json").write_text("{}")
+    with pytest.raises(UserError, match="does not say any more"):
+        cache(type(config)(**(vars(config) | other)))
+
+
+def test_inspect_lists_all_damage_and_fails(spoiled):
+    path = spoiled[1]
+    (path / "ref/logp/c/0/0").write_bytes(b"x")
+    (path / "spans/c/2/0").unlink()
+    for flags in ((), ("--json",)):
+        command = Command("inspect", str(path), "--verify", *flags)
+        assert command.wait(60) == 2
+        told = command.printed()
+        assert "the array ref/logp, block 0 (pairs 0 to 2), of" in told
+        assert "the array spans, block 2 (pairs 6 to 6), of" in told
+        assert "--repair" in told and "Traceback" not in told
+        command.close()
+
+
+# -- made-up metadata ------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([-1, 0, 2**31, 2**63, 10**30, "../..", "/etc", "uint8", "object"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3)
+    ),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def places(value, path=()):
+    """The way to every value inside a JSON document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, inner in items:
+        yield (*path, name)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, name))
+
+
+def change(document, data):
+    """Put something else, or nothing, somewhere into a document."""
+    place = data.draw(st.sampled_from(list(places(document))))
+    inside = document
+    for name in place[:-1]:
+        inside = inside[name]
+    if data.draw(st.booleans()):
+        inside[place[-1]] = data.draw(JSON)
+    else:
+        del inside[place[-1]]
+
+
+def made_up_metadata(path: Path, whole: list[tuple], data) -> None:
+    """Change documents and set their sums right: refused in a sentence, or read as before."""
+    about = attributes(path)
+    files = {path / name / DOCUMENT for name in ("", *about["documents"])}
+    before = {file: file.read_bytes() for file in files}
+    try:
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from(["", *sorted(about["documents"])]))
+            document = about if name == "" else json.loads((path / name / DOCUMENT).read_text())
+            if document:
+                change(document, data)
+            if name:
+                (path / name / DOCUMENT).write_text(json.dumps(document))
+        with suppress(LookupError, TypeError):
+            about["fingerprint"] = fingerprint(about)
+        about["documents"] = document_sums(path)
+        write_root(path, about)
+        if not verify(path):
+            assert train_on(path) in (whole, [("stopped",)])
+            json.dumps(describe(Store.open(path)))
+    finally:
+        for file, text in before.items():
+            file.write_bytes(text)
+
+
+@pytest.fixture(scope="module")
+def documents(small, tmp_path_factory):
+    """A copy whose documents are changed and set right again, and what training reads of it."""
+    copy = shutil.copytree(small[1], tmp_path_factory.mktemp("documents") / "ref.zarr")
+    return copy, train_on(copy)
+
+
+@given(st.data())
+@settings(max_examples=60)
+def test_made_up_metadata_is_refused_or_read_alike(documents, data):
+    made_up_metadata(*documents, data)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+@given(st.data())
+@settings(max_examples=3000)
+def test_much_made_up_metadata_is_refused_or_read_alike(documents, data):
+    made_up_metadata(*documents, data)

@@ -1,0 +1,32 @@
+"""A hub cache made on the spot, in the layout of huggingface_hub's own."""
+
+import numpy as np
+
+COMMIT = "c5ebcd40d208330abc697524c919956e692655cf"
+
+
+def snapshot(hub, name):
+    """The folder of a repository's files in the layout of the hub's cache."""
+    repository = hub / ("models--" + name.replace("/", "--"))
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    path = repository / "snapshots" / COMMIT
+    path.mkdir(parents=True)
+    return path
+
+
+def write_scope(path, width, features, dtype, threshold):
+    """A random SAE in Gemma Scope's layout, with thresholds from `threshold` to twice that."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return (random.standard_normal(shape, np.float32) * width**-0.5).astype(dtype)
+
+    np.savez(
+        path,
+        W_enc=draw(width, features),
+        W_dec=draw(features, width),
+        b_enc=draw(features),
+        b_dec=draw(width),
+        threshold=(threshold * random.uniform(1, 2, features)).astype(dtype),
+    )

@@ -1,0 +1,137 @@
+"""Real processes of `fpo`, started in a moment: forked from one that has imported everything."""
+
+import itertools
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import fpocli
+from fpocli import __main__ as program
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["processes", "preloaded"])
+
+
+class Command:
+    """A running `fpo`, with what it prints.
+
+    Args:
+        words: of the command line.
+        die_at: the process kills itself at this change of the file system, counted from 0.
+        before: before the change, or else right after it.
+        environment: added to the process's own.
+    """
+
+    def __init__(
+        self, *words: str, die_at: int | None = None, before: bool = True, **environment: str
+    ) -> None:
+        self._folder = Path(tempfile.mkdtemp())
+        arguments = (words, die_at, before, os.environ | environment, Path.cwd(), self._folder)
+        self._process = _CONTEXT.Process(target=_run, args=arguments)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal, unless the process has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def running(self) -> bool:
+        """Whether it still runs."""
+        return self._process.is_alive()
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit code, negative for a signal; None where it still runs after so many seconds."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    def printed(self) -> str:
+        """All it wrote to stdout and stderr."""
+        return "".join(file.read_text(errors="replace") for file in self._folder.iterdir())
+
+    def data(self) -> str:
+        """What it wrote to stdout."""
+        return (self._folder / "stdout").read_text()
+
+    def close(self) -> None:
+        """End it and remove what it left."""
+        self._process.kill()
+        self._process.join()
+        self._process.close()
+        shutil.rmtree(self._folder)
+
+
+def together(words: list[str], processes: int) -> list[Command]:
+    """The processes of one run, as torchrun starts them but without its agent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [Command(*words, **common, **rank) for rank in ranks]
+
+
+def _run(
+    words: tuple[str, ...],
+    die_at: int | None,
+    before: bool,
+    environment: dict[str, str],
+    folder: Path,
+    output: Path,
+) -> None:
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        with (output / name).open("wb") as file:
+            os.dup2(file.fileno(), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["fpo", *words]
+    if die_at is not None:
+        _die_at(die_at, before)
+    program.main()
+
+
+def _die_at(number: int, before: bool) -> None:
+    """Kill this process without warning when a file appears, moves or goes for the n-th time."""
+    count = itertools.count()
+
+    def change(real, *arguments, **settings):
+        now = next(count) == number
+        if now and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            return real(*arguments, **settings)
+        finally:
+            if now:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir"):
+        setattr(os, name, partial(change, getattr(os, name)))
+
+
+def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
+    """The command line of a config, without what is a default."""
+    words = []
+    for name, value in vars(config).items():
+        field = type(config).__dataclass_fields__[name]
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if value == default or value is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                words += [flag, str(item)]
+    return words

@@ -1,0 +1,112 @@
+"""Stores made of the tests' material, and what is in one."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import tiny
+import zarr
+
+from fpocli.store.layout import fingerprint
+from fpocli.store.metadata import attributes, write_root
+
+_WORDS = [
+    "the",
+    "cat",
+    "and",
+    "a",
+    "hat",
+    "rat",
+    "sat",
+    "on",
+    "one",
+    "mat",
+    "code",
+    ":",
+    "x",
+    "=",
+    "y",
+    "with",
+    "some",
+    "more",
+    "to",
+    "say",
+]
+
+
+def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
+    """Random pairs of very different lengths, as JSONL."""
+    rng = random.Random(seed)
+
+    def text(most: int) -> str:
+        return " ".join(rng.choice(_WORDS) for _ in range(rng.randint(1, most)))
+
+    rows = [
+        {"prompt": text(15), "chosen": text(25), "rejected": text(25) + "!"} for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def cache_config(material: Path, out: Path, **changes):
+    """The settings of the store above, with changes."""
+    from fpocli import CacheConfig
+
+    settings = {
+        "model": str(material / "model"),
+        "layer": [tiny.LAYERS - 1],
+        "sae": [str(material / "sae")],
+        "data": str(material / "pairs.jsonl"),
+        "dtype": "float32",
+        "device": "cpu",
+        "block": 8,
+        "top_k": "64",
+        "out": str(out),
+    }
+    return CacheConfig(**(settings | changes))
+
+
+def set_attributes(path: Path, **values) -> None:
+    """Make a store say something else of itself, with its sums right."""
+
+    about = attributes(path) | values
+    write_root(path, about | {"fingerprint": fingerprint(about)})
+
+
+def make_stream(store, **changes):
+    """The stream of one process: batches of 4, a fifth held out, unless changed."""
+    from fpocli.training.stream import Stream
+
+    settings = {
+        "batch_size": 4,
+        "packed_length": 200,
+        "eval_fraction": 0.2,
+        "seed": 0,
+        "rank": 0,
+        "world": 1,
+    }
+    return Stream(store, **(settings | changes))
+
+
+def contents(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a store, read with plain zarr."""
+    group = zarr.open_group(path, mode="r")
+    return {
+        name: np.asarray(item[:])
+        for name, item in group.members(max_depth=None)
+        if isinstance(item, zarr.Array)
+    }
+
+
+def assert_equal(path, other):
+    """Every array to the bit, and every chunk to the byte."""
+    one, two = contents(path), contents(other)
+    assert one.keys() == two.keys()
+    for name, values in two.items():
+        np.testing.assert_array_equal(one[name], values, err_msg=name)
+    files = {file.relative_to(other) for file in other.rglob("*") if file.is_file()}
+    assert files == {file.relative_to(path) for file in path.rglob("*") if file.is_file()}
+    for file in files - {file for file in files if file.name == "zarr.json"}:
+        assert (path / file).read_bytes() == (other / file).read_bytes(), file
+    assert not path.with_name(path.name + ".writers").exists()

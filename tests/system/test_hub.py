@@ -1,0 +1,216 @@
+"""Hub names with the real loading code, offline: a hub cache made here stands in for the hub."""
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from hub_cache import COMMIT, snapshot, write_scope
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from transformers import AutoModelForCausalLM
+
+from fpocli import CacheConfig, Store, UserError, cache
+from fpocli.data.sources import open_source
+from fpocli.features.gemma_scope import default_sae
+from fpocli.model.attention import BY_SEQUENCE
+from fpocli.system.model_folder import SHORT_NAMES
+
+SCOPE = "layer_25/width_16k/average_l0_116"
+PAIRS = [
+    {"prompt": "why is the sky blue?", "chosen": "it scatters light", "rejected": "no idea"},
+    {"prompt": "1 + 1", "chosen": "2", "rejected": "3, I think"},
+    {"prompt": "name a cat", "chosen": "the cat Tom", "rejected": "the rat and the hat"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A hub cache with a small Gemma-2 under its real name, its Gemma Scope SAE, and pairs."""
+    folder = tmp_path_factory.mktemp("offline")
+    tiny.model_folder(
+        snapshot(folder / "hub", "google/gemma-2-2b"),
+        hidden_size=2304,
+        num_hidden_layers=26,
+        intermediate_size=8,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    scope = snapshot(folder / "hub", "google/gemma-scope-2b-pt-res") / SCOPE
+    scope.mkdir(parents=True)
+    write_scope(scope / "params.npz", 2304, 16384, np.float16, threshold=8)
+    tiny.model_folder(folder / "model")
+    write_scope(folder / "params.npz", tiny.WIDTH, tiny.FEATURES, np.float32, threshold=1.5)
+    tiny.sae_folder(folder / "sae")
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    return folder
+
+
+def fpo(folder, command, hub="hub"):
+    """Run a command offline, in `folder`, with the hub's cache there."""
+    places = {"HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / hub)}
+    return subprocess.run(
+        [sys.executable, "-m", "fpocli", *command.split()],
+        cwd=folder,
+        env=os.environ | places | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def scope_sae(npz):
+    """sae-lens's SAE of a Gemma Scope file."""
+    with np.load(npz) as arrays:
+        state = {name: torch.tensor(array).float() for name, array in arrays.items()}
+    width, features = state["W_enc"].shape
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=width, d_sae=features, apply_b_dec_to_input=False))
+    sae.load_state_dict(state)
+    return sae
+
+
+@torch.no_grad()
+def check_features(store, model, npz, layer):
+    """The stored features of every response are the largest of those that transformers and
+    sae-lens give for it alone."""
+    network = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    sae = scope_sae(npz)
+    seen = []
+    network.model.layers[layer].register_forward_hook(lambda *call: seen.append(call[-1]))
+    tokens = store.tokens(0)
+    stored = store.reference(0, tokens).features[f"layer_{layer}.resid_post"]
+    for pair in range(len(tokens)):
+        prompt, *responses = (
+            torch.from_numpy(run.astype(np.int64)) for run in runs(tokens.pair(pair))
+        )
+        for side, response in enumerate(responses):
+            network(torch.cat([prompt, response])[None])
+            states = seen.pop()[0, len(prompt) - 1 : -1]
+            expected = sae.encode(states).mean(0).numpy()
+            index, value = stored.index[pair, side], stored.value[pair, side]
+            used = value > 0
+            count = stored.nonzero[pair, side]
+            assert used.sum() == min(count, len(value))
+            # A state that stands on a threshold may fall on either side of it.
+            assert count == pytest.approx((expected > 0).sum(), abs=3)
+            assert is_close(value[used], expected[index[used]])
+            assert is_close(value, np.sort(expected)[::-1][: len(value)])
+
+
+def is_close(given, expected):
+    return np.isclose(given, expected, rtol=1e-4, atol=1e-5).mean() > 0.98
+
+
+def test_gemma_by_its_short_name(folder):
+    done = fpo(
+        folder,
+        "cache --model gemma-2-2b --layer 25 --data pairs.jsonl --dtype float32 --device cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    store = Store.open(folder / "ref.zarr")
+    model, about = store.meta["model"], store.sites["layer_25.resid_post"]
+    assert (model["source"], model["revision"]) == ("google/gemma-2-2b", COMMIT)
+    assert (model["architecture"], model["attention"]) == ("Gemma2ForCausalLM", BY_SEQUENCE)
+    assert store.meta["tokenizer"]["source"] == "google/gemma-2-2b"
+    assert store.meta["tokenizer"]["chat_template"]["name"] == "halos"
+    release = "gemma-scope-2b-pt-res-canonical"
+    assert about["sae"]["source"] == f"{release}/layer_25/width_16k/canonical"
+    assert about["sae"]["architecture"] == "jumprelu"
+    assert (about["d_sae"], about["k"], store.pairs) == (16384, 256, len(PAIRS))
+    hub = folder / "hub"
+    check_features(
+        store,
+        hub / "models--google--gemma-2-2b" / "snapshots" / COMMIT,
+        hub / "models--google--gemma-scope-2b-pt-res" / "snapshots" / COMMIT / SCOPE / "params.npz",
+        layer=25,
+    )
+
+
+def test_local_gemma_scope_file(folder):
+    store = cache(
+        CacheConfig(
+            model=str(folder / "model"),
+            layer=[2],
+            sae=[str(folder / "params.npz")],
+            data=str(folder / "pairs.jsonl"),
+            top_k="all",
+            dtype="float32",
+            device="cpu",
+            out=str(folder / "local.zarr"),
+        )
+    )
+    assert store.sites["layer_2.resid_post"]["k"] == tiny.FEATURES
+    assert store.meta["model"]["revision"] is None
+    check_features(store, folder / "model", folder / "params.npz", layer=2)
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ("--model gemma-2-2b --sae sae --data pairs.jsonl", "the model google/gemma-2-2b"),
+        (
+            "--model model --sae gemma-scope-2b-pt-res-canonical/layer_2/width_16k/canonical "
+            "--data pairs.jsonl",
+            "the SAE gemma-scope-2b-pt-res-canonical/layer_2/width_16k/canonical",
+        ),
+        ("--model model --sae sae", "the data set HuggingFaceH4/ultrafeedback_binarized"),
+    ],
+)
+def test_what_is_not_here_is_told_offline(folder, names, what):
+    done = fpo(folder, f"cache --layer 2 --device cpu --out none.zarr {names}", hub="empty")
+    assert done.returncode == 2, done.stderr
+    told = done.stderr[done.stderr.index("error: ") :]
+    assert told.startswith(f"error: {what} is not on this machine and the hub cannot be reached")
+    assert "\nhint: check the network and HF_ENDPOINT" in told
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_defaults_are_the_papers(monkeypatch):
+    config = CacheConfig(model="gemma-2-2b", layer=[25])
+    assert (config.data, config.out) == ("HuggingFaceH4/ultrafeedback_binarized", "ref.zarr")
+    assert (config.split, config.limit, config.sae) == (None, None, [])
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(PAIRS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source(config.data, config.split, config.limit)
+    assert asked == [("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")]
+    assert source.identity["split"] == "train_prefs"
+    assert [row for _, row in source.rows] == PAIRS
+    open_source("owner/other", None, None)
+    assert asked[1:] == [("owner/other", "train")]
+
+
+@pytest.mark.parametrize("name", SHORT_NAMES)
+def test_every_default_sae_is_one_that_sae_lens_knows(name):
+    known = get_pretrained_saes_directory()
+    layers = {"gemma-2-2b": 26, "gemma-2-9b": 42}[name]
+    for layer in range(layers):
+        for kind in ("resid_post", "mlp_out"):
+            release, _, sae = default_sae(name, layer, kind).partition("/")
+            assert sae in known[release].saes_map
+            assert known[release].model == name
+
+
+def test_default_sae_of_a_site():
+    assert default_sae("gemma-2-9b", 20, "mlp_out") == (
+        "gemma-scope-9b-pt-mlp-canonical/layer_20/width_16k/canonical"
+    )
+    assert default_sae("google/gemma-2-2b", 25, "resid_post") == (
+        "gemma-scope-2b-pt-res-canonical/layer_25/width_16k/canonical"
+    )
+    with pytest.raises(UserError, match="no SAE is known for llama"):
+        default_sae("llama", 1, "resid_post")
+
+
+def runs(pair):
+    return pair.prompt, pair.chosen, pair.rejected

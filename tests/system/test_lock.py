@@ -1,0 +1,173 @@
+"""Who writes a folder: one run, its processes, what they take, and what the dead leave."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from fpocli.system.errors import UserError
+from fpocli.system.lock import WriterLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from fpocli.system.lock import WriterLock
+with WriterLock(Path(sys.argv[1]), sys.argv[2] or None) as writers:
+    writers.claim("block-3")
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def holder(path):
+    """Starts another process that writes the path and has taken block 3."""
+    started = []
+
+    def start(run=""):
+        words = [sys.executable, "-c", HOLD, str(path), run]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "held\n"
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_is_refused_and_told_who_the_first_is(path, holder):
+    process = holder()
+    with pytest.raises(UserError, match="another process is writing") as caught, WriterLock(path):
+        pass
+    assert f"process {process.pid} on {socket.gethostname()}, since 20" in str(caught.value)
+
+
+def test_processes_of_one_run_share_and_others_may_join(path, holder):
+    holder("job 1")
+    for writers in (WriterLock(path, "job 1"), WriterLock(path, join=True)):
+        with writers:
+            assert not writers.claim("block-3")
+            assert writers.alive("block-3")
+            assert writers.claim("block-4")
+            writers.require("block-4")
+    with pytest.raises(UserError, match="another process"), WriterLock(path, "job 2"):
+        pass
+
+
+def test_what_a_killed_process_held_is_cleared_at_the_next_start_alone(path, holder, capsys):
+    """Until then its block is nobody's, for what killed it could kill the others in turn."""
+    process = holder("job 1")
+    with WriterLock(path, "job 1") as writers:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not writers.alive("block-3")
+        assert not writers.claim("block-3")
+        assert writers.owner("block-3").process == process.pid
+    with WriterLock(path, "job 2") as writers:
+        assert writers.claim("block-3")
+        assert writers.owner("block-3").process == os.getpid()
+    told = capsys.readouterr().err
+    assert f"process {process.pid} on" in told and "with block-3, without an end" in told
+    assert not path.with_name("store.writers").exists()
+
+
+def test_an_error_leaves_its_claims_to_the_next_start_if_others_write_on(path):
+    with WriterLock(path, "job") as other:
+        with pytest.raises(ValueError), WriterLock(path, "job") as failing:
+            failing.claim("block-1")
+            raise ValueError
+        assert not other.claim("block-1")
+        assert not other.alive("block-1")
+    with pytest.raises(ValueError), WriterLock(path) as alone:
+        alone.claim("block-2")
+        raise ValueError
+    with WriterLock(path) as later:
+        assert later.claim("block-1") and later.claim("block-2")
+
+
+def test_a_writer_on_another_host_is_dead_when_it_stops_touching_its_file(path):
+    folder = path.with_name("store.writers")
+    folder.mkdir()
+    about = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00", "run": "x"}
+    (folder / "writer-1").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="process 7 on elsewhere, since 2026"), WriterLock(path):
+        pass
+    old = time.time() - 130
+    os.utime(folder / "writer-1", (old, old))
+    with WriterLock(path):
+        assert not (folder / "writer-1").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\x00"])
+def test_a_file_that_says_nothing_is_of_the_dead(path, text):
+    folder = path.with_name("store.writers")
+    folder.mkdir()
+    (folder / "writer-1").write_text(text)
+    with WriterLock(path):
+        pass
+    assert not folder.exists()
+
+
+def test_a_writer_that_was_taken_for_dead_writes_no_more(path):
+    with WriterLock(path) as writers:
+        assert writers.claim("block-1")
+        (path.with_name("store.writers") / "block-1").unlink()
+        with pytest.raises(UserError, match="took this one for dead"):
+            writers.require("block-1")
+
+
+def test_who_begins_anew_holds_what_comes_first_before_anybody_joins(path):
+    """Else one that joins would go on with the store that is about to be replaced."""
+    order = []
+
+    def join():
+        with WriterLock(path, join=True) as writers, writers.exclusive("tokens"):
+            order.append("joined")
+
+    with WriterLock(path, first="tokens") as writers:
+        thread = threading.Thread(target=join)
+        thread.start()
+        time.sleep(0.3)
+        with writers.exclusive("tokens"):
+            order.append("begun")
+        thread.join()
+    assert order == ["begun", "joined"]
+
+
+def test_of_many_one_takes_a_name_and_all_have_it_alone_in_turn(path):
+    """Sixteen writers at once: every block has one, and no two are inside together."""
+    taken, inside, most = [], [], []
+
+    def work():
+        with WriterLock(path, "job") as writers:
+            for block in range(20):
+                if writers.claim(f"block-{block}"):
+                    taken.append(block)
+            with writers.exclusive("tokens"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.002)
+                inside.pop()
+            barrier.wait()
+
+    barrier = threading.Barrier(16)
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(20))
+    assert most == [1] * 16

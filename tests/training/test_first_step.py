@@ -1,0 +1,82 @@
+"""A run that would compare numbers that were not made alike is refused before its first step."""
+
+import subprocess
+
+import numpy as np
+import pytest
+from runs import command, read
+from stores import cache_config, set_attributes
+
+from fpocli import UserError, cache
+from fpocli.caching import blocks
+from fpocli.scoring.score import score
+from fpocli.store.metadata import attributes
+
+
+def train(material, out, *flags, **settings):
+    words = command(material, out, *flags, **settings)
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def without(words, flag):
+    place = words.index(flag)
+    return words[:place] + words[place + 2 :]
+
+
+def test_another_dtype_is_refused_unless_it_is_allowed(material, store_path, tmp_path):
+    words = without(command(material, tmp_path / "run"), "--allow")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "the dtype was float32, it is bfloat16" in done.stderr
+    assert "--allow dtype" in done.stderr
+    done = train(material, tmp_path / "run", allow="dtype")
+    assert done.returncode == 0, done.stderr[-2000:]
+    first = read(tmp_path / "run")[1]
+    assert 0 < abs(first["u"]) < 0.01
+
+
+def test_another_kernel_is_refused_unless_it_is_allowed(material, tmp_path):
+    path = tmp_path / "ref.zarr"
+    cache(cache_config(material, path))
+    set_attributes(path, model=attributes(path)["model"] | {"attention": "flex_attention"})
+    done = train(material, tmp_path / "run", "--no-bf16", cache=path)
+    assert done.returncode == 2
+    assert "the kernel was flex_attention, it is fpo_by_sequence" in done.stderr
+    with pytest.raises(UserError, match=r"model\.attention is flex_attention there"):
+        cache(cache_config(material, path))
+    assert cache(cache_config(material, path, allow=["kernel"])).meta["state"] == "complete"
+    done = train(material, tmp_path / "run", "--no-bf16", cache=path, allow="kernel")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("what", ["log-probabilities", "features"])
+def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path, monkeypatch, what):
+    """Right weights, right SAE, right sums of bytes: only the numbers are wrong."""
+
+    def wrong(model, encoders, batch):
+        scores = score(model, encoders, batch)
+        if what == "features":
+            for pooled in scores.pooled.values():
+                pooled *= 1.1
+        else:
+            scores.logp.sub_(0.01 * scores.count)
+        return scores
+
+    path = tmp_path / "ref.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "score", wrong)
+        patch.setattr("fpocli.caching.cache.check_model", lambda *_: None)
+        cache(cache_config(material, path))
+    done = train(material, tmp_path / "run", "--no-bf16", cache=path)
+    assert done.returncode == 2
+    assert "the policy should be the reference of" in done.stderr
+    assert not read(tmp_path / "run"), "no step was taken"
+
+
+def test_other_starting_weights_are_told_their_distance(material, store_path, tmp_path):
+    done = train(material, tmp_path / "run", "--no-bf16", model=material / "policy")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = (line for line in done.stderr.splitlines() if "starting weights are not" in line)
+    nats = float(told.split("by up to ")[1].split()[0])
+    assert 0.01 < nats < 5 and np.isfinite(nats)
+    assert "of their mean square" in told

@@ -1,0 +1,194 @@
+"""method.md 1: where the policy is the reference, u and D are 0 for every pair."""
+
+import copy
+import math
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from stores import cache_config, make_stream
+
+from fpocli import cache
+from fpocli.config import TrainConfig
+from fpocli.features.pretrained import load_encoder
+from fpocli.features.site import Site
+from fpocli.model.language_model import FrozenReference, load_model
+from fpocli.scoring.score import score
+from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
+from fpocli.training.held_out import held_out_means
+from fpocli.training.objective import objective
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=tiny.FAMILIES)
+def stage(request, material, tmp_path):
+    """A store of two sites, and its model and SAEs loaded anew."""
+    path = tiny.model_folder(tmp_path / "model", request.param)
+    config = cache_config(
+        material,
+        tmp_path / "ref.zarr",
+        model=str(path),
+        layer=[1, 3],
+        site=["mlp_out", "resid_post"],
+        sae=[str(material / "sae")] * 2,
+        top_k="55",
+    )
+    store = cache(config)
+    sites = [Site.parse(name) for name in store.sites]
+    model = load_model(find_model(str(path)), sites, torch.float32, CPU).eval()
+    return store, model, {name: load_encoder(str(material / "sae"), CPU) for name in store.sites}
+
+
+def stream(store, packed_length: int, **changes):
+    """All 21 pairs in one step, in an order of its own for each size of rows."""
+    settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": packed_length}
+    return make_stream(store, **(settings | {"packed_length": packed_length} | changes))
+
+
+def first_step(stream):
+    """The rows of the first step."""
+    return next(iter(stream.steps(0, 1, CPU)))
+
+
+@pytest.mark.parametrize("packed_length", [1, 300, 5000])
+def test_step_0_whatever_row_order_and_ranks(stage, packed_length):
+    store, model, encoders = stage
+    settings = TrainConfig(cache="unused")
+    seen = 0
+    for micro in first_step(stream(store, packed_length)):
+        with torch.no_grad():
+            loss, metrics = objective(
+                score(model, encoders, micro.batch), micro.reference, encoders, settings
+            )
+        assert metrics["u"].abs().max() < 1e-6
+        assert metrics["distance_chosen"].max() < 1e-8
+        assert metrics["distance_rejected"].max() < 1e-8
+        assert torch.allclose(loss, torch.full_like(loss, math.log(2)), atol=1e-6)
+        seen += len(loss)
+    assert seen == 21
+
+
+def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
+    store, model, encoders = stage
+    policy = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    settings = TrainConfig(cache="unused")
+    results = [
+        held_out_means(
+            policy,
+            encoders,
+            stream(store, size, eval_fraction=0.4).evaluation(CPU),
+            settings,
+            {},
+            FrozenReference(model.network, []),
+            "held-out pairs",
+        )
+        for size in (1, 400)
+    ]
+    for name in results[0]:
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
+    assert results[0]["kl_chosen"] > 0.01
+
+
+def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
+    store = Store.open(store_path)
+    for world, packed_length, batch_size in ((1, 200, 4), (2, 200, 5), (3, 400, 4), (4, 900, 32)):
+        ranks = [
+            stream(store, packed_length, batch_size=batch_size, world=world, rank=rank,
+                   eval_fraction=0.2, seed=0)
+            for rank in range(world)
+        ]  # fmt: skip
+        steps = ranks[0].steps_per_epoch
+        pairs = []
+        for step, work in enumerate(
+            zip(*(rank.steps(0, steps, CPU) for rank in ranks), strict=True)
+        ):
+            assert len({len(micros) for micros in work}) == 1
+            weights = torch.cat([m.weights for micros in work for m in micros])
+            assert weights.sum().item() == pytest.approx(1)
+            assert (weights > 0).sum() == len(ranks[0].pairs(step))
+            rows = [m for micros in work for m in micros if m.weights.sum() > 0]
+            assert all(len(m.weights) == 1 or len(m.batch.ids) <= packed_length for m in rows)
+            pairs += ranks[0].pairs(step).tolist()
+        held_out = [pair for block in range(store.blocks) for pair in ranks[0].held_out(block)]
+        assert len(held_out) == ranks[0].held_out_pairs == 4
+        assert sorted([*pairs, *held_out]) == list(range(store.pairs))
+        second = [ranks[0].pairs(steps + s).tolist() for s in (0, 1)]
+        assert second[0] != ranks[0].pairs(0).tolist(), "another order in the second epoch"
+
+
+def test_the_stream_hands_over_what_the_store_holds(store_path):
+    """Ids, reference log-probabilities and features of each pair of a step, in its order."""
+    store = Store.open(store_path)
+    seen = []
+    for micro in first_step(stream(store, 500)):
+        for place, (start, *_, end) in enumerate(micro.batch.spans.tolist()):
+            ids = micro.batch.ids[start:end].numpy()
+            (pair,) = (
+                number
+                for number in range(store.pairs)
+                if np.array_equal(np.concatenate(store_pair(store, number)), ids)
+            )
+            block, row = divmod(pair, store.block_size)
+            reference = store.reference(block, store.tokens(block))
+            assert torch.equal(micro.reference.logp[place], torch.from_numpy(reference.logp[row]))
+            (site,) = store.sites
+            stored = reference.features[site].value[row]
+            assert np.array_equal(micro.reference.features[site].value[place], stored)
+            seen.append(pair)
+    assert sorted(seen) == list(range(store.pairs))
+
+
+def store_pair(store, number: int):
+    """The three token runs of a pair of the store."""
+    block, row = divmod(number, store.block_size)
+    pair = store.tokens(block).pair(row)
+    return pair.prompt, pair.chosen, pair.rejected
+
+
+def test_several_sites_count_as_their_mean(stage):
+    """Table 7: delta is the mean of the sites' delta."""
+    store, model, encoders = stage
+    settings = TrainConfig(cache="unused")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        micro = first_step(stream(store, 500))[0]
+        scores = score(model, encoders, micro.batch)
+        _, both = objective(scores, micro.reference, encoders, settings)
+        alone = [
+            objective(scores, micro.reference, {site: encoders[site]}, settings)[1]
+            for site in encoders
+        ]
+    for name in ("distance_chosen", "distance_rejected", "delta", "missing", "overlap"):
+        mean = (alone[0][name] + alone[1][name]) / 2
+        assert torch.allclose(both[name], mean, atol=1e-6), name
+    assert not torch.allclose(alone[0]["delta"], alone[1]["delta"])
+
+
+def test_pairs_are_shuffled_inside_a_window_of_blocks(store_path, monkeypatch):
+    monkeypatch.setattr("fpocli.training.stream._WINDOW", 1)
+    store = Store.open(store_path)
+    one = stream(store, 1)
+    order = one.pairs(0)
+    blocks = order // store.block_size
+    changes = (blocks[1:] != blocks[:-1]).sum()
+    assert changes == store.blocks - 1, "with a window of one, block follows block"
+    assert (np.diff(order) != 1).sum() > store.blocks, "and inside a block pairs are shuffled"
+
+
+def test_an_error_of_the_thread_that_reads_reaches_the_loop(store_path, tmp_path):
+    damaged = tmp_path / "ref.zarr"
+    shutil.copytree(store_path, damaged)
+    (damaged / "ref" / "logp" / "c" / "0" / "0").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="ref/logp"):
+        list(stream(Store.open(damaged), 500).steps(0, 1, CPU))

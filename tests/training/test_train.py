@@ -1,0 +1,508 @@
+"""The training stage end to end, in processes of its own, against a naive loop in plain PyTorch."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import yaml
+from runs import command, read, run, same
+from safetensors.torch import load_file
+from stores import cache_config, contents, make_stream, set_attributes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fpocli import cache
+from fpocli.store.metadata import attributes
+from fpocli.store.reader import Store
+
+SITE = "layer_3.resid_post"
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def baseline(material, store_path, tmp_path_factory) -> Path:
+    """A float32 run, ZeRO 2, one process."""
+    out = tmp_path_factory.mktemp("baseline") / "run"
+    run(material, out, "--no-bf16")
+    return out
+
+
+def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
+    """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
+    but the order of the pairs."""
+    stream = make_stream(Store.open(store_path))
+    arrays = contents(store_path)
+    network, sae = tiny.network("gemma2"), tiny.sae().requires_grad_(False)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
+    for line in read(baseline)[1:-1]:
+        step = line["step"] - 1
+        pairs = stream.pairs(step)
+        results = [naive_pair(network, sae, arrays, int(pair)) for pair in pairs]
+        loss = torch.stack([result[0] for result in results]).mean()
+        assert line["loss"] == pytest.approx(loss.item(), abs=2e-6)
+        for place, name in enumerate(("u", "distance_chosen", "distance_rejected"), start=1):
+            mean = np.mean([result[place] for result in results])
+            assert line[name] == pytest.approx(mean, rel=2e-3, abs=2e-5), name
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
+        optimizer.step()
+    assert step == STEPS - 1 and len(pairs) == 1, "the last step is a partial batch"
+
+
+def naive_pair(network, sae, arrays, pair: int, k: int = 50, beta: float = 0.1, alpha: float = 0.5):
+    """Loss, u, D_w and D_l of one pair, as method.md writes them."""
+    start, chosen, rejected, end = arrays["spans"][pair].tolist()
+    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    averages, distances = [], []
+    for side, (first, last) in enumerate(((chosen, rejected), (rejected, end))):
+        sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
+        seen = []
+        hook = network.model.norm.register_forward_pre_hook(lambda m, x, s=seen: s.append(x[0]))
+        logits = network(sequence, use_cache=False).logits
+        hook.remove()
+        predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+        targets = sequence[0, chosen - start :, None]
+        averages.append(logits.log_softmax(-1)[0, predictors].gather(-1, targets).mean())
+        pooled = sae.encode(seen[0][0, predictors]).mean(0)
+        index, value = (
+            arrays[f"features/{SITE}/{name}"][pair, side].tolist() for name in ("index", "value")
+        )
+        known = {i: v for i, v in zip(index, value, strict=True) if v > 0}
+        everything = arrays[f"features/{SITE}/nonzero"][pair, side] <= len(index)
+        floor = 0.0 if everything else value[-1]
+        own = [i for i in pooled.argsort(descending=True).tolist()[:k] if pooled[i] > 0]
+        union = {*own, *list(known)[:k]}
+        squares = [
+            (pooled[i] - known.get(i, min(pooled[i].item(), floor))) ** 2 for i in sorted(union)
+        ]
+        distances.append(torch.stack(squares).sum() / k)
+    margin = arrays["ref/margin"][pair]
+    u = beta * (averages[0] - averages[1] - margin)
+    u = u - alpha * beta * (distances[1] - distances[0].detach())
+    loss = -torch.nn.functional.logsigmoid(u)
+    return loss, u.item(), distances[0].item(), distances[1].item()
+
+
+def test_step_0_is_ln_2_whatever_the_batch(baseline):
+    """method.md 1: the policy is the reference, in the same dtype."""
+    before, first = read(baseline)[:2]
+    for line in (before, first):
+        assert line["loss"] == pytest.approx(np.log(2), abs=1e-7)
+        assert abs(line["u"]) < 1e-6
+        assert line["distance_chosen"] < 1e-9 and line["distance_rejected"] < 1e-9
+        assert line["overlap"] == pytest.approx(1, abs=1e-6)
+    assert first["gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_same_curve_for_every_zero_stage_and_number_of_processes(
+    baseline, material, tmp_path, zero, processes
+):
+    lines = run(material, tmp_path / "run", "--no-bf16", processes=processes, zero=zero)
+    same(lines, read(baseline), 2e-5)
+    one, other = (
+        load_file(out / "final/model.safetensors") for out in (tmp_path / "run", baseline)
+    )
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize(("zero", "processes"), [(0, 1), (1, 1), (2, 2), (3, 2)])
+def test_parameters_in_many_groups_train_alike(baseline, material, tmp_path, zero, processes):
+    """Real models have more parameters than the optimiser updates at once; here it takes 2,000."""
+    out, script = tmp_path / "run", tmp_path / "grouped.py"
+    script.write_text(
+        "import fpocli.cli, fpocli.engine\nfpocli.engine._GROUP_SIZE = 2000\nfpocli.cli.main()\n"
+    )
+    words = command(material, out, "--no-bf16", processes=processes, zero=zero)
+    place = words.index("fpocli")
+    words[place - 1 : place + 1] = [str(script)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(read(out), read(baseline), 2e-5)
+    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
+    for name in one:
+        assert torch.allclose(one[name], other[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, tmp_path, optimizer):
+    """With weight decay: DeepSpeed's own first step at stage 0 must not move the master weights."""
+    settings = {"optimizer": optimizer, "weight_decay": 0.1}
+    two, none, three = (run(material, tmp_path / str(z), zero=z, **settings) for z in (2, 0, 3))
+    same(none, two, 1e-4)
+    same(three, two, 1e-4)
+
+
+def test_rows_and_recomputation_change_nothing(baseline, material, tmp_path):
+    flags = ("--no-bf16", "--no-activation-checkpointing")
+    lines = run(material, tmp_path / "run", *flags, packed_length=1)
+    same(lines, read(baseline), 2e-5)
+
+
+def test_a_killed_run_goes_on_with_the_same_command(baseline, material, tmp_path):
+    """SIGKILL after a checkpoint: the curve and the weights are those of an unbroken run."""
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", save_every=2)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    stale = {"step": 99, "split": "train", "loss": 0}
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(stale) + "\n" + '{"step": 3, "spl')
+    same(run(material, out, "--no-bf16", save_every=2), read(baseline), 1e-6)
+    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_final_is_the_trained_model_in_transformers_format(baseline, store_path):
+    """Its scores of the held-out pairs, by plain transformers, are those logged at the end."""
+    final = baseline / "final"
+    network = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
+    network.set_attn_implementation("eager")
+    last = read(baseline)[-1]
+    stream = make_stream(Store.open(store_path))
+    blocks = range(stream.store.blocks)
+    held_out = [pair for block in blocks for pair in stream.held_out(block)]
+    arrays, sae = contents(store_path), tiny.sae()
+    with torch.no_grad():
+        results = [naive_pair(network, sae, arrays, int(pair)) for pair in held_out]
+    assert last["loss"] == pytest.approx(np.mean([r[0].item() for r in results]), abs=2e-6)
+    assert last["distance_rejected"] == pytest.approx(np.mean([r[3] for r in results]), rel=2e-3)
+    start = tiny.network("gemma2").state_dict()
+    assert not torch.equal(start["model.norm.weight"], network.state_dict()["model.norm.weight"])
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert "<|assistant|>" in tokenizer.chat_template
+    assert "base_model:" in (final / "README.md").read_text()
+    assert yaml.safe_load((baseline / "config.yaml").read_text())["beta"] == 0.1
+
+
+def test_config_yaml_of_a_run_makes_the_same_run(baseline, material, tmp_path):
+    config = yaml.safe_load((baseline / "config.yaml").read_text()) | {"out": str(tmp_path / "run")}
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    words = [sys.executable, "-m", "fpocli", "train", "--config", str(tmp_path / "again.yaml")]
+    subprocess.run(words, check=True, capture_output=True)
+    same(read(tmp_path / "run"), read(baseline), 1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_small_steps_are_not_lost_in_bfloat16(material, store_path, tmp_path, optimizer):
+    """85 steps far smaller than a bfloat16 weight can move: float32 master weights add them up,
+    a pure bfloat16 optimiser moves hardly anything."""
+    lr = 2e-6
+    run(
+        material,
+        tmp_path / "run",
+        lr=lr,
+        epochs=17,
+        batch_size=4,
+        eval_fraction=0,
+        optimizer=optimizer,
+        method="simpo",
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    start = tiny.network("gemma2").state_dict()[name].bfloat16()
+    end = load_file(tmp_path / "run/final/model.safetensors")[name]
+    assert end.dtype == torch.bfloat16
+    moved = (start != end).float().mean().item()
+    lost = start.clone()
+    for _ in range(85):
+        lost -= lr  # what every single step of Adam amounts to
+    assert moved > 5 * (start != lost).float().mean().item()
+    assert moved > 0.01
+
+
+@pytest.mark.parametrize("method", ["dpo", "dpo_norm", "simpo", "sft"])
+def test_methods_without_features_load_no_sae(material, store_path, tmp_path, method):
+    lines = run(material, tmp_path / "run", "--no-bf16", method=method, sae="is-not-there")
+    train = [line for line in lines if line["split"] == "train"]
+    assert "distance_chosen" not in train[0]
+    if method in ("dpo", "dpo_norm"):
+        assert train[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    if method == "sft":
+        assert train[0]["loss"] == pytest.approx(-train[0]["average_logp_chosen"], abs=1e-6)
+    assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+def test_other_starting_weights(material, store_path, tmp_path):
+    """An SFT checkpoint, say: step 0 is no longer ln 2, and the reference stays the store's."""
+    lines = run(material, tmp_path / "run", "--no-bf16", model=material / "policy")
+    assert abs(lines[0]["u"]) > 1e-3 and lines[0]["distance_chosen"] > 1e-3
+
+
+def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
+    out = shutil.copytree(baseline, tmp_path / "run")
+    shutil.rmtree(out / "final")
+    done = subprocess.run(
+        command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert (
+        f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
+        in done.stderr
+    )
+    assert done.stderr.count("error: ") == 1, "told once, not by every process"
+
+
+def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, store_path, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(
+        json.dumps({"zero_optimization": {"reduce_bucket_size": 1000}, "bf16": {"enabled": "auto"}})
+    )
+    run(material, tmp_path / "run", "--no-bf16", deepspeed=file)
+    file.write_text(json.dumps({"gradient_clipping": 1}))
+    words = command(material, tmp_path / "other", "--no-bf16", deepspeed=file)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "contradicts the flags about gradient_clipping" in done.stderr
+
+
+def test_deepspeed_needs_no_compiler(material, store_path, tmp_path):
+    """With nothing on PATH but Python."""
+    environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CC": "", "CXX": ""}
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    words = command(material, tmp_path / "run", "--no-bf16")
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not (tmp_path / "extensions").exists()
+
+
+def test_changed_weights_under_the_same_name_are_noticed(material, store_path, tmp_path):
+    """A policy that is silently not the reference would make every number of the run wrong."""
+    folder = shutil.copytree(material, tmp_path / "material")
+    shutil.copytree(folder / "policy", folder / "model", dirs_exist_ok=True)
+    store = folder / "ref.zarr"
+    set_attributes(store, model=attributes(store)["model"] | {"source": str(folder / "model")})
+    words = command(folder, tmp_path / "run", "--no-bf16")
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "are not those" in done.stderr
+
+
+def test_several_sites_inside_recomputed_layers(material, tmp_path):
+    """mlp_out is taken inside what activation checkpointing recomputes and ZeRO-3 partitions."""
+    config = cache_config(
+        material,
+        tmp_path / "ref.zarr",
+        layer=[1, 3],
+        site=["mlp_out", "resid_post"],
+        sae=[str(material / "sae")] * 2,
+    )
+    cache(config)
+    store = {"cache": tmp_path / "ref.zarr"}
+    plain = run(material, tmp_path / "a", "--no-bf16", "--no-activation-checkpointing", **store)
+    recomputed = run(material, tmp_path / "b", "--no-bf16", zero=3, **store)
+    same(recomputed, plain, 2e-5)
+    assert plain[-1]["distance_rejected"] > 1e-4
+
+
+def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=2)
+    shutil.rmtree(out / "final")
+    words = command(material, out, "--no-bf16", save_every=2, processes=2)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "cannot be loaded" in done.stderr
+    assert "as many processes as saved it" in done.stderr
+
+
+# -- methods that need the reference's distribution ------------------------------------------------
+
+
+def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
+    """Whole logits of both models, each sequence alone; the KL acts from the second step on."""
+    lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
+    stream, arrays = make_stream(Store.open(store_path)), contents(store_path)
+    network, reference = tiny.network("gemma2"), tiny.network("gemma2")
+    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
+
+    def naive(pair: int) -> torch.Tensor:
+        start, chosen, rejected, end = arrays["spans"][pair].tolist()
+        sums, divergences = [], []
+        for first, last in ((chosen, rejected), (rejected, end)):
+            sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
+            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+            own, other = (
+                model(sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
+                for model in (network, reference)
+            )
+            sums.append(own.gather(-1, sequence[0, chosen - start :, None]).sum())
+            divergences.append((other.exp() * (other - own)).sum())
+        of_reference = arrays["ref/logp"][pair]
+        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
+        return -torch.nn.functional.logsigmoid(
+            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
+        )
+
+    for line in lines[1:-1]:
+        loss = torch.stack([naive(int(pair)) for pair in stream.pairs(line["step"] - 1)]).mean()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
+        optimizer.step()
+    assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["tdpo1", "tdpo2", "simpo_kl"])
+def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
+    """ZeRO 3 on two processes shards the reference as it does the policy."""
+    whole = run(material, tmp_path / "whole", "--no-bf16", method=method, zero=2)
+    sharded = run(material, tmp_path / "sharded", "--no-bf16", method=method, zero=3, processes=2)
+    same(sharded, whole, 5e-5)
+    assert whole[0]["kl_chosen"] == whole[0]["kl_rejected"] == whole[0]["delta"] == 0
+    if method != "simpo_kl":
+        assert whole[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert whole[-1]["kl_chosen"] > 1e-4
+
+
+def test_bfloat16_reference_beside_the_policy(material, store_path, tmp_path):
+    settings = {"method": "tdpo1", "model": material / "policy"}
+    one = run(material, tmp_path / "one", **settings)
+    three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
+    assert one[0]["kl_chosen"] > 0.01, "the reference is the store's, not the starting weights"
+    same(three, one, 1e-2)
+
+
+def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
+    """Held-out pairs every second step; training itself is the same, to the digit."""
+    lines = run(material, tmp_path / "run", "--no-bf16", "--measure-kl", eval_every=2)
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 4, 5]
+    assert lines[0]["kl_chosen"] == 0 and lines[-1]["kl_chosen"] > 1e-4
+    train = [line for line in lines if line["split"] == "train"]
+    assert "kl_chosen" not in train[0]
+    same(train, [line for line in read(baseline) if line["split"] == "train"], 1e-6)
+
+
+def test_feature_weights_scale_the_distance(baseline, material, tmp_path):
+    file = tmp_path / "weights.yaml"
+    file.write_text(f"{SITE}:\n  default: 3.0\n")
+    lines = run(material, tmp_path / "three", "--no-bf16", feature_weights=file, alpha=0.5 / 3)
+    for one, other in zip(lines, read(baseline), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
+        assert one["distance_rejected"] == pytest.approx(
+            3 * other["distance_rejected"], rel=1e-3, abs=1e-8
+        )
+    file.write_text(f"{SITE}:\n  default: 0\n")
+    free = run(material, tmp_path / "free", "--no-bf16", feature_weights=file)
+    plain = run(material, tmp_path / "plain", "--no-bf16", method="dpo_norm")
+    assert [x["loss"] for x in free] == pytest.approx([x["loss"] for x in plain], abs=1e-7)
+    file.write_text(f"{SITE}:\n  96: 0\n")
+    words = command(material, tmp_path / "wrong", "--no-bf16", feature_weights=file)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "weighs the feature 96" in done.stderr
+
+
+def test_sft_first_then_a_store_of_its_result(material, store_path, tmp_path):
+    """The paper's two stages: the trained model is the next reference."""
+    run(material, tmp_path / "sft", "--no-bf16", method="sft")
+    folder = shutil.copytree(material, tmp_path / "material")
+    shutil.rmtree(folder / "ref.zarr")
+    cache(cache_config(folder, folder / "ref.zarr", model=str(tmp_path / "sft/final")))
+    lines = run(folder, tmp_path / "fpo", "--no-bf16")
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
+    assert lines[0]["distance_chosen"] < 1e-9
+
+
+SHARDED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import tiny
+from packed import random_pairs
+from fpocli.model.packing import pack
+from fpocli.config import TrainConfig
+from fpocli.training.engine import deepspeed_config, shard, start_processes
+from fpocli.model.language_model import FrozenReference, Site
+
+rank, world = start_processes(torch.device("cpu"))
+batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
+whole = FrozenReference(tiny.network("gemma2"), [site])
+config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
+# DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
+config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
+for _ in range(3):
+    one, other = whole(batch), engine(batch)
+    assert torch.equal(one.final, other.final)
+    assert torch.equal(one.states[str(site)], other.states[str(site)])
+own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
+held = sum(p.numel() for p in engine.module.parameters())
+total = sum(p.numel() for p in whole.parameters())
+assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
+print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
+"""
+
+
+def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
+    """And gathers the same states as a whole one gives, to the bit."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launch, str(script), str(Path(__file__).parents[1] / "support")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr
+
+
+# -- crashes ---------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
+    material, store_path, tmp_path
+):
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", epochs=50)
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for flags in ((), ("--overwrite",)):
+            again = command(material, out, "--no-bf16", *flags, epochs=50)
+            done = subprocess.run(again, capture_output=True, text=True)
+            assert done.returncode == 2
+            assert f"another process is writing {out}: process {first.pid}" in done.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_as_many_checkpoints_stay_as_asked_for(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=2)
+    names = sorted(path.name for path in (out / "checkpoints").glob("*-*"))
+    assert names == ["step-3", "step-4"]
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_used(baseline, material, tmp_path):
+    """The one before it is."""
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    shutil.rmtree(out / "final")
+    last = out / "checkpoints/step-4"
+    last.rename(out / "checkpoints/partial-4")
+    lines = run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    same(lines, read(baseline), 1e-6)
+    assert not (out / "checkpoints/partial-4").exists()
