@@ -25,7 +25,7 @@ from fpocli.features.site import Site
 from fpocli.model.language_model import LanguageModel, check_layers, load_model
 from fpocli.model.network import choose_device, read_config
 from fpocli.model.packing import default_packed_length
-from fpocli.scoring.startup_check import check_model
+from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues
 from fpocli.store.writer import StoreWriter
@@ -95,7 +95,7 @@ def _cache(
         store = open_or_tokenise(config, identity, tokenizer, source)
     if store.unscored_blocks():
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
-        check_model(model, store.tokens(0), device)
+        check_against_transformers(model, store.tokens(0))
         say(f"rows of {_packed_length(config, device):,} tokens on {device}; {model.kernels}")
         _score_blocks(config, store, model, encoders, device, BlockClaims(lock, store))
     with lock.exclusive("finish"):

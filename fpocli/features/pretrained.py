@@ -111,16 +111,36 @@ def check_encoder(encoder: SparseEncoder, source: str, site: Any, width: int) ->
             f"the SAE {source} reads states of width {encoder.width}, the model's are {width} wide",
             "name an SAE that was trained on this model",
         )
-    # TransformerLens writes blocks.L.hook_resid_post, transformers model.layers.L.
     hook = str(encoder.sae.cfg.metadata.hook_name or "")
-    layer = re.search(r"(?:blocks|layers)\.(\d+)", hook)
-    kinds = {"hook_resid_post": "resid_post", "hook_mlp_out": "mlp_out"}
-    kind = kinds.get(hook.rpartition(".")[2])
-    if (layer and int(layer[1]) != site.layer) or (kind and kind != site.kind):
+    # Files without a name, such as a params.npz, are taken at the user's word.
+    if hook and _site_of(hook) != (site.layer, site.kind):
+        known = _site_of(hook)
         raise UserError(
-            f"the SAE {source} was trained at {hook}, not at {site}",
-            "give the --layer and --site it was trained at, or another --sae",
+            f"the SAE {source} was trained at {hook}, which is not the hook point {site}",
+            f"use --layer {known[0]} --site {known[1]}, or another --sae"
+            if known
+            else "use an SAE of the residual stream after a layer, or of the MLP's output",
         )
+
+
+def _site_of(hook: str) -> tuple[int, str] | None:
+    """Layer and kind of a hook point by its name in TransformerLens (blocks.L.hook_resid_post) or
+    transformers (model.layers.L); None for one that is not a site of fpo."""
+    named = re.fullmatch(r"(?:.*\.)?(?:blocks|layers|h)\.(\d+)(.*)", hook)
+    if named is None:
+        return None
+    layer, place = int(named[1]), named[2]
+    if place == ".hook_resid_pre" and layer > 0:
+        # What enters a layer is what left the one before.
+        return layer - 1, "resid_post"
+    kinds = {
+        "": "resid_post",
+        ".hook_resid_post": "resid_post",
+        ".hook_mlp_out": "mlp_out",
+        # In transformers' Gemma-2 and Gemma-3.
+        ".post_feedforward_layernorm": "mlp_out",
+    }
+    return (layer, kinds[place]) if place in kinds else None
 
 
 def _split_release(source: str) -> tuple[str, str]:

@@ -1,11 +1,12 @@
-"""Attention by the rule of packed rows, and the kernels that keep it.
+"""The attention rule of packed sequences, and the two kernels that implement it.
 
-The rule: a slot sees the slots of its own pair, at its own or an earlier position, that belong to
-the prompt or to its own response. In a layer with a sliding window, the two are less than `window`
-positions apart, however far apart their slots are.
+The rule: a token attends to the tokens of its own pair, at its own or an earlier position, that
+belong to the prompt or to its own response. In a layer with a sliding window the two positions are
+less than `window` apart. Positions are those in the sequence (prompt, response), not places in the
+packed sequence.
 
-Shapes: L slots, H heads, h width of a head, l tokens of a sequence (prompt and one response),
-q queries.
+Shapes: L tokens of the packed sequence, H heads, h width of a head, l tokens of one sequence
+(prompt and one response), q queries.
 """
 
 from collections.abc import Callable
@@ -19,77 +20,79 @@ from torch import Tensor, nn
 from fpocli.model.packing import PackedSequence
 from fpocli.system.errors import UserError
 
-# Ours, registered with transformers: dense attention of each sequence apart.
+# What a model is told that cannot be used.
+SUPPORTED = "docs/families.md lists the model families that were checked"
+# Our own, registered with transformers: dense attention, one sequence at a time.
 BY_SEQUENCE = "fpo_by_sequence"
 FLEX = "flex_attention"
-# Rows for flex_attention are a multiple of its block, so that no block is cut.
+# Packed sequences for flex_attention are a multiple of its block, so that no block is partial.
 FLEX_BLOCK = 128
 
 
 def choose_kernel(device: torch.device) -> str:
-    """The kernel for a device. Both know the rule, sliding windows and attention soft-capping.
+    """The attention kernel for a device. Both implement the rule, sliding windows and soft-capping.
 
     On a GPU it is torch's flex_attention, whose block masks skip what the rule forbids. It has no
-    backward pass on a CPU; there every sequence is attended to apart, by dense matrix products.
+    backward pass on a CPU; there each sequence is computed separately, by dense matrix products.
     """
     return FLEX if device.type == "cuda" else BY_SEQUENCE
 
 
 def length_multiple(device: torch.device) -> int:
-    """What the length of a row on a device is rounded up to."""
+    """The multiple that the length of a packed sequence is rounded up to on a device."""
     return FLEX_BLOCK if choose_kernel(device) == FLEX else 1
 
 
-def layer_kinds(config: Any) -> set[str]:
-    """The kinds of attention layers of a model: full_attention, sliding_attention."""
+def layer_types(config: Any) -> set[str]:
+    """The types of a model's attention layers: full_attention, sliding_attention, ..."""
     window = getattr(config, "sliding_window", None)
     only = "sliding_attention" if window else "full_attention"
     return set(getattr(config, "layer_types", None) or [only])
 
 
-def check_kernel(network: Any) -> None:
-    """Refuse a model or kernel that would silently drop the rule or the model's soft-capping.
+def check_attention(network: Any) -> None:
+    """Refuse a model whose attention cannot follow the rule.
 
     Raises:
-        UserError: its sentence names the kernel, or the kind of layer.
+        UserError: it names the type of layer, or the attention implementation in use.
     """
     config = network.config.get_text_config()
-    if other := layer_kinds(config) - {"full_attention", "sliding_attention"}:
+    if other := layer_types(config) - {"full_attention", "sliding_attention"}:
         raise UserError(
-            f"{type(network).__name__} has layers of the kind {', '.join(sorted(other))}, which "
-            "cannot follow the attention rule of packed rows",
-            "Gemma-2, Gemma-3 and Llama models are supported",
+            f"{type(network).__name__} has layers of type {', '.join(sorted(other))}, which cannot "
+            "follow the attention rule of packed sequences",
+            SUPPORTED,
         )
     if config._attn_implementation not in (BY_SEQUENCE, FLEX):
         raise UserError(
-            f"the attention kernel {config._attn_implementation} would drop the attention rule of "
-            "packed rows or the model's soft-capping",
-            "let fpo choose the kernel",
+            f"{type(network).__name__} runs its {config._attn_implementation} attention, which "
+            "does not follow the attention rule of packed sequences",
+            SUPPORTED,
         )
 
 
 def rule(batch: PackedSequence, window: int | None = None) -> Callable[..., Tensor]:
-    """The rule as flex_attention's mask function of (batch, head, query slot, key slot).
+    """The rule as flex_attention's mask function of (batch, head, query, key).
 
-    A slot of no pair sees itself alone, so that no query sees nothing.
+    A padding token attends to itself alone, so that no query has an empty set of keys.
     """
     size = len(batch.ids)
     owner, start = np.full(size, -1), np.zeros(size, np.int64)
     for number, span in enumerate(batch.spans):
         owner[span[0] : span[3]] = number
-        # What a slot sees of its pair besides the prompt starts here.
+        # Besides the prompt, a token attends to its pair from here on.
         start[span[0] : span[1]] = span[0]
         start[span[1] : span[2]] = span[1]
         start[span[2] : span[3]] = span[2]
     prompt_end = np.where(owner < 0, 0, batch.spans[owner, 1])
-    pair, run, end = (
+    pair, first, end = (
         torch.from_numpy(array).to(batch.ids.device) for array in (owner, start, prompt_end)
     )
     positions = batch.positions
 
     def allowed(_: Any, __: Any, query: Tensor, key: Tensor) -> Tensor:
         seen = (pair[query] == pair[key]) & (pair[query] >= 0) & (key <= query)
-        seen = seen & ((key < end[query]) | (key >= run[query]))
+        seen = seen & ((key < end[query]) | (key >= first[query]))
         if window is not None:
             seen = seen & (positions[query] - positions[key] < window)
         return seen | (query == key)
@@ -97,19 +100,21 @@ def rule(batch: PackedSequence, window: int | None = None) -> Callable[..., Tens
     return allowed
 
 
-def mask(batch: PackedSequence, window: int | None, kernel: str, dtype: torch.dtype) -> Any:
-    """What a layer's kernel is given, as its attention mask.
+def attention_mask(
+    batch: PackedSequence, window: int | None, kernel: str, dtype: torch.dtype
+) -> Any:
+    """The attention mask of a layer type.
 
     Args:
-        batch: the row.
-        window: of the layer's kind, or None.
+        batch: the packed sequence.
+        window: sliding window of this type of layer, or None.
         kernel: BY_SEQUENCE or FLEX.
         dtype: of the model.
 
     Returns:
         FLEX: a BlockMask of the rule.
-        BY_SEQUENCE: what is added to the scores of a sequence, [1, 1, l, l] for the longest one.
-            Inside a sequence the rule is plain causal attention, so this one serves them all.
+        BY_SEQUENCE: what is added to the scores of the longest sequence, [1, 1, l, l]. Inside a
+            sequence the rule is plain causal attention, so shorter ones use a part of it.
     """
     device = batch.ids.device
     if kernel == FLEX:
@@ -125,7 +130,7 @@ def mask(batch: PackedSequence, window: int | None, kernel: str, dtype: torch.dt
 
 @cache
 def _block_mask_maker() -> Callable[..., Any]:
-    """create_block_mask; compiled, it never holds the mask of all slots by all slots."""
+    """create_block_mask; compiled, it never materialises the mask [L, L]."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     return torch.compile(create_block_mask)
@@ -143,20 +148,19 @@ def attend_by_sequence(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a row, sequence by sequence; transformers calls it in every layer.
+    """Attention of a packed sequence, one sequence at a time; transformers calls it in every layer.
 
-    The prompt is attended to with the chosen response; the rejected one looks back at its keys.
-    Nothing of one pair enters the arithmetic of another, and no score is made that the rule
-    forbids across responses.
+    The prompt is computed with the chosen response, and the rejected response uses its keys and
+    values. So nothing of one pair enters the arithmetic of another.
 
     Args:
         module: the attention layer.
         query: [1, H, L, h].
         key, value: [1, key heads, L, h].
-        attention_mask: from `mask`.
-        scaling: of the scores.
-        spans: of the batch.
-        softcap: caps the scores at +- softcap, as Gemma-2 does.
+        attention_mask: [1, 1, l, l] from the function `attention_mask`.
+        scaling: factor of the scores.
+        spans: of the packed sequence.
+        softcap: limits the scores to +- softcap, as in Gemma-2.
 
     Returns:
         [1, L, H, h], and no weights.
@@ -198,15 +202,15 @@ def _attend(
 ) -> Tensor:
     """Dense attention of one sequence's last q tokens: [q, H, h].
 
-    Matrix products and a softmax that sums in float32, all through torch. On a CPU this takes
-    less than half of the time of torch's fused kernel (benchmarks/results), and it can cap scores.
+    Matrix products and a softmax. On a CPU this takes less than half the time of torch's fused
+    kernel (benchmarks/results), and it supports soft-capping.
 
     Args:
-        query: [q, H, h], of the tokens `first` and after.
+        query: [q, H, h], of the tokens from position `first` on.
         key, value: [l, key heads, h].
         band: [>= l, >= l].
         first: position of the first query.
-        groups: heads that share a key.
+        groups: query heads per key head.
         scaling, softcap: as above.
     """
     visible = band[first : len(key), : len(key)]
@@ -220,8 +224,8 @@ def _attend(
     return torch.bmm(scores.softmax(-1), values).transpose(0, 1)
 
 
-def register_kernels() -> None:
-    """Make BY_SEQUENCE known to transformers."""
+def register_kernel() -> None:
+    """Register BY_SEQUENCE with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)

@@ -1,6 +1,6 @@
-"""The language model: a packed row in, per-token log-probabilities and site states out.
+"""The language model: a packed sequence in, log-probabilities and hidden states at the sites out.
 
-Shapes: L slots of the row, M scored tokens, d model width.
+Shapes: L tokens of the packed sequence, M scored tokens, d model width.
 """
 
 from collections.abc import Iterator
@@ -11,20 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from fpocli.features.site import Site
-from fpocli.model.attention import check_kernel, choose_kernel, layer_kinds, mask, register_kernels
+from fpocli.model.attention import (
+    attention_mask,
+    check_attention,
+    choose_kernel,
+    layer_types,
+    register_kernel,
+)
 from fpocli.model.head import choose_head, logprobs, logprobs_and_kl
-from fpocli.model.network import load_network, read_config
+from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder
 
 
 class LanguageModel(nn.Module):
-    """A causal language model that scores packed rows. The policy and the reference are both one.
+    """A causal language model that scores packed sequences: the policy, or the reference.
 
     Args:
-        network: transformers' model with its head, on its device; its attention kernel is changed
-            to one that follows the rule of packed rows.
+        network: transformers' model with its head, on its device. Its attention implementation is
+            replaced by one that follows the attention rule of packed sequences.
         sites: where hidden states are taken.
 
     Raises:
@@ -37,66 +43,61 @@ class LanguageModel(nn.Module):
         self.config = network.config.get_text_config()
         self.sites = sites
         check_layers(self.config, sites)
-        register_kernels()
+        register_kernel()
         network.set_attn_implementation(choose_kernel(network.device))
-        check_kernel(network)
+        check_attention(network)
 
     def forward(
-        self, batch: PackedSequence, expected: "ReferenceOutput | None" = None
+        self, batch: PackedSequence, reference: "ReferenceOutput | None" = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """Score a batch.
+        """Score a packed sequence.
 
         Args:
-            batch: the row.
-            expected: what the reference makes of it, where the KL to it is asked for.
+            batch: the packed sequence.
+            reference: what the reference makes of it, where the KL to it is needed.
 
         Returns:
             log-probability of each target, float32 [M] in nats;
             for every site the hidden states that predict the targets, [M, d];
-            KL(reference || policy) of each predictor, float32 [M] in nats, or None.
+            KL(reference || policy) at each predicting position, float32 [M] in nats, or None.
         """
         final, states = self.states(batch)
-        if expected is None:
+        if reference is None:
             return logprobs(self.network, final, batch.targets), states, None
         logp, kl = logprobs_and_kl(
-            self.network, final, batch.targets, expected.network, expected.final
+            self.network, final, batch.targets, reference.network, reference.final
         )
         return logp, states, kl
 
     def states(self, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the decoder; no logits yet.
+        """Run the decoder without the head.
 
         Returns:
-            what the head reads at each predictor, [M, d], and the sites' states there, [M, d].
+            the head's input at each predicting position, [M, d], and the hidden states of each
+            site there, [M, d].
         """
-        with self._capture() as captured:
-            final = self.network.get_decoder()(**self._inputs(batch)).last_hidden_state
+        with self.captured() as captured:
+            final = self.network.get_decoder()(**self.inputs(batch)).last_hidden_state
         return final[0].index_select(0, batch.predictors), {
             name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
         }
 
-    def own_logprobs(self, batch: PackedSequence, count: int) -> Tensor:
-        """What the model's own forward pass gives for the first targets: float32 [count], nats."""
-        logits = self.network(**self._inputs(batch), logits_to_keep=batch.predictors[:count]).logits
-        targets = batch.targets[:count, None]
-        return logits[0].float().log_softmax(-1).gather(-1, targets)[:, 0]
-
-    def _inputs(self, batch: PackedSequence) -> dict[str, Any]:
-        """A batch as transformers takes it."""
+    def inputs(self, batch: PackedSequence) -> dict[str, Any]:
+        """A packed sequence as the arguments of transformers' decoder."""
         kernel = self.config._attn_implementation
         masks = {
-            kind: mask(
+            kind: attention_mask(
                 batch,
                 self.config.sliding_window if kind == "sliding_attention" else None,
                 kernel,
                 self.network.dtype,
             )
-            for kind in layer_kinds(self.config)
+            for kind in layer_types(self.config)
         }
         return {
             "input_ids": batch.ids[None],
             "position_ids": batch.positions[None],
-            # Models with layers of several kinds take a mask for each.
+            # Models with layers of several types take a mask for each.
             "attention_mask": masks if hasattr(self.config, "layer_types") else masks.popitem()[1],
             "spans": batch.spans,
             "use_cache": False,
@@ -104,12 +105,12 @@ class LanguageModel(nn.Module):
 
     @property
     def kernels(self) -> str:
-        """The attention kernel and the way of the head, for people."""
+        """Which attention kernel and which head are in use, for messages."""
         return f"attention {self.config._attn_implementation}, head {choose_head(self.network)}"
 
     @contextmanager
-    def _capture(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the sites' states during a forward pass."""
+    def captured(self) -> Iterator[dict[str, Tensor]]:
+        """Collect the outputs of the sites' modules, [1, L, d] each, during forward passes."""
         captured: dict[str, Tensor] = {}
 
         def keep(name: str) -> Any:
@@ -118,29 +119,44 @@ class LanguageModel(nn.Module):
 
             return hook
 
-        hooks = [self._module(site).register_forward_hook(keep(str(site))) for site in self.sites]
+        hooks = [self.module(site).register_forward_hook(keep(str(site))) for site in self.sites]
         try:
             yield captured
         finally:
-            # Gone before the backward pass, whose recomputation would fire them again.
+            # Removed before the backward pass, whose recomputation would call them again.
             for hook in hooks:
                 hook.remove()
 
-    def _module(self, site: Site) -> nn.Module:
-        layer = self.network.get_decoder().layers[site.layer]
+    def module(self, site: Site) -> nn.Module:
+        """The module whose output is the hidden state of a site.
+
+        Raises:
+            UserError: the network has no such module.
+        """
+        decoder = self.network.get_decoder()
+        # GPT-2 calls its layers h.
+        layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+        layer = layers[site.layer]
         if site.kind == "resid_post":
             return layer
-        # Gemma-2 and 3 norm the MLP's output before they add it to the residual stream.
+        if not hasattr(layer, "mlp"):
+            raise UserError(
+                f"the layers of {type(self.network).__name__} have no module mlp, so there is no "
+                f"hook point {site}",
+                "use --site resid_post",
+            )
+        # Gemma-2 and Gemma-3 normalise the MLP's output before adding it to the residual stream.
         return getattr(layer, "post_feedforward_layernorm", layer.mlp)
 
 
 class ReferenceOutput(NamedTuple):
-    """What the frozen reference makes of a batch. A tuple, which DeepSpeed sees into.
+    """What the frozen reference makes of a packed sequence. A tuple, so that DeepSpeed finds the
+    tensors in it.
 
     Args:
-        network: transformers' model, whose head makes distributions of `final`, chunk by chunk.
-        final: [M, d] what the head reads at each predictor.
-        states: of its sites, [M, d] each.
+        network: transformers' model, whose head turns `final` into distributions chunk by chunk.
+        final: [M, d] the head's input at each predicting position.
+        states: hidden states of its sites there, [M, d] each.
     """
 
     network: Any
@@ -149,7 +165,7 @@ class ReferenceOutput(NamedTuple):
 
 
 class FrozenReference(LanguageModel):
-    """The reference beside the policy, for what needs its whole distribution."""
+    """The reference in memory alongside the policy, for what needs its whole distribution."""
 
     def __init__(self, network: Any, sites: list[Site]) -> None:
         super().__init__(network.requires_grad_(False), sites)
@@ -157,19 +173,8 @@ class FrozenReference(LanguageModel):
 
     @torch.no_grad()
     def forward(self, batch: PackedSequence) -> ReferenceOutput:  # type: ignore[override]
-        """Run the decoder on a batch."""
+        """Run the decoder on a packed sequence."""
         return ReferenceOutput(self.network, *self.states(batch))
-
-
-def check_layers(config: Any, sites: list[Site]) -> None:
-    """Refuse a site whose layer the model does not have."""
-    for site in sites:
-        if not 0 <= site.layer < config.num_hidden_layers:
-            raise UserError(
-                f"layer {site.layer} is out of range: the model has layers 0 to "
-                f"{config.num_hidden_layers - 1}",
-                "give another --layer",
-            )
 
 
 def load_model(
@@ -184,7 +189,7 @@ def load_model(
         device: where it runs.
 
     Raises:
-        UserError: it cannot be loaded whole, or has no such layer.
+        UserError: its files are incomplete, or it has no such layer.
     """
     check_layers(read_config(folder), sites)
     return LanguageModel(load_network(folder, dtype).to(device), sites)

@@ -1,4 +1,4 @@
-"""A model folder -> transformers' network, every parameter read from the folder's files."""
+"""Loads transformers' configuration and model of a folder; no parameter is left to chance."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from fpocli.features.site import Site
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, refuse_code
 
@@ -14,8 +15,8 @@ def read_config(folder: ModelFolder) -> Any:
     """transformers' configuration of a text model.
 
     Raises:
-        UserError: transformers does not know the model's type, or it needs code that may not be
-            run.
+        UserError: transformers does not know the model type, or it needs remote code that is not
+            allowed.
     """
     return _read_config(folder).get_text_config()
 
@@ -31,15 +32,15 @@ def _read_config(folder: ModelFolder) -> Any:
 
 
 def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
-    """transformers' model of a folder, on the CPU, every parameter read from the folder's files.
+    """Load transformers' model of a folder on the CPU, every parameter from the folder's files.
 
     Args:
         folder: where its files are.
         dtype: of the weights.
 
     Raises:
-        UserError: the configuration describes another model than the weights are, or the model
-            needs code that may not be run.
+        UserError: the configuration does not match the weights, or the model needs remote code
+            that is not allowed.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +52,7 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
             folder.path,
             dtype=dtype,
             use_safetensors=True,
-            # transformers' own choice, or the configuration may name a kernel of the hub's.
+            # transformers' default; the configuration might name a kernel on the hub.
             attn_implementation=None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -63,7 +64,7 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
         refuse_code(folder, error)
         raise UserError(f"the model {folder.source} cannot be loaded: {error}") from error
     network, report = loaded
-    # transformers fills these with random numbers.
+    # transformers initialises these at random.
     absent = sorted(report["missing_keys"])
     other = sorted(name for name, *_ in report["mismatched_keys"])
     for names, what in ((absent, "lack"), (other, "have another shape of")):
@@ -71,15 +72,15 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
             raise UserError(
                 f"the weights of {folder.source} {what} {', '.join(names[:3])}"
                 + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
-                "the model was not saved whole, or its config.json is of another one",
+                "the model was not saved completely, or its config.json belongs to another model",
             )
     return network
 
 
 def _check_size(folder: ModelFolder, config: Any) -> None:
-    """Refuse a configuration of far more parameters than the weights hold, before memory is taken.
+    """Refuse a configuration with far more parameters than the weight files, before allocating.
 
-    Less than twice as many: then some are missing, and `load_network` can name them.
+    Up to twice as many are let through: then some are missing, and `load_network` names them.
     """
     from transformers import AutoModelForCausalLM
 
@@ -90,7 +91,7 @@ def _check_size(folder: ModelFolder, config: Any) -> None:
             held += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
             tensors += len(names)
     layers = config.get_text_config().num_hidden_layers
-    # transformers makes objects for each layer, even without memory for its weights.
+    # transformers creates objects for each layer even on the meta device.
     larger = f"{layers:,} layers, and the weights {tensors:,} tensors" if layers > tensors else ""
     if not larger:
         with torch.device("meta"):
@@ -104,16 +105,27 @@ def _check_size(folder: ModelFolder, config: Any) -> None:
             larger = f"{described:,} parameters, and the weights {held:,}"
     if larger:
         raise UserError(
-            f"config.json of {folder.source} describes a larger model than is there: {larger}",
-            "the files are of different models, or the weights are quantised; fetch them anew",
+            f"config.json of {folder.source} describes a larger model than its weights: {larger}",
+            "the files belong to different models, or the weights are quantised",
         )
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of a name; None is the GPU where there is one."""
+    """The torch device of a name; None is the GPU if there is one, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name} cannot be used: {error}", "try --device cpu") from error
     return device
+
+
+def check_layers(config: Any, sites: list[Site]) -> None:
+    """Refuse a site whose layer the model does not have."""
+    for site in sites:
+        if not 0 <= site.layer < config.num_hidden_layers:
+            raise UserError(
+                f"layer {site.layer} is out of range: the model has layers 0 to "
+                f"{config.num_hidden_layers - 1}",
+                "choose another --layer",
+            )

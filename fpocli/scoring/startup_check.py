@@ -1,67 +1,194 @@
-"""Before a model scores anything: does it compute what plain transformers computes?"""
+"""The start-up check: does the model compute what plain transformers computes?
 
-from dataclasses import replace
+Model families are many, and a kernel that drops attention sinks, a soft-cap or a sliding window
+makes every number wrong without an error. So before a model scores anything, a pair is scored in
+two ways on the device in use: packed beside another pair, by fpo's kernels, and one sequence at a
+time by transformers' own eager attention and head. Both must agree.
+
+Shapes: M scored tokens, L tokens of the packed sequence, d model width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fpocli.model.attention import length_multiple
+from fpocli.data.pairs import TokenPair
+from fpocli.features.site import Site
+from fpocli.model.attention import SUPPORTED, length_multiple
+from fpocli.model.head import logprobs
 from fpocli.model.language_model import LanguageModel
-from fpocli.model.packing import pack
-from fpocli.scoring.score import score
+from fpocli.model.packing import PackedSequence, pack
 from fpocli.store.records import TokenPairs
+from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 
-# Tokens of a pair whose log-probabilities are held against the model's own forward pass.
-_CHECKED = 32
+# Tokens of each response that are compared: transformers' logits of all might not fit.
+_COMPARED = 256
 
 
-def check_model(model: LanguageModel, tokens: TokenPairs, device: torch.device) -> None:
-    """Refuse a model whose head does more than a product and a soft-cap, or that does not follow
-    the attention rule of packed rows.
+@dataclass(frozen=True)
+class Difference:
+    """How far two computations of the same pair are apart.
 
-    Model families are many, and one that ignores a mask or the positions makes every number
-    wrong. So the first pair is scored again with other tokens in one response, or in a neighbour
-    of the row, which must not change the rest at all; and with its responses in each other's
-    place, which may change them by rounding only.
+    Args:
+        nats: mean difference of the scored tokens' log-probabilities, in nats.
+        states: mean relative difference of the hidden states, ||a - b|| / ||b|| per position, at
+            the site where it is largest; 0 without sites.
     """
-    pair = tokens.pair(0)
-    batch = pack([pair], length_multiple(device)).to(device)
-    with torch.inference_mode():
-        own = model.own_logprobs(batch, _CHECKED)
-        difference = (model(batch)[0][:_CHECKED] - own).abs().max().item()
-    if difference > (1e-3 if model.network.dtype == torch.float32 else 0.5):
+
+    nats: float
+    states: float
+
+
+# The most that rounding explains, by the dtype of the model. In bfloat16 every product is rounded
+# to 8 bits and kernels sum in different orders; a missing sink, soft-cap or window exceeds it.
+TOLERANCE = {
+    torch.float32: Difference(nats=1e-3, states=1e-3),
+    torch.float16: Difference(nats=0.02, states=0.02),
+    torch.bfloat16: Difference(nats=0.05, states=0.05),
+}
+# A response's log-probabilities must not depend on other responses at all, whatever the dtype.
+_INDEPENDENT = 1e-4
+# Of the MLP's output; the residual stream it is added to may be much larger, and so its rounding.
+_ADDITIVE = 0.3
+
+
+@torch.no_grad()
+def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Difference:
+    """Refuse a model whose packed log-probabilities or hidden states are not transformers' own.
+
+    Args:
+        model: on its device, in evaluation mode.
+        tokens: pairs of the store, of which one is used, and one more as its neighbour.
+
+    Returns:
+        the difference that was found.
+
+    Raises:
+        UserError: it exceeds TOLERANCE, or the model cannot run on packed sequences.
+    """
+    name = type(model.network).__name__
+    pair, neighbour = _sample(tokens, getattr(model.config, "sliding_window", None))
+    most = TOLERANCE[model.network.dtype]
+    with progress("Checking the model against transformers", None):
+        try:
+            found = difference(model, pair, neighbour)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise UserError(f"{name} cannot run on packed sequences: {error}", SUPPORTED) from error
+        leak = _dependence(model, pair, neighbour)
+    # Written so that nan is too large.
+    if not (found.nats <= most.nats and found.states <= most.states):
         raise UserError(
-            f"{type(model.network).__name__} makes its logits in a way of its own: "
-            f"log-probabilities differ by {difference:.3g} nats",
-            "Gemma-2, Gemma-3 and Llama models are supported",
+            f"{name} does not compute what transformers computes: log-probabilities of a pair "
+            f"differ by {found.nats:.3g} nats per token on average (tolerance {most.nats:g}), "
+            f"hidden states by {found.states:.3g} of their norm (tolerance {most.states:g})",
+            SUPPORTED,
         )
-    chosen, rejected = np.asarray(pair.chosen), np.asarray(pair.rejected)
-    foreign = pair.prompt[-1]
-    other = replace(pair, rejected=np.full_like(rejected, foreign))
-    trials = [
-        [pair, pair],
-        [other, pair],
-        [pair, replace(pair, chosen=np.full_like(chosen, foreign))],
-        [replace(pair, chosen=rejected, rejected=chosen)],
-    ]
-    with torch.inference_mode():
-        plain, first, last, (swapped,) = (
-            score(model, {}, pack(row, length_multiple(device)).to(device)).average.cpu()
-            for row in trials
-        )
-    changes = [
-        (plain[0] - first[0])[0],
-        (plain[1] - first[1]),
-        (plain[0] - last[0]),
-        (plain[1] - last[1])[1],
-    ]
-    neighbour = max(change.abs().max().item() for change in changes)
-    place = (plain[0] - swapped.flip(0)).abs().max().item()
-    if neighbour > 1e-4 or place > (0.01 if model.network.dtype == torch.float32 else 0.5):
+    if not leak <= _INDEPENDENT:
         raise UserError(
-            f"{type(model.network).__name__} does not follow the attention rule of packed rows: "
-            f"the score of a response changes by {max(neighbour, place):.3g} nats per token with "
-            "what stands beside it",
-            "Gemma-2, Gemma-3 and Llama models are supported",
+            f"{name} does not follow the attention rule of packed sequences: the score of a "
+            f"response changes by {leak:.3g} nats per token with the responses next to it",
+            SUPPORTED,
         )
+    for site in model.sites:
+        if site.kind == "mlp_out" and not _additive(model, pair, site) <= _ADDITIVE:
+            raise UserError(
+                f"{name} does not add the output of its MLP to the residual stream as it is, so "
+                f"there is no hook point {site}",
+                "use --site resid_post",
+            )
+    return found
+
+
+def difference(model: LanguageModel, pair: TokenPair, neighbour: TokenPair) -> Difference:
+    """Compare a pair, packed before its neighbour, with transformers' eager attention."""
+    batch = _packed(model, [pair, neighbour])
+    ours, states = _scores(model, batch)
+    first = 0
+    nats, relative = [], []
+    with _eager(model):
+        for response in (pair.chosen, pair.rejected):
+            theirs, plain = _plain_scores(model, pair.prompt, response)
+            count = len(theirs)
+            nats.append(ours[first : first + count] - theirs)
+            for site, value in plain.items():
+                own = states[site][first : first + count].float()
+                relative.append(((own - value).norm(dim=-1) / value.norm(dim=-1)).mean().item())
+            first += len(response)
+    return Difference(torch.cat(nats).abs().mean().item(), max(relative, default=0.0))
+
+
+def _sample(tokens: TokenPairs, window: int | None) -> tuple[TokenPair, TokenPair]:
+    """The first pair, or the first that is longer than the sliding window; and another one."""
+    lengths = tokens.spans[:, 2] - tokens.spans[:, 0]
+    chosen = int(np.argmax(lengths > window)) if window else 0
+    return tokens.pair(chosen), tokens.pair((chosen + 1) % len(tokens))
+
+
+def _packed(model: LanguageModel, pairs: list[TokenPair]) -> PackedSequence:
+    device = model.network.device
+    return pack(pairs, length_multiple(device)).to(device)
+
+
+def _scores(model: LanguageModel, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probabilities, float32 [M] in nats, and hidden states of each site, [M, d]."""
+    final, states = model.states(batch)
+    return logprobs(model.network, final, batch.targets), states
+
+
+def _plain_scores(
+    model: LanguageModel, prompt: np.ndarray, response: np.ndarray
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of the first tokens of one sequence, by transformers' own forward pass."""
+    count = min(len(response), _COMPARED)
+    ids = torch.tensor(np.concatenate([prompt, response[:count]]), dtype=torch.long)
+    ids = ids.to(model.network.device)[None]
+    with model.captured() as captured:
+        # The last `count` + 1 positions; the very last predicts what follows.
+        output = model.network(input_ids=ids, use_cache=False, logits_to_keep=count + 1)
+    logits = output.logits[0, :-1].float()
+    values = logits.log_softmax(-1).gather(-1, ids[0, -count:, None])[:, 0]
+    return values, {name: state[0, -count - 1 : -1].float() for name, state in captured.items()}
+
+
+@contextmanager
+def _eager(model: LanguageModel) -> Iterator[None]:
+    """transformers' own eager attention for a while."""
+    kernel = model.config._attn_implementation
+    model.network.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.network.set_attn_implementation(kernel)
+
+
+def _dependence(model: LanguageModel, pair: TokenPair, neighbour: TokenPair) -> float:
+    """How much the rejected response's average log-probability changes, in nats per token, when
+    all tokens of the chosen response and of the pairs around it are replaced."""
+    rejected = slice(len(pair.chosen), len(pair.chosen) + len(pair.rejected))
+    other = replace(pair, chosen=np.full_like(pair.chosen, pair.prompt[-1]))
+    before, _ = _scores(model, _packed(model, [pair, neighbour]))
+    after, _ = _scores(model, _packed(model, [other, pair]))
+    return (before[rejected] - after[rejected]).mean().abs().item()
+
+
+def _additive(model: LanguageModel, pair: TokenPair, site: Site) -> float:
+    """How far the layer's output is from falling by the MLP's output when that is set to zero, as
+    a share of the norm of the MLP's output."""
+    batch = _packed(model, [pair])
+    own = LanguageModel(model.network, [site, Site(site.layer, "resid_post")])
+    _, states = own.states(batch)
+    contribution, before = (states[str(site)].float() for site in own.sites)
+    hook = own.module(site).register_forward_hook(lambda module, inputs, output: output * 0)
+    try:
+        _, states = own.states(batch)
+    finally:
+        hook.remove()
+    fallen = before - states[f"layer_{site.layer}.resid_post"].float()
+    return ((fallen - contribution).norm() / contribution.norm()).item()

@@ -121,3 +121,45 @@ def test_a_sae_of_another_width_or_site_is_refused():
     ):
         with pytest.raises(UserError, match="the SAE sae"):
             check_encoder(encoder, "sae", site, width)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "blocks.2.hook_resid_pre",
+        "blocks.2.hook_resid_mid",
+        "blocks.2.hook_attn_out",
+        "blocks.2.attn.hook_z",
+        "blocks.2.hook_mlp_in",
+        "blocks.2.ln2.hook_normalized",
+        "model.layers.2.self_attn",
+        "blocks.2.hook_mlp_out",
+        "blocks.1.hook_resid_post",
+        "hook_embed",
+    ],
+)
+def test_an_sae_of_another_hook_point_is_refused(hook):
+    """Features of other states would be numbers without a meaning."""
+    sae = tiny.sae()
+    sae.cfg.metadata.hook_name = hook
+    with pytest.raises(UserError, match=r"trained at .* not the hook point layer_2\.resid_post"):
+        check_encoder(SparseEncoder(sae), "sae", Site(2, "resid_post"), tiny.WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("hook", "site"),
+    [
+        ("blocks.2.hook_resid_post", Site(2, "resid_post")),
+        ("blocks.3.hook_resid_pre", Site(2, "resid_post")),
+        ("model.layers.2", Site(2, "resid_post")),
+        ("model.language_model.layers.2", Site(2, "resid_post")),
+        ("transformer.h.2", Site(2, "resid_post")),
+        ("blocks.2.hook_mlp_out", Site(2, "mlp_out")),
+        ("model.layers.2.post_feedforward_layernorm", Site(2, "mlp_out")),
+        ("", Site(2, "resid_post")),
+    ],
+)
+def test_a_hook_point_is_known_by_all_its_names(hook, site):
+    sae = tiny.sae()
+    sae.cfg.metadata.hook_name = hook
+    check_encoder(SparseEncoder(sae), "sae", site, tiny.WIDTH)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from packed import pairs, random_pairs
 
 from fpocli.model import attention
-from fpocli.model.attention import BY_SEQUENCE, FLEX, attend_by_sequence, mask, rule
+from fpocli.model.attention import BY_SEQUENCE, FLEX, attend_by_sequence, attention_mask, rule
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import pack
 from fpocli.scoring.score import score
@@ -55,7 +55,7 @@ def test_attention_by_sequence_is_dense_attention_under_the_rule(
     batch, (groups, keys) = pack(pairs), heads
     shapes = [(1, count, len(batch.ids), 4) for count in (groups, keys, keys)]
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    band = mask(batch, window, BY_SEQUENCE, torch.float64)
+    band = attention_mask(batch, window, BY_SEQUENCE, torch.float64)
     actual, _ = attend_by_sequence(
         torch.nn.Module(), *inputs, band, scaling=0.3, spans=batch.spans, softcap=softcap
     )

@@ -15,8 +15,9 @@ from fpocli.data.pairs import TokenPair
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.model import head
-from fpocli.model.attention import check_kernel
-from fpocli.model.language_model import LanguageModel, check_layers
+from fpocli.model.attention import check_attention
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.network import check_layers
 from fpocli.model.packing import pack, plan_packing
 from fpocli.scoring.score import score
 from fpocli.system.errors import UserError
@@ -190,7 +191,7 @@ def test_a_kernel_that_drops_the_soft_cap_or_the_rule_is_refused(kernel):
     network = tiny.network("gemma2")
     network.config._attn_implementation = kernel
     with pytest.raises(UserError, match=kernel):
-        check_kernel(network)
+        check_attention(network)
 
 
 def test_layers_out_of_range_are_refused(network):

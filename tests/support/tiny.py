@@ -27,7 +27,7 @@ WIDTH, LAYERS, VOCABULARY, FEATURES = 32, 4, 300, 96
 FAMILIES = ("gemma2", "gemma3", "llama")
 ARCHITECTURES = ("standard", "jumprelu", "gated", "topk")
 
-_SIZES = {
+SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 48,
@@ -59,7 +59,7 @@ def config(family: str, **changes):
         "llama": (LlamaConfig, {"tie_word_embeddings": False}),
     }[family]
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return kind(**(_SIZES | own | ends | changes))
+    return kind(**(SIZES | own | ends | changes))
 
 
 def network(family: str, seed: int = 0, dtype=torch.float32, **changes):

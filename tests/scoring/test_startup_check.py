@@ -1,0 +1,141 @@
+"""The start-up check refuses whatever computes something else than plain transformers."""
+
+import dataclasses
+from pathlib import Path
+
+import families
+import pytest
+import tiny
+import torch
+
+from fpocli.features.site import Site
+from fpocli.model import attention
+from fpocli.model.language_model import LanguageModel
+from fpocli.model.packing import pack
+from fpocli.scoring.startup_check import check_against_transformers
+from fpocli.system.errors import UserError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(network, *sites: Site):
+    return check_against_transformers(LanguageModel(network, list(sites)), families.token_pairs())
+
+
+def test_the_page_of_families_is_what_the_check_says():
+    """docs/families.md; if a line changed for a good reason, make it again (tests/support)."""
+    page = Path(__file__).parents[2] / "docs/families.md"
+    assert families.page() == page.read_text()
+
+
+def test_attention_sinks_that_are_dropped_are_noticed():
+    """gpt-oss: the kernel knows no sinks, and the model runs without an error."""
+    with pytest.raises(UserError, match="GptOssForCausalLM does not compute what transformers"):
+        check(families.network("gpt_oss"), Site(1, "resid_post"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_right_model_passes_in_every_dtype(family, dtype):
+    sites = [Site(layer, kind) for layer in (1, 3) for kind in ("resid_post", "mlp_out")]
+    check(tiny.network(family, dtype=dtype), *sites)
+
+
+def without(**dropped):
+    """The kernel, but blind to one of its arguments."""
+    real = attention.attend_by_sequence
+
+    def attend(*arguments, **settings):
+        return real(*arguments, **(settings | dropped))
+
+    return attend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("what", ["soft-cap", "sliding window"])
+def test_a_kernel_that_drops_something_is_noticed(monkeypatch, what, dtype):
+    if what == "soft-cap":
+        monkeypatch.setattr(attention, "attend_by_sequence", without(softcap=None))
+    else:
+        real = attention.attention_mask
+        monkeypatch.setattr(
+            "fpocli.model.language_model.attention_mask",
+            lambda batch, window, kernel, dtype: real(batch, None, kernel, dtype),
+        )
+    # Caps of 0.5 and windows of 2 change every token; in bfloat16 rounding is large.
+    network = tiny.network("gemma2", dtype=dtype, attn_logit_softcapping=0.5, sliding_window=2)
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
+        check(network)
+
+
+def test_a_kernel_that_lets_responses_see_each_other_is_noticed(monkeypatch):
+    def causal(module, query, key, value, attention_mask, *, scaling, spans, **settings):
+        length = query.shape[2]
+        mask = torch.ones(length, length).tril().log()[None, None].to(query.dtype)
+        whole = spans[:1].copy()
+        whole[:] = [0, length, length, length]
+        return real(module, query, key, value, mask, scaling=scaling, spans=whole, **settings)
+
+    real = attention.attend_by_sequence
+    monkeypatch.setattr(attention, "attend_by_sequence", causal)
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
+        check(tiny.network("llama"))
+
+
+def test_a_leak_too_small_for_the_tolerance_is_noticed(monkeypatch):
+    """In bfloat16 a difference of a hundredth of a nat is rounding, but not if it depends on what
+    stands next to a response."""
+    real = attention.attend_by_sequence
+
+    def leaking(module, query, key, value, attention_mask, **settings):
+        output, weights = real(module, query, key, value, attention_mask, **settings)
+        return output + 0.01 * value.mean(), weights
+
+    monkeypatch.setattr(attention, "attend_by_sequence", leaking)
+    with pytest.raises(UserError, match="does not follow the attention rule"):
+        check(tiny.network("llama", dtype=torch.bfloat16))
+
+
+def test_positions_that_follow_the_packed_sequence_are_noticed(monkeypatch):
+    """The rejected response stands behind the chosen one; its positions must not."""
+
+    def by_place(pairs, multiple):
+        batch = pack(pairs, multiple)
+        return dataclasses.replace(batch, positions=torch.arange(len(batch.ids)))
+
+    monkeypatch.setattr("fpocli.scoring.startup_check.pack", by_place)
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
+        check(tiny.network("llama"))
+
+
+def test_a_head_that_scales_its_logits_is_noticed():
+    """Granite and Cohere divide or multiply logits; fpo's head does not."""
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
+        check(families.network("granite", logits_scaling=2.0))
+
+
+def test_an_mlp_whose_output_is_scaled_before_it_is_added_has_no_hook_point():
+    network = families.network("granite", residual_multiplier=0.3)
+    check(network, Site(1, "resid_post"))
+    with pytest.raises(UserError, match=r"there is no hook point layer_1\.mlp_out"):
+        check(network, Site(1, "mlp_out"))
+
+
+def test_weights_that_give_nan_are_noticed():
+    network = tiny.network("llama")
+    with torch.no_grad():
+        network.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(UserError, match="by nan nats per token"):
+        check(network)
+
+
+def test_gpt2_is_scored_and_read_as_plain_transformers_does():
+    found = check(families.network("gpt2"), Site(1, "resid_post"), Site(2, "mlp_out"))
+    assert found.nats < 1e-5 and found.states < 1e-5
+
+
+def test_the_models_own_attention_is_set_back():
+    model = LanguageModel(tiny.network("gemma2"), [])
+    before = model.config._attn_implementation
+    check_against_transformers(model, families.token_pairs())
+    assert model.config._attn_implementation == before
