@@ -32,21 +32,21 @@ class Candidates:
 
 
 def candidates(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> Candidates:
-    """Which features D compares, and what the store knows of the reference there.
+    """The features that D compares, with what the store holds of the reference there.
 
-    A feature that is 0 on a side is not in that side's top k: it would add nothing to D.
+    A feature that is 0 on one side is not in that side's top k; it would add nothing to D.
 
     Args:
         pooled: float32 [P, 2, m], the policy's.
-        reference: the store's rows of the same pairs.
+        reference: the store's values of the same pairs.
         k: features compared per side; the store must hold as many or all.
     """
     own, own_value = top_k(pooled, min(k, pooled.shape[-1]))
     top, top_value = reference.index[..., :k], reference.value[..., :k]
-    # [P, 2, k, K]: which stored slot, if any, holds each of the policy's top features.
+    # [P, 2, k, K]: where in the store, if anywhere, each of the policy's top features is.
     match = (own[..., :, None] == reference.index[..., None, :]) & (own_value > 0)[..., None]
     found = match.any(-1)
-    # Not where the value was stored as 0, as float16 does with a tiny one: `top` leaves it out.
+    # Not where the stored value is 0, as tiny values are in float16: `top` leaves them out.
     in_top = (match[..., :k] & (top_value > 0)[..., None, :]).any(-1)
     floor = torch.where(
         reference.nonzero <= reference.value.shape[-1], 0, reference.value[..., -1]
@@ -88,8 +88,8 @@ def feature_distance(
     """D(y) = (1/k) sum over I of omega (policy - reference)^2 (paper, equation 10; v4 numbering;
     omega: section 5.3).
 
-    Where the store misses a value it is known to lie in [0, chosen.value]; the nearest point of
-    that interval is taken, which makes D its tightest lower bound, continuous, and 0 at step 0.
+    A value that the store lacks lies in [0, chosen.value]. The nearest point of that interval is
+    used, which makes D the tightest lower bound, continuous, and 0 at step 0.
 
     Args:
         policy: float32 [P, 2, J], pooled features of the policy at the candidates.

@@ -1,7 +1,7 @@
-"""The sparse autoencoder: load one, pool its features, take the largest, and their gradient.
+"""The SAE encoder: pooled features, the K largest, and the gradient through chosen ones.
 
 Shapes: n positions of one response, d model width, m features, J chosen columns.
-Encoding itself is sae-lens's; only the differentiable columns are written here (method.md).
+Encoding is sae-lens's; only the differentiable columns are our own (docs/method.md).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpocli.system.errors import UserError
 
-# Features of this many positions are held at once; on a CPU they should stay in its cache.
+# Positions whose features are in memory at once; on a CPU they should fit into its cache.
 _POSITIONS, _POSITIONS_CPU = 2048, 128
 
 
@@ -41,7 +41,7 @@ class SparseEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What else decides the features, beside architecture and parameters."""
+        """What decides the features apart from architecture and parameters."""
         names = ("apply_b_dec_to_input", "normalize_activations", "reshape_activations", "k")
         return {name: getattr(self.sae.cfg, name) for name in names if hasattr(self.sae.cfg, name)}
 
@@ -54,7 +54,7 @@ class SparseEncoder:
 
     @staticmethod
     def chunks(states: Tensor) -> tuple[Tensor, ...]:
-        """States [n, d] in parts whose features [., m] may be held at once."""
+        """States [n, d] in parts that are small enough to encode at once."""
         return states.split(_POSITIONS_CPU if states.device.type == "cpu" else _POSITIONS)
 
     @torch.no_grad()
@@ -76,7 +76,7 @@ class SparseEncoder:
         """The pooled features `index` alone, with their gradient.
 
         Every supported architecture is piecewise linear: an active feature is its affine
-        pre-activation. So only the J columns of W_enc take part.
+        pre-activation. So only J columns of W_enc are multiplied.
 
         Args:
             states: [n, d].
@@ -108,7 +108,7 @@ class SparseEncoder:
 
 
 def top_k(pooled: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest features by falling value; equal ones by rising index.
+    """The k largest features by falling value, ties by rising index.
 
     Args:
         pooled: float32 [..., m], no value below 0.
@@ -118,8 +118,8 @@ def top_k(pooled: Tensor, k: int) -> tuple[Tensor, Tensor]:
         index int64 and value float32, both [..., k].
     """
     m = pooled.shape[-1]
-    # Non-negative floats order like their bits. The bits above the reversed index make one
-    # integer that no two features share, so the order is the same on every device.
+    # Non-negative floats sort like their bits. Bits and reversed index together are one integer,
+    # different for every feature, so the order is the same on every device.
     bits = (pooled + 0.0).view(torch.int32).long()
     reversed_index = torch.arange(m - 1, -1, -1, device=pooled.device)
     key = (bits << 32 | reversed_index).topk(k, dim=-1).values

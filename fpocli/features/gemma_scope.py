@@ -1,4 +1,4 @@
-"""Gemma Scope: the SAE a site of Gemma-2 gets when none is named, and the layout of its files."""
+"""Gemma Scope: the default SAEs of Gemma-2, and the format of its params.npz files."""
 
 import math
 import re
@@ -32,16 +32,16 @@ def default_sae(model: str, layer: int, kind: str) -> str:
     return f"{release}-{_SCOPE_SITE[kind]}-canonical/layer_{layer}/width_16k/canonical"
 
 
-# An npz of numbers shrinks little; one of nothing but zeros by a thousand.
+# Trained weights hardly compress; an archive of zeros does a thousandfold.
 _MOST_EXPANSION = 50
 
 
 def check_npz(path: Path) -> None:
-    """Hold the arrays' headers to the sizes of the archive's entries, before any is read.
+    """Check the arrays' headers against the sizes of the archive's entries, before reading any.
 
     Raises:
-        ValueError: an entry is no array of floats, is not as long as it says, or the whole expands
-            beyond what numbers do.
+        ValueError: an entry is not an array of floats or has another length than its header says,
+            or the archive expands more than trained weights do.
     """
     import numpy as np
 
@@ -52,7 +52,7 @@ def check_npz(path: Path) -> None:
         for entry in archive.infolist():
             with archive.open(entry) as file:
                 if np.lib.format.read_magic(file) != (1, 0):
-                    raise ValueError(f"{entry.filename} is of an unknown version")
+                    raise ValueError(f"{entry.filename} has an unknown version of the format")
                 shape, _, dtype = np.lib.format.read_array_header_1_0(file)
                 length = file.tell() + math.prod(shape) * dtype.itemsize
             if dtype.kind != "f" or length != entry.file_size:

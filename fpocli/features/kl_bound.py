@@ -1,9 +1,9 @@
-"""Appendix B's bound on the KL by the change of the features.
+"""Appendix B's upper bound on the KL by the change of the features.
 
-Per position it says KL(reference || policy) <= M^2 / 2 ||c_policy - c_reference||^2 (equations 23
+Per position: KL(reference || policy) <= M^2 / 2 ||c_policy - c_reference||^2 (equations 23
 to 25), with M = ||W_out W_dec^T||_2. It holds where the SAE reconstructs the states, where the
-logits are W_out times the site's state, and for small changes: so at best at the last layer, and
-there too a final norm and a soft-cap stand between. It is reported, never used.
+logits are W_out times the hidden state at the site, and for small changes: at best at the last
+layer, and even there a final norm and a soft-cap come in between. It is reported, never used.
 
 Shapes: n positions of one response, d model width, m features, V vocabulary.
 """
@@ -15,7 +15,7 @@ from fpocli.features.encoder import SparseEncoder
 
 
 def operator_norm(head: Tensor, decoder: Tensor) -> float:
-    """M, the largest singular value of W_out W_dec^T, which is never formed.
+    """M, the largest singular value of W_out W_dec^T, without forming that matrix.
 
     Args:
         head: [V, d] weight of the head.

@@ -20,8 +20,8 @@ from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import read_json
 
-# What a file raises that is cut, altered or of another kind: the readers' own errors, and those of
-# sae-lens, which takes what is in a configuration as it is.
+# What a truncated, altered or foreign file raises: errors of the readers, and of sae-lens, which
+# uses a configuration unchecked.
 _BROKEN = (
     OSError, EOFError, BadZipFile, zlib.error, lzma.LZMAError, struct.error, SafetensorError,
     pickle.UnpicklingError, MemoryError, ValueError, TypeError, LookupError, AttributeError,
@@ -37,7 +37,7 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
         device: where it runs, in float32.
 
     Raises:
-        UserError: nothing is there, or it is no SAE that can be used.
+        UserError: it does not exist, or is not an SAE that fpo supports.
     """
     return SparseEncoder(_load(source, device))
 
@@ -67,7 +67,7 @@ def _load(source: str, device: torch.device) -> Any:
             release, sae_id = _split_release(source)
             with hub_errors(f"the SAE {source}"):
                 sae = SAE.from_pretrained(release, sae_id, device=name)
-        # Settings that do not go with the parameters, such as a k above m, show here.
+        # Settings that do not fit the parameters, such as a k above m, fail here.
         with torch.no_grad():
             sae.encode(torch.zeros(1, sae.cfg.d_in, device=device))
     except _BROKEN as error:
@@ -80,14 +80,14 @@ def _load(source: str, device: torch.device) -> Any:
 
 
 def _check_folder(path: Path) -> None:
-    """Hold cfg.json to the header of the weights, before either is turned into an SAE.
+    """Check cfg.json against the header of the weights, before an SAE is built.
 
     Raises:
-        ValueError: they are of different sizes.
+        ValueError: their sizes differ.
     """
     config = read_json(path / "cfg.json")
     if not isinstance(config, dict):
-        raise ValueError("cfg.json holds no JSON object")
+        raise ValueError("cfg.json is not a JSON object")
     with safe_open(path / "sae_weights.safetensors", "pt") as weights:
         shape = weights.get_slice("W_enc").get_shape()
     if [config.get("d_in"), config.get("d_sae")] != shape:
@@ -98,13 +98,16 @@ def _check_folder(path: Path) -> None:
 
 
 def check_encoder(encoder: SparseEncoder, source: str, site: Any, width: int) -> None:
-    """Refuse an SAE that was not made for this model or site.
+    """Refuse an SAE that was not trained for this model and hook point.
 
     Args:
         encoder: the SAE.
         source: its name in messages.
-        site: where it is to be used.
+        site: where its features are to be taken.
         width: d of the model.
+
+    Raises:
+        UserError: its width or its hook point is another.
     """
     if encoder.width != width:
         raise UserError(
@@ -144,7 +147,7 @@ def _site_of(hook: str) -> tuple[int, str] | None:
 
 
 def _split_release(source: str) -> tuple[str, str]:
-    """A sae-lens release and the id in it; an unknown release is a hub repository owner/name."""
+    """Split into a release of sae-lens and an id; an unknown release is a hub repository."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     first, _, rest = source.partition("/")

@@ -2,7 +2,7 @@
 
     layer_25.resid_post:
       default: 1.0
-      1041: 0.0        # this feature is free to move
+      1041: 0.0        # this feature is free to change
       77: 5.0
 
 Shapes: m features of a site.
@@ -21,28 +21,28 @@ def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[st
     """The weights in a YAML or JSON file.
 
     Args:
-        path: the file: by site a default and values by feature index. A site, or a default, that
-            is not there means 1.
-        sites: the store's, as its metadata describe them.
+        path: the file: for each site a default and values by feature index. A missing site or
+            default means 1.
+        sites: the store's sites, as in its metadata.
 
     Returns:
         float32 [m] for each site in the file.
 
     Raises:
-        UserError: the file cannot be read, or names a site or feature that is not there, or a
-            weight is no finite number from 0 up.
+        UserError: the file cannot be read, names a site or feature that the store does not have,
+            or a weight is not a finite number of at least 0.
     """
     given = read_yaml(path)
     if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
         raise UserError(
-            f"{path} does not give weights by site",
+            f"{path} does not hold weights by site",
             f"write '{next(iter(sites))}:' and below it 'default: 1.0' and 'INDEX: WEIGHT'",
         )
     weights = {}
     for site, values in given.items():
         if site not in sites:
             raise UserError(
-                f"{path} weighs features at {site}, where the store has none",
+                f"{path} has weights for {site}, which is not a site of the store",
                 f"its sites are {', '.join(sites)}",
             )
         m = sites[site]["d_sae"]
@@ -54,21 +54,22 @@ def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[st
 
 
 def _index(path: str, site: str, name: Any, m: int) -> int:
-    # JSON writes the names of an object as text.
+    # Keys of a JSON object are strings.
     text = str(name)
     if isinstance(name, bool) or not (text.isascii() and text.isdecimal()) or int(text) >= m:
         raise UserError(
-            f"{path} weighs the feature {name} at {site}", f"its features are 0 to {m - 1}"
+            f"{path} has a weight for feature {name} of {site}, which does not exist",
+            f"its features are 0 to {m - 1}",
         )
     return int(text)
 
 
 def _number(path: str, site: str, name: Any, value: Any) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Written so that nan is out of the range.
+    # Written so that nan fails the comparison.
     if not number or not 0 <= value <= torch.finfo(torch.float32).max:
         raise UserError(
-            f"{path} gives {name} at {site} the weight {value}",
-            "a weight is a finite number from 0 up, in float32",
+            f"{path} has the weight {value} for {name} of {site}",
+            "a weight is a finite float32 number of at least 0",
         )
     return float(value)

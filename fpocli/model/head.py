@@ -1,4 +1,4 @@
-"""The head: hidden states -> log-probabilities, never with all logits in memory at once.
+"""The head: hidden states -> log-probabilities, without ever holding all logits in memory.
 
 Shapes: M scored tokens, d model width, V vocabulary.
 """
@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNKED, LIGER = "chunked", "liger"
 _LIGER_SINCE = Version("0.8.5")
-# Logits of one chunk in float32 stay under this many bytes; on a CPU they should stay in its cache.
+# Most bytes of one chunk's logits in float32; on a CPU they should fit into its cache.
 _CHUNK_BYTES, _CHUNK_BYTES_CPU = 256 * 2**20, 24 * 2**20
 
 
 def choose_head(network: Any) -> str:
-    """How `logprobs` is computed: by Liger's fused kernel on a GPU where liger-kernel is installed,
-    else chunk by chunk. ZeRO-3 keeps a part of the weight on each rank, so there it is chunked."""
+    """How `logprobs` is computed: by Liger's fused kernel on a GPU if liger-kernel is installed,
+    else chunk by chunk. Under ZeRO-3 no rank has the whole weight, so it is chunked there."""
     head = network.get_output_embeddings()
     whole = head.bias is None and not hasattr(head.weight, "ds_id")
     return LIGER if network.device.type == "cuda" and whole and _liger_serves() else CHUNKED
@@ -30,7 +30,7 @@ def choose_head(network: Any) -> str:
 
 @cache
 def _liger_serves() -> bool:
-    """Whether liger-kernel is there, and new enough to weigh each token's gradient by itself."""
+    """Whether liger-kernel is installed, and new enough for a gradient per token."""
     try:
         return Version(version("liger-kernel")) >= _LIGER_SINCE
     except PackageNotFoundError:
@@ -38,11 +38,11 @@ def _liger_serves() -> bool:
 
 
 def logprobs(network: Any, final: Tensor, targets: Tensor) -> Tensor:
-    """log pi(target) of every predictor; either way its logits are recomputed in the backward pass.
+    """log pi(target) at every predicting position. Logits are recomputed in the backward pass.
 
     Args:
         network: transformers' model.
-        final: [M, d] what the head reads.
+        final: [M, d] the head's input.
         targets: [M] token ids.
 
     Returns:
@@ -69,19 +69,20 @@ def logprobs(network: Any, final: Tensor, targets: Tensor) -> Tensor:
 
 
 def logprobs_and_kl(
-    network: Any, final: Tensor, targets: Tensor, reference: Any, expected: Tensor
+    network: Any, final: Tensor, targets: Tensor, reference: Any, reference_final: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log pi(target), and KL(reference || policy) of the next token's distribution, per predictor.
+    """log pi(target), and KL(reference || policy) of the next-token distributions, at every
+    predicting position.
 
-    Both heads run chunk by chunk, the policy's logits serve both results, and the chunks are
-    recomputed in the backward pass. The reference has no gradient.
+    Both heads run chunk by chunk, the policy's logits are used for both results, and the chunks
+    are recomputed in the backward pass. The reference has no gradient.
 
     Args:
         network: the policy's.
-        final: [M, d] what its head reads.
+        final: [M, d] its head's input.
         targets: [M] token ids.
         reference: the reference's network.
-        expected: [M, d] what the reference's head reads.
+        reference_final: [M, d] the input of the reference's head.
 
     Returns:
         two float32 [M], nats.
@@ -94,14 +95,14 @@ def logprobs_and_kl(
         divergence = F.kl_div(guess, target, reduction="none", log_target=True).sum(-1)
         return guess.gather(-1, tokens[:, None])[:, 0], divergence
 
-    logp, kl = _by_chunk(chunk, network, final, targets, expected)
+    logp, kl = _by_chunk(chunk, network, final, targets, reference_final)
     return logp, kl
 
 
 def _by_chunk(
     chunk: Callable[..., tuple[Tensor, ...]], network: Any, *rows: Tensor
 ) -> list[Tensor]:
-    """What `chunk` returns, of all rows; it takes as many at a time as its size allows."""
+    """Apply `chunk` to all rows, as many at a time as `chunk_size` allows, and concatenate."""
     parts = zip(*(part.split(chunk_size(network)) for part in rows), strict=True)
     if torch.is_grad_enabled():
         results = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
@@ -111,20 +112,20 @@ def _by_chunk(
 
 
 def logits(network: Any, final: Tensor) -> Tensor:
-    """The head with the final soft-cap: [M, d] -> float32 [M, V]. Chunks only, it is large."""
-    # The head is called as a module, so that ZeRO-3's hooks gather its weight, and gather it again
-    # when a checkpointed chunk is recomputed.
+    """The head with the final soft-cap: [M, d] -> float32 [M, V]; for chunks only."""
+    # Called as a module, so that ZeRO-3's hooks gather its weight, also when a checkpointed chunk
+    # is recomputed.
     raw = network.get_output_embeddings()(final).float()
     cap = soft_cap(network)
     return raw if cap is None else cap * torch.tanh(raw / cap)
 
 
 def soft_cap(network: Any) -> float | None:
-    """The cap of the final logits, where the model has one (Gemma-2)."""
+    """The soft-cap of the final logits, if the model has one (Gemma-2)."""
     return getattr(network.config.get_text_config(), "final_logit_softcapping", None)
 
 
 def chunk_size(network: Any) -> int:
-    """Predictors per chunk."""
+    """Predicting positions per chunk."""
     size = _CHUNK_BYTES_CPU if network.device.type == "cpu" else _CHUNK_BYTES
     return max(1, size // (4 * network.config.get_text_config().vocab_size))

@@ -1,7 +1,7 @@
-"""The one scoring path: a batch in, per response S, n and pooled features out.
+"""The one scoring path: a packed sequence in; S, n and pooled features of every response out.
 
-Caching, training and evaluation all come through here. Shapes: P pairs, M scored tokens of the
-batch, d model width, m features.
+Caching, training and evaluation all use it. Shapes: P pairs, M scored tokens, n of one response,
+d model width, m features.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fpocli.model.packing import PackedSequence
 
 @dataclass(frozen=True)
 class PairScores:
-    """What a model says of P pairs; column 0 is chosen, column 1 rejected.
+    """A model's scores of P pairs; column 0 is chosen, column 1 rejected.
 
     Args:
         logp: float32 [P, 2], S(y) in nats, with gradient.
@@ -25,7 +25,7 @@ class PairScores:
         pooled: per site float32 [P, 2, m], pooled features without gradient.
         states: per site the hidden states [n, d] of each of the 2P responses, with gradient.
         kl: float32 [P, 2], K(y), the sequential KL(reference || policy) in nats (paper, the
-            definition after equation 3), with gradient; None where no reference was at hand.
+            definition after equation 3), with gradient; None without a reference.
     """
 
     logp: Tensor
@@ -44,19 +44,19 @@ def score(
     model: Any,
     encoders: dict[str, SparseEncoder],
     batch: PackedSequence,
-    expected: ReferenceOutput | None = None,
+    reference: ReferenceOutput | None = None,
 ) -> PairScores:
-    """Score the pairs of a batch.
+    """Score the pairs of a packed sequence.
 
-    Every response is reduced on its own, so its numbers do not hang on its neighbours.
+    Every response is reduced separately, so its scores do not depend on its neighbours.
 
     Args:
-        model: a LanguageModel, or an engine around one.
-        encoders: an SAE for each site of the model that is to be pooled.
-        batch: the pairs.
-        expected: what the frozen reference makes of them, where the KL to it is asked for.
+        model: a LanguageModel, or a DeepSpeed engine around one.
+        encoders: an SAE for each site whose features are pooled.
+        batch: the packed sequence.
+        reference: the frozen reference's output for it, if the KL is needed.
     """
-    logprobs, hidden, kl = model(batch, expected)
+    logprobs, hidden, kl = model(batch, reference)
     counts = batch.counts
 
     def sums(tokens: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_distance_is_zero_at_step_0(seed, k, more):
     assert ((chosen.overlap == 1) | ((reference > 0).sum(-1) == 0)).all()
 
 
-def test_no_jump_where_the_top_k_sets_swap():
+def test_distance_is_continuous_where_two_features_swap_ranks():
     """Two features cross; D changes as little as they do."""
     reference = torch.tensor([[[5.0, 4.0, 3.0, 2.0, 1.0]] * 2])
     before, after = (
@@ -164,7 +164,7 @@ def test_overlap_is_the_share_of_the_larger_set():
     assert chosen.overlap[0].tolist() == pytest.approx([1 / 3, 0])
 
 
-def test_a_value_that_was_stored_as_zero_is_compared_all_the_same():
+def test_a_reference_value_rounded_to_zero_is_still_compared():
     """float16 rounds a tiny reference value to 0; the policy's large one must still count."""
     reference = TopFeatures(
         torch.tensor([[[3, 7], [3, 7]]]),

@@ -57,7 +57,7 @@ def test_a_threshold_below_zero_is_still_a_relu():
     assert torch.allclose(SparseEncoder(sae).columns(states(50), index), expected, atol=1e-6)
 
 
-def test_nothing_as_wide_as_the_sae_is_kept_for_the_gradient(architecture):
+def test_the_backward_pass_keeps_no_tensor_as_wide_as_the_sae(architecture):
     kept = []
     encoder = SparseEncoder(tiny.sae(architecture))
     with torch.autograd.graph.saved_tensors_hooks(
@@ -109,7 +109,7 @@ def test_folder_round_trip_and_hash(tmp_path, architecture):
     assert loaded.hash() != SparseEncoder(tiny.sae(architecture, seed=1)).hash()
 
 
-def test_a_sae_of_another_width_or_site_is_refused():
+def test_an_sae_of_another_width_or_site_is_refused():
     sae = tiny.sae()
     sae.cfg.metadata.hook_name = "blocks.2.hook_resid_post"
     encoder = SparseEncoder(sae)
@@ -139,7 +139,7 @@ def test_a_sae_of_another_width_or_site_is_refused():
     ],
 )
 def test_an_sae_of_another_hook_point_is_refused(hook):
-    """Features of other states would be numbers without a meaning."""
+    """Features of other hidden states would have no meaning."""
     sae = tiny.sae()
     sae.cfg.metadata.hook_name = hook
     with pytest.raises(UserError, match=r"trained at .* not the hook point layer_2\.resid_post"):

@@ -28,7 +28,7 @@ def test_default_and_values_by_site(tmp_path, as_json):
     assert torch.equal(weights["layer_3.resid_post"], expected)
 
 
-def test_a_default_that_is_not_there_is_1(tmp_path):
+def test_a_missing_default_is_1(tmp_path):
     file = tmp_path / "weights.yaml"
     file.write_text("layer_1.mlp_out: {3: 4.0}")
     (omega,) = load_feature_weights(str(file), SITES).values()
@@ -38,23 +38,23 @@ def test_a_default_that_is_not_there_is_1(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("layer_3.resid_post: {96: 1}", "weighs the feature 96"),
-        ("layer_3.resid_post: {-1: 1}", "weighs the feature -1"),
-        ("layer_3.resid_post: {one: 1}", "weighs the feature one"),
-        ("layer_3.resid_post: {1.5: 1}", "weighs the feature 1.5"),
-        ("layer_3.resid_post: {true: 1}", "weighs the feature True"),
+        ("layer_3.resid_post: {96: 1}", "has a weight for feature 96"),
+        ("layer_3.resid_post: {-1: 1}", "has a weight for feature -1"),
+        ("layer_3.resid_post: {one: 1}", "has a weight for feature one"),
+        ("layer_3.resid_post: {1.5: 1}", "has a weight for feature 1.5"),
+        ("layer_3.resid_post: {true: 1}", "has a weight for feature True"),
         ("layer_3.resid_post: {1: .nan}", "the weight nan"),
         ("layer_3.resid_post: {1: -2}", "the weight -2"),
-        ("layer_3.resid_post: {default: .inf}", "gives default at"),
+        ("layer_3.resid_post: {default: .inf}", "for default of"),
         ("layer_3.resid_post: {1: heavy}", "the weight heavy"),
-        ("layer_9.resid_post: {1: 1}", "where the store has none"),
-        ("default: 1", "does not give weights by site"),
-        ("- 1", "does not give weights by site"),
-        ("", "does not give weights by site"),
+        ("layer_9.resid_post: {1: 1}", "is not a site of the store"),
+        ("default: 1", "does not hold weights by site"),
+        ("- 1", "does not hold weights by site"),
+        ("", "does not hold weights by site"),
         ("a: [", "cannot be read"),
     ],
 )
-def test_what_is_wrong_is_told(tmp_path, text, message):
+def test_a_wrong_weights_file_is_refused_with_the_reason(tmp_path, text, message):
     file = tmp_path / "weights.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=message):

@@ -21,7 +21,7 @@ def dense(batch, window=None):
 
 
 @given(pairs, st.sampled_from([None, 1, 3]), st.sampled_from([1, 8]))
-def test_a_slot_sees_exactly_the_tokens_before_it_in_its_own_sequence(pairs, window, multiple):
+def test_a_token_attends_to_exactly_the_tokens_before_it_in_its_sequence(pairs, window, multiple):
     batch = pack(pairs, multiple)
     allowed = dense(batch, window)
     for start, chosen, rejected, end in batch.spans.tolist():

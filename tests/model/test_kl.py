@@ -18,7 +18,7 @@ SITE = Site(1, "resid_post")
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kl_and_its_gradient_equal_the_whole_vocabularys(family, monkeypatch):
-    """float32, packed rows of random pairs: K to 1e-4 of it, gradients to 1e-4 of the largest."""
+    """float32, packed sequences of random pairs: K to 1e-4 of it, gradients to 1e-4 of the largest."""
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 4 * tiny.VOCABULARY * 7)
     network, other = (tiny.network(family, seed) for seed in (0, 1))
     policy, reference = LanguageModel(network, []), FrozenReference(other, [])
@@ -52,7 +52,7 @@ def test_kl_and_its_gradient_equal_the_whole_vocabularys(family, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kl_is_0_to_the_bit_where_the_policy_is_the_reference(dtype):
+def test_kl_is_exactly_0_where_the_policy_is_the_reference(dtype):
     policy = LanguageModel(tiny.network("gemma2", dtype=dtype), [])
     reference = FrozenReference(tiny.network("gemma2", dtype=dtype), [])
     batch = pack(random_pairs(5))

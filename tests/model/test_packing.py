@@ -1,4 +1,4 @@
-"""Packed rows against their definition."""
+"""Packed sequences against their definition."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def test_predictors_and_targets_are_those_of_the_separate_sequences(pairs, multi
 
 
 @given(pairs, st.sampled_from([1, 16]))
-def test_every_slot_holds_its_token_at_its_position(pairs, multiple):
+def test_every_token_is_packed_with_its_position(pairs, multiple):
     batch = pack(pairs, multiple)
     assert len(batch.ids) % multiple == 0 and len(batch.ids) - batch.spans[-1, 3] < multiple
     start = 0
@@ -46,7 +46,7 @@ def test_every_slot_holds_its_token_at_its_position(pairs, multiple):
 
 
 @given(lengths, st.integers(1, 100), st.integers(1, 5))
-def test_rows_hold_every_pair_once_and_keep_their_budget(lengths, budget, ranks):
+def test_every_pair_is_packed_once_within_the_budget(lengths, budget, ranks):
     rows = plan_packing(lengths, budget, ranks)
     assert sorted(pair for row in rows for pair in row) == list(range(len(lengths)))
     assert len(rows) % ranks == 0
@@ -70,7 +70,7 @@ def test_packing_wastes_under_three_percent_on_lengths_like_ultrafeedback():
         assert sum(lengths) / (len(rows) * budget) > 0.97
 
 
-def test_several_ranks_get_rows_alike_in_length():
+def test_ranks_get_packed_sequences_of_similar_length():
     lengths = np.random.default_rng(0).integers(50, 900, 64).tolist()
     rows = plan_packing(lengths, 8192, 8)
     totals = [sum(lengths[pair] for pair in row) for row in rows]
@@ -78,11 +78,11 @@ def test_several_ranks_get_rows_alike_in_length():
     assert min(totals) > 0.97 * max(totals)
 
 
-def test_fewer_pairs_than_ranks_leave_some_without_work():
+def test_with_fewer_pairs_than_ranks_some_ranks_get_none():
     assert plan_packing([5, 9], 100, 4) == [[1], [0], [], []]
 
 
-def test_a_batch_moves_whole():
+def test_a_packed_sequence_moves_to_a_device_with_all_its_tensors():
     pair = TokenPair(np.array([1, 2]), np.array([3]), np.array([4]))
     moved = pack([pair]).to(torch.device("meta"))
     assert {t.device.type for t in (moved.ids, moved.positions, moved.targets)} == {"meta"}

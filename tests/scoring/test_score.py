@@ -73,8 +73,8 @@ def network(request):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_scores_equal_those_of_the_two_sequences_apart(network, architecture):
-    """method.md 3, 5 and 6: to 1e-4 nats per sequence; pooled features by sae-lens's encode."""
+def test_packed_scores_equal_those_of_the_two_separate_sequences(network, architecture):
+    """Invariant 3 of docs/method.md, 5 and 6: to 1e-4 nats per sequence; pooled features by sae-lens's encode."""
     pairs = random_pairs(5)
     sae = tiny.sae(architecture)
     encoders = {str(site): SparseEncoder(tiny.sae(architecture)) for site in SITES}
@@ -93,8 +93,8 @@ def test_scores_equal_those_of_the_two_sequences_apart(network, architecture):
                 assert torch.isclose(actual, pooled, atol=1e-4).float().mean() > 0.97
 
 
-def test_packed_and_unpacked_rows_give_the_same_scores_and_gradients(network):
-    """method.md 1 and 2, in float32, for any lengths, order and row size: scores to 2e-5 nats,
+def test_packing_changes_neither_scores_nor_gradients(network):
+    """Invariant 1 of docs/method.md and 2, in float32, for any lengths, order and packed length: scores to 2e-5 nats,
     features to 2e-5, and the gradient of each weight to 1e-5 of the largest."""
     model = LanguageModel(network, SITES[2:3])
     encoders = {str(SITES[2]): SparseEncoder(tiny.sae("standard"))}
@@ -123,7 +123,7 @@ def test_packed_and_unpacked_rows_give_the_same_scores_and_gradients(network):
     check()
 
 
-def test_bfloat16_scores_do_not_hang_on_the_row_at_all(network):
+def test_bfloat16_scores_do_not_depend_on_the_packed_sequence(network):
     """No number of one pair enters the arithmetic of another, so on a CPU even the rounding is
     the same."""
     half = LanguageModel(copy.deepcopy(network).bfloat16(), [])
@@ -134,7 +134,7 @@ def test_bfloat16_scores_do_not_hang_on_the_row_at_all(network):
     assert torch.equal(together, backwards)
 
 
-def test_last_layer_is_taken_before_the_final_norm(network):
+def test_the_last_layers_state_is_taken_before_the_final_norm(network):
     """output_hidden_states[-1] is the wrong tensor there."""
     last = Site(tiny.LAYERS - 1, "resid_post")
     pair = random_pairs(1)[0]
@@ -152,7 +152,7 @@ def test_last_layer_is_taken_before_the_final_norm(network):
 
 
 def test_gemma2_attention_applies_its_soft_cap():
-    """method.md 7: the layer's output against a float64 computation of capped attention."""
+    """Invariant 7 of docs/method.md: the layer's output against a float64 computation of capped attention."""
     network = tiny.network("gemma2")
     attention = network.model.layers[0].self_attn
     seen = {}
@@ -187,7 +187,7 @@ def test_gemma2_attention_applies_its_soft_cap():
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "flash_attention_2"])
-def test_a_kernel_that_drops_the_soft_cap_or_the_rule_is_refused(kernel):
+def test_an_attention_implementation_that_ignores_the_rule_is_refused(kernel):
     network = tiny.network("gemma2")
     network.config._attn_implementation = kernel
     with pytest.raises(UserError, match=kernel):

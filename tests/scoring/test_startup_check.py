@@ -28,8 +28,8 @@ def test_the_page_of_families_is_what_the_check_says():
     assert families.page() == page.read_text()
 
 
-def test_attention_sinks_that_are_dropped_are_noticed():
-    """gpt-oss: the kernel knows no sinks, and the model runs without an error."""
+def test_a_kernel_that_drops_attention_sinks_is_refused():
+    """gpt-oss: the kernel ignores sinks, and the model runs without an error."""
     with pytest.raises(UserError, match="GptOssForCausalLM does not compute what transformers"):
         check(families.network("gpt_oss"), Site(1, "resid_post"))
 
@@ -42,7 +42,7 @@ def test_a_right_model_passes_in_every_dtype(family, dtype):
 
 
 def without(**dropped):
-    """The kernel, but blind to one of its arguments."""
+    """The kernel, but ignoring one of its arguments."""
     real = attention.attend_by_sequence
 
     def attend(*arguments, **settings):
@@ -53,7 +53,7 @@ def without(**dropped):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("what", ["soft-cap", "sliding window"])
-def test_a_kernel_that_drops_something_is_noticed(monkeypatch, what, dtype):
+def test_a_kernel_that_drops_the_soft_cap_or_the_window_is_refused(monkeypatch, what, dtype):
     if what == "soft-cap":
         monkeypatch.setattr(attention, "attend_by_sequence", without(softcap=None))
     else:
@@ -68,7 +68,7 @@ def test_a_kernel_that_drops_something_is_noticed(monkeypatch, what, dtype):
         check(network)
 
 
-def test_a_kernel_that_lets_responses_see_each_other_is_noticed(monkeypatch):
+def test_a_kernel_that_lets_responses_attend_to_each_other_is_refused(monkeypatch):
     def causal(module, query, key, value, attention_mask, *, scaling, spans, **settings):
         length = query.shape[2]
         mask = torch.ones(length, length).tril().log()[None, None].to(query.dtype)
@@ -82,7 +82,7 @@ def test_a_kernel_that_lets_responses_see_each_other_is_noticed(monkeypatch):
         check(tiny.network("llama"))
 
 
-def test_a_leak_too_small_for_the_tolerance_is_noticed(monkeypatch):
+def test_a_leak_between_responses_below_the_tolerance_is_refused(monkeypatch):
     """In bfloat16 a difference of a hundredth of a nat is rounding, but not if it depends on what
     stands next to a response."""
     real = attention.attend_by_sequence
@@ -96,7 +96,7 @@ def test_a_leak_too_small_for_the_tolerance_is_noticed(monkeypatch):
         check(tiny.network("llama", dtype=torch.bfloat16))
 
 
-def test_positions_that_follow_the_packed_sequence_are_noticed(monkeypatch):
+def test_positions_that_count_along_the_packed_sequence_are_refused(monkeypatch):
     """The rejected response stands behind the chosen one; its positions must not."""
 
     def by_place(pairs, multiple):
@@ -108,7 +108,7 @@ def test_positions_that_follow_the_packed_sequence_are_noticed(monkeypatch):
         check(tiny.network("llama"))
 
 
-def test_a_head_that_scales_its_logits_is_noticed():
+def test_a_head_that_scales_its_logits_is_refused():
     """Granite and Cohere divide or multiply logits; fpo's head does not."""
     with pytest.raises(UserError, match="does not compute what transformers computes"):
         check(families.network("granite", logits_scaling=2.0))
@@ -121,7 +121,7 @@ def test_an_mlp_whose_output_is_scaled_before_it_is_added_has_no_hook_point():
         check(network, Site(1, "mlp_out"))
 
 
-def test_weights_that_give_nan_are_noticed():
+def test_weights_that_give_nan_are_refused():
     network = tiny.network("llama")
     with torch.no_grad():
         network.model.layers[2].mlp.up_proj.weight[0, 0] = torch.nan
@@ -129,12 +129,12 @@ def test_weights_that_give_nan_are_noticed():
         check(network)
 
 
-def test_gpt2_is_scored_and_read_as_plain_transformers_does():
+def test_gpt2_agrees_with_transformers():
     found = check(families.network("gpt2"), Site(1, "resid_post"), Site(2, "mlp_out"))
     assert found.nats < 1e-5 and found.states < 1e-5
 
 
-def test_the_models_own_attention_is_set_back():
+def test_the_check_restores_the_attention_kernel():
     model = LanguageModel(tiny.network("gemma2"), [])
     before = model.config._attn_implementation
     check_against_transformers(model, families.token_pairs())
