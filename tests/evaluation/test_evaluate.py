@@ -120,9 +120,7 @@ def test_splits_of_a_model_make_the_whole(material, store_path, tmp_path):
         ({"sae": ["a", "b"]}, "2 SAEs are given"),
     ],
 )
-def test_a_wrong_weights_file_is_refused_with_the_reason(
-    material, store_path, tmp_path, changes, message
-):
+def test_what_is_wrong_is_told(material, store_path, tmp_path, changes, message):
     if "reference" in changes:
         changes["reference"] = str(material / changes["reference"])
     with pytest.raises(UserError, match=message):

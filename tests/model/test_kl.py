@@ -18,7 +18,8 @@ SITE = Site(1, "resid_post")
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_kl_and_its_gradient_equal_the_whole_vocabularys(family, monkeypatch):
-    """float32, packed sequences of random pairs: K to 1e-4 of it, gradients to 1e-4 of the largest."""
+    """float32, random pairs in packed sequences: K within 1e-4 of it, gradients within 1e-4 of the
+    largest."""
     monkeypatch.setattr(head, "_CHUNK_BYTES_CPU", 4 * tiny.VOCABULARY * 7)
     network, other = (tiny.network(family, seed) for seed in (0, 1))
     policy, reference = LanguageModel(network, []), FrozenReference(other, [])

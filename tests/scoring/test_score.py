@@ -1,4 +1,7 @@
-"""Scores against plain transformers and sae-lens, on the two sequences run apart."""
+"""Scores against plain transformers and sae-lens, on each sequence by itself.
+
+Invariants are numbered in docs/method.md.
+"""
 
 import copy
 
@@ -74,7 +77,7 @@ def network(request):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_packed_scores_equal_those_of_the_two_separate_sequences(network, architecture):
-    """Invariant 3 of docs/method.md, 5 and 6: to 1e-4 nats per sequence; pooled features by sae-lens's encode."""
+    """Invariants 3, 5 and 6: within 1e-4 nats per sequence; features by sae-lens's encode."""
     pairs = random_pairs(5)
     sae = tiny.sae(architecture)
     encoders = {str(site): SparseEncoder(tiny.sae(architecture)) for site in SITES}
@@ -94,8 +97,8 @@ def test_packed_scores_equal_those_of_the_two_separate_sequences(network, archit
 
 
 def test_packing_changes_neither_scores_nor_gradients(network):
-    """Invariant 1 of docs/method.md and 2, in float32, for any lengths, order and packed length: scores to 2e-5 nats,
-    features to 2e-5, and the gradient of each weight to 1e-5 of the largest."""
+    """Invariants 1 and 2, in float32, for any lengths, order and packed length: scores within 2e-5
+    nats, features within 2e-5, the gradient of each weight within 1e-5 of the largest."""
     model = LanguageModel(network, SITES[2:3])
     encoders = {str(SITES[2]): SparseEncoder(tiny.sae("standard"))}
     weights = [network.model.layers[0].self_attn.k_proj.weight, network.model.norm.weight]
@@ -124,8 +127,8 @@ def test_packing_changes_neither_scores_nor_gradients(network):
 
 
 def test_bfloat16_scores_do_not_depend_on_the_packed_sequence(network):
-    """No number of one pair enters the arithmetic of another, so on a CPU even the rounding is
-    the same."""
+    """Nothing of one pair enters the arithmetic of another, so on a CPU even the rounding is the
+    same."""
     half = LanguageModel(copy.deepcopy(network).bfloat16(), [])
     pairs = random_pairs(9, most=40)
     with torch.inference_mode():
@@ -152,7 +155,7 @@ def test_the_last_layers_state_is_taken_before_the_final_norm(network):
 
 
 def test_gemma2_attention_applies_its_soft_cap():
-    """Invariant 7 of docs/method.md: the layer's output against a float64 computation of capped attention."""
+    """Invariant 7: the layer's output against a float64 computation of capped attention."""
     network = tiny.network("gemma2")
     attention = network.model.layers[0].self_attn
     seen = {}
