@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 Message = dict[str, str]
+TokenIds = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,9 @@ class TokenPair:
         row: the pair's row in the source; -1 where it has none.
     """
 
-    prompt: Sequence[int] | np.ndarray
-    chosen: Sequence[int] | np.ndarray
-    rejected: Sequence[int] | np.ndarray
+    prompt: TokenIds
+    chosen: TokenIds
+    rejected: TokenIds
     row: int = -1
 
     def __len__(self) -> int:

@@ -74,25 +74,26 @@ def _scatter(axis: Any, x: np.ndarray, y: np.ndarray) -> None:
 
 def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """The paper's Figure 3: sequential KL of held-out chosen and rejected responses over the steps,
-    and the size of the difference of their means. The band is from the least to the largest run.
+    and the margin |K_l - K_w|, taken pair by pair. The band spans the runs from least to largest.
 
     Args:
         runs: records of fpo compare by method; those without a measured KL are left out.
         file: PNG.
     """
     titles = ("KL chosen", "KL rejected", "KL margin")
+    names = ("kl_chosen", "kl_rejected", "kl_margin")
     with figure(file, 3) as axes:
         for method, records in runs.items():
             curves = [
-                [(line["step"], line["kl_chosen"], line["kl_rejected"]) for line in row["curve"]]
+                [[line[name] for name in ("step", *names)] for line in row["curve"]]
                 for row in records
                 if row["curve"] and "kl_chosen" in row["curve"][0]
             ]
             if not curves:
                 continue
-            points = np.array(curves)  # [runs, steps, 3]
-            steps, chosen, rejected = points[0, :, 0], points[..., 1], points[..., 2]
-            for axis, values in zip(axes, (chosen, rejected, abs(rejected - chosen)), strict=True):
+            points = np.array(curves)  # [runs, steps, 4]
+            steps = points[0, :, 0]
+            for axis, values in zip(axes, np.moveaxis(points[..., 1:], -1, 0), strict=True):
                 (line,) = axis.plot(steps, values.mean(0), label=method)
                 low, high = values.min(0), values.max(0)
                 axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())

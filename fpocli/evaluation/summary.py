@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fpocli.scoring.accuracy import wins
+
 
 def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     """The figures of fpo eval.
@@ -21,11 +23,12 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     """
     tokens, logp = values["tokens"], values["logp"]
     average, ratio = logp / tokens, logp - values["ref_logp"]
+    size = np.abs(logp) + np.abs(values["ref_logp"])
     result: dict[str, Any] = {
         "pairs": len(logp),
-        "accuracy": _share(average),
-        "reward_accuracy": _share(ratio),
-        "reward_accuracy_per_token": _share(ratio / tokens),
+        "accuracy": _accuracy(average, np.abs(average)),
+        "reward_accuracy": _accuracy(ratio, size),
+        "reward_accuracy_per_token": _accuracy(ratio / tokens, size / tokens),
         "margin_per_token": _gap(average),
         "reward_margin": _gap(ratio),
         "reward_margin_per_token": _gap(ratio / tokens),
@@ -50,9 +53,11 @@ def measured_sites(values: dict[str, np.ndarray]) -> list[str]:
     return [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
 
 
-def _share(values: np.ndarray) -> dict[str, float | None]:
-    """How often chosen is above rejected, and the standard error of that share."""
-    return _mean((values[:, 0] > values[:, 1]).astype(float), "share")
+def _accuracy(values: np.ndarray, size: np.ndarray) -> dict[str, float | None]:
+    """Share of pairs whose chosen response is higher, a tie counting one half, its standard error,
+    and the share of ties. `size` [N, 2] is the magnitude of what the values are made of."""
+    found = wins(values[:, 0], values[:, 1], size.sum(1))
+    return _mean(found.value, "share") | {"ties": float(found.tie.mean())}
 
 
 def _gap(values: np.ndarray) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fpocli.data.pairs import TokenPair
+from fpocli.data.pairs import TokenIds, TokenPair
 from fpocli.features.site import Site
 from fpocli.model.attention import SUPPORTED, length_multiple
 from fpocli.model.head import logprobs
@@ -143,7 +143,7 @@ def _scores(model: LanguageModel, batch: PackedSequence) -> tuple[Tensor, dict[s
 
 
 def _plain_scores(
-    model: LanguageModel, prompt: np.ndarray, response: np.ndarray
+    model: LanguageModel, prompt: TokenIds, response: TokenIds
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The same of the first tokens of one sequence, by transformers' own forward pass."""
     count = min(len(response), _COMPARED)

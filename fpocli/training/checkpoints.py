@@ -18,48 +18,48 @@ _STEP = "fpo_step"
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
-    """Write a checkpoint of all ranks, then drop all but the newest.
+    """Write a checkpoint of all ranks, then delete all but the newest.
 
     Args:
         engine: after the step.
         folder: of the checkpoints.
         step: how many steps are done.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints to keep.
 
     Raises:
-        UserError: there is no room for it; the older ones are as they were.
+        UserError: the disk is full; older checkpoints are unchanged.
     """
     tag = f"partial-{step}"
     with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        # Only a whole checkpoint has its name.
+        # A checkpoint gets its name when it is complete.
         (folder / tag).rename(folder / f"step-{step}")
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
 
 def newest_checkpoint(folder: Path) -> str | None:
-    """The name of the newest whole checkpoint in a folder, None where there is none."""
+    """The name of the newest complete checkpoint in a folder, or None."""
     found = _checkpoints(folder)
     return found[-1].name if found else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, the newest last."""
+    """Complete checkpoints, the newest last."""
     steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:
-    """Go back to the newest checkpoint.
+    """Load the newest checkpoint.
 
     Returns:
-        the number of steps done; 0 when there is no checkpoint.
+        the number of steps done; 0 without a checkpoint.
 
     Raises:
-        UserError: it cannot be loaded, or would run code; none of it is run.
+        UserError: it cannot be loaded, or contains code, which is not run.
     """
     tag = newest_checkpoint(folder)
     if tag is None:
@@ -72,24 +72,24 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
         return int(client_state[_STEP])
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"the checkpoint {folder / tag} is damaged, or holds code, which is not run",
-            "delete it to go on from an older one, or start anew with --overwrite",
+            f"the checkpoint {folder / tag} is damaged, or contains code, which is not run",
+            "delete it to resume from an older one, or start over with --overwrite",
         ) from error
     except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
         if is_of_a_lost_process(error):
             raise
         raise UserError(
             f"the checkpoint {folder / tag} cannot be loaded: {error}",
-            "go on with as many processes as saved it, delete it to go on from an older one, or "
-            "start anew with --overwrite",
+            "resume with as many processes as saved it, delete it to resume from an older one, or "
+            "start over with --overwrite",
         ) from error
 
 
 @contextlib.contextmanager
 def _data_only() -> Iterator[None]:
-    """torch.load makes tensors, plain values and what DeepSpeed adds to them, and calls nothing.
+    """Restrict torch.load to tensors, plain values and three classes of DeepSpeed's.
 
-    DeepSpeed asks it to make anything, so torch is told by its environment, which wins.
+    DeepSpeed calls it without that restriction; the environment variable overrides the call.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

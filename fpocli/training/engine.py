@@ -21,7 +21,7 @@ _GROUP_SIZE = 2**25
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
-    """Join the processes of the launcher, or be the only one.
+    """Initialise the process group that the launcher describes, or one of this process alone.
 
     Args:
         device: where the policy runs.
@@ -41,7 +41,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # DeepSpeed prints to stdout, which is for data.
+    # DeepSpeed prints to stdout, which is reserved for data.
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
         from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -50,7 +50,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         logger.setLevel("WARNING")
         # DeepSpeed still calls collectives that torch has renamed, in every step.
         warnings.filterwarnings("ignore", r".*torch\.distributed\..* is deprecated", FutureWarning)
-        # Needs a compiler and 40 seconds, to make what gloo already does on one machine.
+        # Compiling it takes 40 seconds, for what gloo already does on one machine.
         ShareMemCommBuilder.is_compatible = lambda self, verbose=False: False
         deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -67,7 +67,7 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
         config: DeepSpeed's, from `deepspeed_config`.
     """
     kind: Any = {
-        # Fused, it needs no copies of the weights while it works; on a CPU too.
+        # The fused version makes no temporary copies of the weights, on a CPU either.
         "adamw": partial(torch.optim.AdamW, fused=True),
         "rmsprop": torch.optim.RMSprop,
     }[settings.optimizer]
@@ -76,22 +76,22 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
 
         engine, *_ = deepspeed.initialize(
             model=model,
-            # Where DeepSpeed allocates the optimiser's state with a step of its own (bf16 without
-            # ZeRO), that step must move nothing. take_step sets the rate of every real one.
+            # With bf16 and no ZeRO, DeepSpeed allocates the optimiser's state by a step of its own,
+            # which must not change the weights. take_step sets the rate of every real step.
             optimizer=kind(_parameter_groups(model), lr=0.0, weight_decay=0.0),
             config=config,
         )
     for group in engine.optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay
     if settings.bf16 and settings.zero == 0:
-        # It would count as Adam's first step and make the next update 0.744 times too small.
+        # That step would count as Adam's first and scale the next update by 0.744.
         for state in engine.optimizer.optimizer.state.values():
             state["step"].zero_()
     return engine
 
 
 def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
-    """Shard the frozen reference over the ranks, as ZeRO-3 does the policy; nothing is optimised.
+    """Shard the frozen reference over the ranks, as ZeRO-3 does the policy, without an optimiser.
 
     Args:
         model: the reference.
@@ -114,8 +114,8 @@ def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
 
 
 def _parameter_groups(model: LanguageModel) -> list[dict[str, Any]]:
-    """The parameters in groups of moderate size, as ZeRO updates them group by group: its copies
-    of the gradients are then no larger than a group."""
+    """The parameters in groups of moderate size: ZeRO updates them group by group, and its copies
+    of the gradients are no larger than a group."""
     groups: list[list[torch.nn.Parameter]] = [[]]
     for parameter in model.parameters():
         if groups[-1] and sum(p.numel() for p in groups[-1]) + parameter.numel() > _GROUP_SIZE:
@@ -125,7 +125,7 @@ def _parameter_groups(model: LanguageModel) -> list[dict[str, Any]]:
 
 
 def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the flags give, and over it the user's file.
+    """DeepSpeed's configuration: the flags, overridden by the user's file.
 
     Args:
         settings: of the run.
@@ -134,15 +134,15 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         UserError: the file cannot be read, or contradicts the flags.
     """
     config: dict[str, Any] = {
-        # A step has as many rows as its pairs fill, so DeepSpeed cannot count them: `backward` is
-        # told which is the last.
+        # The number of packed sequences varies from step to step, so DeepSpeed cannot count them:
+        # `backward` says which is the last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.grad_clip,
         "bf16": {"enabled": settings.bf16},
         "zero_optimization": {
             "stage": settings.zero,
-            # Gradients are copied into a bucket on their way; DeepSpeed's own takes a gigabyte.
+            # Gradients are copied into a bucket; DeepSpeed's default takes a gigabyte.
             "reduce_bucket_size": _GROUP_SIZE,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
@@ -154,9 +154,9 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         return config
     given = read_json(settings.deepspeed)
     if not isinstance(given, dict):
-        raise UserError(f"{settings.deepspeed} holds no JSON object", 'write {"name": value, ...}')
+        raise UserError(f"{settings.deepspeed} is not a JSON object", 'write {"name": value, ...}')
     merged = _merge(config, given)
-    # Otherwise the run's config.yaml would say one thing and DeepSpeed do another.
+    # Otherwise config.yaml would not describe the run.
     own = config.keys() - {"zero_optimization"}
     decided = (*own, "optimizer", "scheduler", "train_batch_size", "fp16")
     changed = sorted(name for name in decided if merged.get(name) != config.get(name))
@@ -173,11 +173,11 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `base`; "auto" stands for what is there."""
+    """`base` overridden by `over`, recursively; "auto" keeps the value of `base`."""
     merged = dict(base)
     for name, value in over.items():
         if isinstance(base.get(name), dict) and not isinstance(value, dict):
-            raise UserError(f"{name} in the DeepSpeed file is no object", "mend the file")
+            raise UserError(f"{name} in the DeepSpeed file is not an object", "write it as {...}")
         if isinstance(value, dict):
             merged[name] = _merge(base.get(name) or {}, value)
         elif value != "auto":
@@ -186,12 +186,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def backward(engine: Any, loss: torch.Tensor, last: bool) -> None:
-    """Add the gradient of a row to the step's; with the last row the ranks are averaged.
+    """Accumulate the gradient of a micro-batch; after the last one, average over the ranks.
 
     Args:
         engine: whose forward pass made the loss.
         loss: scalar.
-        last: whether this is the rank's last row of the step.
+        last: whether this is the rank's last micro-batch of the step.
     """
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
@@ -201,7 +201,7 @@ def take_step(engine: Any, lr: float, step: int) -> float:
     """Update the weights.
 
     Args:
-        engine: after the backward pass of the step's last row.
+        engine: after the backward pass of the step's last micro-batch.
         lr: learning rate of this step.
         step: its number, for the error.
 
@@ -209,32 +209,33 @@ def take_step(engine: Any, lr: float, step: int) -> float:
         norm of the gradient before clipping.
 
     Raises:
-        UserError: the gradient is not finite; weights and optimiser are as they were. All ranks
-            stop.
+        UserError: the gradient is non-finite; weights and optimiser state are unchanged. All
+            ranks raise.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     if engine.zero_optimization() or engine.bfloat16_enabled():
-        # DeepSpeed takes no step with a gradient whose norm is not finite.
+        # DeepSpeed skips the step if the norm of the gradient is non-finite.
         engine.step()
         norm = float(engine.get_global_grad_norm())
     else:
-        # Here it computes no norm.
+        # DeepSpeed computes no norm in this case.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
             engine.step()
     if not math.isfinite(norm):
         error = UserError(
-            f"step {step}: the gradient is not finite, though the loss is; the step was not taken",
-            "begin a run with a lower --lr in another --out, or with --overwrite",
+            f"step {step}: the gradient is non-finite although the loss is finite; the weights were not "
+            "updated",
+            "start a run with a lower --lr in another --out, or with --overwrite",
         )
         raise same_on_all_ranks(error)
     return norm
 
 
 def gather_weights(engine: Any) -> dict[str, torch.Tensor] | None:
-    """The network's whole state dict on rank 0, None elsewhere. All ranks must call it."""
+    """The network's full state dict on rank 0, None elsewhere; all ranks must call it."""
     if engine.zero_optimization_stage() == 3:
         state = engine._zero3_consolidated_16bit_state_dict()
     else:

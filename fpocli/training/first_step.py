@@ -1,6 +1,6 @@
-"""Before the first step: is the policy comparable with the store, and is it the reference?
+"""Before the first step: can the policy be compared with the store, and is it the reference?
 
-Shapes: P pairs of a row.
+Shapes: P pairs of a packed sequence.
 """
 
 from typing import Any
@@ -17,23 +17,23 @@ from fpocli.system.ranks import same_on_all_ranks
 from fpocli.training.objective import compare_features
 from fpocli.training.stream import MicroBatch
 
-# Largest difference of a, in nats per token, and of D, as a share of the features' mean square,
-# that rounding explains. In bfloat16 the products of a GPU depend on the shapes of rows.
+# The largest difference that rounding explains: of a in nats per token, and of D as a share of
+# the features' mean square. On a GPU bfloat16 products depend on the shape of the sequence.
 _FLOAT32, _BFLOAT16, _OTHER_DTYPE = 1e-3, 0.03, 0.3
 
 
 def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[str]) -> None:
-    """Refuse to compare numbers that were not made alike.
+    """Refuse to compare scores of different dtypes or attention kernels.
 
     Args:
         store: the store.
-        dtype, kernel: of the model whose numbers are to be compared with it.
+        dtype, kernel: of the policy.
         allow: which of the two may differ.
 
     Raises:
-        UserError: one that may not differ does.
+        UserError: the other one differs.
     """
-    # Some blocks may have been made otherwise than the first.
+    # With --allow, later blocks may have been made with other ones than the first.
     there = {
         name: [store.meta["model"][stored], *store.meta.get("allowed", {}).get(stored, [])]
         for name, stored in MAY_DIFFER.items()
@@ -41,37 +41,37 @@ def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[st
     here = {"dtype": dtype, "kernel": kernel}
     other = [name for name in here if there[name] != [here[name]] and name not in allow]
     if other:
-        told = "; ".join(
-            f"the {name} was {' and '.join(there[name])}, it is {here[name]}" for name in other
+        listed = "; ".join(
+            f"{name} {' and '.join(there[name])} in the store, {here[name]} here" for name in other
         )
         raise UserError(
-            f"the policy would not compute as the reference of {store.path} did: {told}",
-            "cache again, or give "
+            f"the policy would not compute as the reference of {store.path} did: {listed}",
+            "cache again, or add "
             + " ".join(f"--allow {name}" for name in other)
-            + ": then u, D and KL do not begin at 0 but at rounding",
+            + "; then u, D and the KL start at rounding error instead of 0",
         )
 
 
 @torch.no_grad()
-def check_start(
+def check_policy_is_reference(
     policy: Any,
     encoders: dict[str, SparseEncoder],
     store: Store,
     sample: MicroBatch,
     settings: TrainConfig,
 ) -> None:
-    """Score a sample with the starting weights. Where they are the reference's, u and D must begin
-    at 0; where they are others, tell how far they are. All ranks must call it.
+    """Score a sample with the starting weights. If they are the reference's, u and D must start at
+    0; if not, report how far they are from it. All ranks must call this function.
 
     Args:
-        policy: an engine around it.
+        policy: the engine around the policy.
         encoders: an SAE for each site that is compared.
         store: the store.
-        sample: this rank's rows of P pairs.
+        sample: P pairs of this rank.
         settings: of the run.
 
     Raises:
-        UserError: a policy that should be the reference is not.
+        UserError: the policy should be the reference and is not.
     """
     policy.eval()
     scores = score(policy, encoders, sample.batch)
@@ -84,20 +84,20 @@ def check_start(
     both = torch.stack([gap, share])
     torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
     nats, part = both.tolist()
-    told = f"log-probabilities differ by up to {nats:.3g} nats per token"
+    found = f"log-probabilities differ by up to {nats:.3g} nats per token"
     if encoders:
-        told += f", features by {part:.3g} of their mean square"
+        found += f", features by {part:.3g} of their mean square"
     if settings.model is not None:
-        say(f"the starting weights are not the reference's: {told}")
+        say(f"the starting weights are not the reference's: {found}")
         return
     most = _BFLOAT16 if settings.bf16 else _FLOAT32
     if "dtype" in settings.allow:
         most = _OTHER_DTYPE
-    # Written so that nan is too large.
+    # Written so that nan fails the comparison.
     if not (nats <= most and part <= most):
         error = UserError(
-            f"the policy should be the reference of {store.path} and is not: {told}",
-            "weights and SAE are the store's, so this machine or a library computes otherwise than "
-            "where it was made; cache again here",
+            f"the policy should be the reference of {store.path} and is not: {found}",
+            "weights and SAEs are those of the store, so this machine or a library computes "
+            "differently from where the store was made; cache again on this machine",
         )
         raise same_on_all_ranks(error)

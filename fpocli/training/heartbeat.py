@@ -1,8 +1,7 @@
-"""The processes of a run tell each other that they live, so that nobody waits for one that is gone.
+"""Heartbeats between the ranks of a run, so that no rank waits for one that has exited.
 
-A collective waits half an hour for a process that hangs, whose host is lost, or that died where
-NCCL does not notice. The beats come from a thread, so a process may load or save as long as it
-likes.
+A collective waits half an hour for a rank that hangs, whose host is lost, or that died without NCCL
+noticing. Heartbeats come from a thread, so loading and saving may take as long as they need.
 """
 
 import threading
@@ -15,15 +14,15 @@ import torch
 
 from fpocli.system.signals import end
 
-# Seconds between two beats, and how many of another process may stay away.
+# Seconds between two heartbeats, and how many of another rank may be missed.
 _BEAT, _MISSED = 5.0, 9
-# Seconds in which a signal that ends this process too may arrive after another one's end.
+# Seconds to wait for a signal to this process after another rank has ended.
 _SIGNAL = 2.0
 
 
 @contextmanager
 def heartbeat(rank: int, world: int) -> Iterator[None]:
-    """End this process, with a sentence, if another one of the run is gone.
+    """End this process with a message if another rank of the run is lost.
 
     Args:
         rank: of this process.
@@ -32,7 +31,7 @@ def heartbeat(rank: int, world: int) -> Iterator[None]:
     if world == 1:
         yield
         return
-    # A connection of its own: one that waits in a collective's set-up would hold up the beats.
+    # A separate connection: one that waits for a collective to be set up would block heartbeats.
     default: Any = torch.distributed.distributed_c10d._get_default_store()
     store = default.clone()
     store.set(_key(rank), "0")
@@ -48,19 +47,19 @@ def heartbeat(rank: int, world: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if is_of_a_lost_process(error):
-            # Where all are stopped, the others may be gone before our signal comes.
+            # If all ranks are being stopped, others may exit before this one gets its signal.
             time.sleep(_SIGNAL)
-            end(1, "another process of this run is gone")
+            end(1, "another process of this run was lost")
         raise
     finally:
         done.set()
         for thread in threads:
-            # It may hang in the store of a process that does.
+            # It may hang in the key-value store of a rank that hangs.
             thread.join(timeout=1)
 
 
 def is_of_a_lost_process(error: Exception) -> bool:
-    """Whether a collective failed, rather than what it was called for."""
+    """Whether the error is that of a failed collective."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
@@ -69,7 +68,7 @@ def _key(rank: int) -> str:
 
 
 def _beat(done: threading.Event, heard: list[bytes], store: Any, rank: int) -> None:
-    """Tell the others, and note what they told."""
+    """Send this rank's heartbeats and read those of the others."""
     keys = [_key(other) for other in range(len(heard))]
     number = 0
     try:
@@ -78,12 +77,12 @@ def _beat(done: threading.Event, heard: list[bytes], store: Any, rank: int) -> N
             store.set(_key(rank), str(number))
             heard[:] = store.multi_get(keys)
     except RuntimeError:
-        # The process that holds the store is gone; then nobody is heard of any more.
+        # The rank that holds the key-value store is lost; then all heartbeats are missed.
         pass
 
 
 def _listen(done: threading.Event, heard: list[bytes], rank: int) -> None:
-    """Count the beats that stay away. Not the seconds: all processes may have been suspended."""
+    """Count missed heartbeats, not seconds: all processes may have been suspended."""
     before, missed = list(heard), [0] * len(heard)
     while not done.wait(_BEAT):
         missed = [
@@ -94,4 +93,7 @@ def _listen(done: threading.Event, heard: list[bytes], rank: int) -> None:
         gone = [other for other, count in enumerate(missed) if count >= _MISSED and other != rank]
         if gone:
             seconds = f"{_MISSED * _BEAT:.0f} seconds"
-            end(1, f"another process of this run is gone: {gone[0]} was not heard of for {seconds}")
+            end(
+                1,
+                f"another process of this run was lost: no heartbeat of rank {gone[0]} for {seconds}",
+            )

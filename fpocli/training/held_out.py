@@ -32,18 +32,18 @@ def held_out_means(
         batches: what to score.
         settings: the method and its scalars.
         weights: per-feature weights of the sites that have them.
-        reference: the FrozenReference, or an engine around it; with it, the sequential KL is
-            measured too, whatever the method. Or None.
-        where: what the batches are, for the error.
+        reference: the FrozenReference, or an engine around it, to measure the sequential KL with
+            any method; or None.
+        where: which pairs these are, for the error.
 
     Raises:
-        UserError: a mean is not finite.
+        UserError: a mean is non-finite.
     """
     model.eval()
     means = Means()
     for micro in batches:
-        expected = reference(micro.batch) if reference is not None else None
-        scores = score(model, encoders, micro.batch, expected)
+        output = reference(micro.batch) if reference is not None else None
+        scores = score(model, encoders, micro.batch, output)
         _, metrics = objective(scores, micro.reference, encoders, settings, weights)
         means.add(metrics, micro.weights, micro.pairs)
     return means.result(where)

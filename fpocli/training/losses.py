@@ -1,23 +1,24 @@
 """The losses, as pure functions, and what each needs of the reference.
 
 Every pairwise loss is -log sigma(u), and the paper's Table 1 splits u into a difference of
-rewards, a margin and a constraint. P pairs; column 0 is chosen, column 1 rejected; all float32.
+rewards, a margin and a constraint.
+
+Shapes: P pairs; column 0 is chosen, column 1 rejected; everything is float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpocli.config import TrainConfig
-
 
 @dataclass(frozen=True)
 class Terms:
-    """What the losses are made of.
+    """The inputs of a loss.
 
     Args:
         logp: [P, 2], S of the policy, nats.
@@ -42,7 +43,7 @@ class Terms:
 
 
 class Preference(NamedTuple):
-    """What a method makes of P pairs.
+    """The result of a method for P pairs.
 
     Args:
         u: [P], the loss is -log sigma(u).
@@ -60,79 +61,93 @@ def _gap(values: Tensor) -> Tensor:
     return values[:, 0] - values[:, 1]
 
 
-def _constrain(preference: Preference, divergence: Tensor, settings: TrainConfig) -> Preference:
+def _constrain(
+    preference: Preference, divergence: Tensor, *, alpha: float, beta: float, stop_gradient: bool
+) -> Preference:
     """Subtract delta = alpha beta (X_l - sg X_w), X [P, 2] being how far the policy is from the
-    reference (paper, equation 4; X = D of equation 10 for fpo)."""
+    reference (paper, equation 4; for fpo X is D of equation 10)."""
     chosen, rejected = divergence.unbind(1)
-    if settings.stop_gradient:
+    if stop_gradient:
         chosen = chosen.detach()
-    delta = settings.alpha * settings.beta * (rejected - chosen)
+    delta = alpha * beta * (rejected - chosen)
     return Preference(preference.u - delta, preference.rewards, delta)
 
 
-def sft(terms: Terms, settings: TrainConfig) -> Preference:
+def sft(terms: Terms) -> Preference:
     """Not pairwise: the loss is -a(w) (paper, section 4, the stage before alignment)."""
     return Preference(terms.average[:, 0], terms.average)
 
 
-def dpo(terms: Terms, settings: TrainConfig) -> Preference:
+def dpo(terms: Terms, *, beta: float) -> Preference:
     """u = beta [(S(w) - S(l)) - (S_ref(w) - S_ref(l))] (paper, equation 7; DPO, equation 7)."""
-    rewards = settings.beta * (terms.logp - terms.ref_logp)
+    rewards = beta * (terms.logp - terms.ref_logp)
     return Preference(_gap(rewards), rewards)
 
 
-def dpo_norm(terms: Terms, settings: TrainConfig) -> Preference:
+def dpo_norm(terms: Terms, *, beta: float) -> Preference:
     """u = beta [(a(w) - a(l)) - margin_ref] (paper, equation 9): fpo with alpha = 0."""
-    rewards = settings.beta * (terms.average - terms.ref_logp / terms.count)
-    return Preference(settings.beta * (_gap(terms.average) - terms.ref_margin), rewards)
+    rewards = beta * (terms.average - terms.ref_logp / terms.count)
+    return Preference(beta * (_gap(terms.average) - terms.ref_margin), rewards)
 
 
-def simpo(terms: Terms, settings: TrainConfig) -> Preference:
+def simpo(terms: Terms, *, beta: float, gamma: float) -> Preference:
     """u = beta (a(w) - a(l)) - gamma (paper, section 2; SimPO, equation 6)."""
-    rewards = settings.beta * terms.average
-    return Preference(_gap(rewards) - settings.gamma, rewards)
+    rewards = beta * terms.average
+    return Preference(_gap(rewards) - gamma, rewards)
 
 
-def simpo_kl(terms: Terms, settings: TrainConfig) -> Preference:
+def simpo_kl(
+    terms: Terms, *, beta: float, gamma: float, alpha: float, stop_gradient: bool
+) -> Preference:
     """u = simpo's - alpha beta (K_l / n_l - sg K_w / n_w) (paper, appendix D.1)."""
-    return _constrain(simpo(terms, settings), terms.kl / terms.count, settings)
+    preference = simpo(terms, beta=beta, gamma=gamma)
+    per_token = terms.kl / terms.count
+    return _constrain(preference, per_token, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
 
 
-def tdpo1(terms: Terms, settings: TrainConfig) -> Preference:
+def tdpo1(terms: Terms, *, beta: float) -> Preference:
     """u = dpo's - beta (K_l - K_w) (paper, equations 2 and 3)."""
-    u, rewards, _ = dpo(terms, settings)
-    delta = settings.beta * -_gap(terms.kl)
+    u, rewards, _ = dpo(terms, beta=beta)
+    delta = beta * -_gap(terms.kl)
     return Preference(u - delta, rewards, delta)
 
 
-def tdpo2(terms: Terms, settings: TrainConfig) -> Preference:
+def tdpo2(terms: Terms, *, beta: float, alpha: float, stop_gradient: bool) -> Preference:
     """u = dpo's - alpha beta (K_l - sg K_w) (paper, equations 2 and 4)."""
-    return _constrain(dpo(terms, settings), terms.kl, settings)
+    preference = dpo(terms, beta=beta)
+    return _constrain(preference, terms.kl, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
 
 
-def fpo(terms: Terms, settings: TrainConfig) -> Preference:
+def fpo(terms: Terms, *, beta: float, alpha: float, stop_gradient: bool) -> Preference:
     """u = beta [(a(w) - a(l)) - margin_ref] - alpha beta (D_l - sg D_w) (paper, equation 11)."""
-    return _constrain(dpo_norm(terms, settings), terms.distance, settings)
+    preference = dpo_norm(terms, beta=beta)
+    distance = terms.distance
+    return _constrain(preference, distance, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table.
+    """A training method.
 
     Args:
-        preference: the pure function above.
+        preference: one of the functions above.
         needs: what it reads of the reference: logp, margin and features, which the store holds;
-            distribution, which the reference itself gives, loaded beside the policy.
+            distribution, for which the reference itself is in memory alongside the policy.
         link: loss = -link(u).
     """
 
-    preference: Callable[[Terms, TrainConfig], Preference]
+    preference: Callable[..., Preference]
     needs: frozenset[str]
     link: Callable[[Tensor], Tensor] = F.logsigmoid
 
-    def loss(self, terms: Terms, settings: TrainConfig) -> tuple[Tensor, Preference]:
-        """The loss of each pair, [P], and what it was made from."""
-        preference = self.preference(terms, settings)
+    def prefer(self, terms: Terms, settings: Any) -> Preference:
+        """Call `preference` with the scalars of `settings`, a TrainConfig, that it takes."""
+        scalars = list(signature(self.preference).parameters)[1:]
+        return self.preference(terms, **{name: getattr(settings, name) for name in scalars})
+
+    def loss(self, terms: Terms, settings: Any) -> tuple[Tensor, Preference]:
+        """The loss of each pair, [P], and the preference it is made from."""
+        preference = self.prefer(terms, settings)
         return -self.link(preference.u), preference
 
 

@@ -1,4 +1,7 @@
-"""Means of the metrics over the pairs of a step, from all micro-batches and ranks."""
+"""Means of the metrics over the pairs of a step, from all micro-batches and ranks.
+
+Shapes: P pairs of a micro-batch.
+"""
 
 import math
 from typing import Any
@@ -10,12 +13,12 @@ from torch import Tensor
 from fpocli.system.errors import UserError
 from fpocli.system.ranks import same_on_all_ranks
 
-# The most pairs that an error names.
+# Pairs that an error names at most.
 _NAMED = 8
 
 
 class Means:
-    """Means of metrics over the pairs of a step, gathered from micro-batches and ranks."""
+    """Accumulates weighted sums of metrics, and reduces them over the ranks."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -27,24 +30,24 @@ class Means:
 
         Args:
             metrics: float32 [P] each; the same names every time.
-            weights: float32 [P], what each pair counts in the mean.
+            weights: float32 [P], weight of each pair in the mean.
             pairs: int64 [P], their numbers in the store.
         """
         self._names = list(metrics)
         values = torch.stack(list(metrics.values()))
         sums = values.double() @ weights.double()
         self._sums = sums if self._sums is None else self._sums + sums
-        # Looked at only if a mean turns out not to be finite: a look waits for the device.
+        # Read only if a mean turns out to be non-finite: reading waits for the device.
         self._finite.append((pairs, values.isfinite().all(0)))
 
     def result(self, where: str) -> dict[str, float]:
-        """The means. Every rank must ask for them, as often as the others.
+        """The means over all ranks; a collective that every rank must call.
 
         Args:
-            where: what the pairs are, for the error.
+            where: which pairs these are, for the error.
 
         Raises:
-            UserError: a mean is not finite; it names the pairs. All ranks stop.
+            UserError: a mean is non-finite; it names the pairs. All ranks raise.
         """
         if self._sums is None:
             return {}
@@ -53,10 +56,10 @@ class Means:
         means = dict(zip(self._names, self._sums.tolist(), strict=True))
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise self._not_finite(f"{where}: {name} is {mean}")
+                raise self._non_finite(f"{where}: {name} is {mean}")
         return means
 
-    def _not_finite(self, what: str) -> BaseException:
+    def _non_finite(self, what: str) -> BaseException:
         pairs = [number for own, finite in self._finite for number in own[~finite.cpu().numpy()]]
         if torch.distributed.is_initialized():
             everywhere: list[Any] = [None] * torch.distributed.get_world_size()
@@ -66,7 +69,7 @@ class Means:
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         error = UserError(
             f"{what}, from the pairs {', '.join(named[:_NAMED])}{more} of the store",
-            "look at one with fpo inspect --pair; if it is sound, begin a run with a lower --lr, "
+            "look at one with `fpo inspect --pair`; if it is sound, start a run with a lower --lr, "
             "in another --out or with --overwrite",
         )
         return same_on_all_ranks(error)

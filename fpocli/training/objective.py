@@ -1,9 +1,10 @@
-"""Scores of the policy and rows of the store -> loss and metrics of each pair.
+"""Scores of the policy and values of the store -> loss and metrics of each pair.
 
 Shapes: P pairs; column 0 is chosen, column 1 rejected.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from fpocli.config import TrainConfig
 from fpocli.features.distance import Candidates, candidates, feature_distance, policy_features
 from fpocli.features.encoder import SparseEncoder
+from fpocli.scoring.accuracy import wins
 from fpocli.scoring.score import PairScores
 from fpocli.store.records import ReferenceValues
 from fpocli.training.losses import METHODS, Terms
@@ -24,11 +26,11 @@ def compare_features(
     k: int,
     weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[dict[str, Candidates], dict[str, Tensor]]:
-    """What is compared at each site, and D there, float32 [P, 2] with gradient.
+    """The compared features of each site, and D there, float32 [P, 2] with gradient.
 
     Args:
         scores: the policy's.
-        reference: rows of the same pairs.
+        reference: the store's values of the same pairs.
         encoders: the SAE of each site.
         k: features compared per side.
         weights: per-feature weights float32 [m] of the sites that have them.
@@ -49,12 +51,12 @@ def objective(
     settings: TrainConfig,
     weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of each pair and everything that is logged about it.
+    """The loss of each pair, and the metrics that are logged.
 
     Args:
         scores: the policy's.
-        reference: rows of the same pairs.
-        encoders: the SAE of each site the method constrains; none for the other methods.
+        reference: the store's values of the same pairs.
+        encoders: the SAE of each constrained site; empty for methods without the constraint.
         settings: the method and its scalars.
         weights: per-feature weights float32 [m] of the sites that have them.
 
@@ -64,7 +66,7 @@ def objective(
     compared, distances = compare_features(scores, reference, encoders, settings.k, weights)
     distance = torch.zeros_like(scores.logp)
     if distances:
-        # The mean over sites of D gives the mean over sites of delta, which is linear in D.
+        # delta is linear in D, so the mean of D over sites gives the mean of delta.
         distance = torch.stack(list(distances.values())).mean(0)
     terms = Terms(
         logp=scores.logp,
@@ -74,16 +76,24 @@ def objective(
         distance=distance,
         kl=torch.zeros_like(scores.logp) if scores.kl is None else scores.kl,
     )
-    loss, (u, rewards, delta) = METHODS[settings.method].loss(terms, settings)
+    method = METHODS[settings.method]
+    loss, (u, rewards, delta) = method.loss(terms, settings)
     chosen, rejected = rewards.unbind(1)
+    # A reward is beta (X - X_ref), so this gives beta (|X| + |X_ref|).
+    magnitudes = replace(terms, logp=terms.logp.abs(), ref_logp=-terms.ref_logp.abs())
+    sizes = method.prefer(magnitudes, settings).rewards.sum(1)
+    average = scores.average
+    likelier = wins(average[:, 0], average[:, 1], average.abs().sum(1))
+    preferred = wins(chosen, rejected, sizes)
     metrics = {
         "loss": loss,
         "u": u,
         "reward_chosen": chosen,
         "reward_rejected": rejected,
         "margin": chosen - rejected,
-        "accuracy": (scores.average[:, 0] > scores.average[:, 1]).float(),
-        "reward_accuracy": (chosen > rejected).float(),
+        "accuracy": likelier.value,
+        "reward_accuracy": preferred.value,
+        "reward_ties": preferred.tie,
         "logp_chosen": scores.logp[:, 0],
         "logp_rejected": scores.logp[:, 1],
         "average_logp_chosen": scores.average[:, 0],
@@ -91,6 +101,7 @@ def objective(
     }
     if scores.kl is not None:
         metrics |= {"kl_chosen": scores.kl[:, 0], "kl_rejected": scores.kl[:, 1]}
+        metrics["kl_margin"] = (scores.kl[:, 1] - scores.kl[:, 0]).abs()
     if delta is not None:
         metrics["delta"] = delta
     if compared:

@@ -24,18 +24,18 @@ from fpocli.training.checkpoints import newest_checkpoint
 
 @contextmanager
 def locked_run_folder(folder: Path) -> Iterator[None]:
-    """Hold a run's folder for this run's processes; the first of them does it.
+    """Lock a run's folder for the processes of this run; rank 0 holds the lock.
 
     Raises:
-        UserError: another run is in it.
+        UserError: another run is using it.
     """
     with ExitStack() as stack:
-        _together(lambda: stack.enter_context(WriterLock(folder)))
+        _on_first_rank(lambda: stack.enter_context(WriterLock(folder)))
         yield
 
 
-def _together(work: Callable[[], Any]) -> None:
-    """Do something on the first process; its error is everybody's."""
+def _on_first_rank(work: Callable[[], Any]) -> None:
+    """Do something on rank 0; if it fails, all ranks raise."""
     failure: list[UserError | None] = [None]
     if is_first_rank():
         try:
@@ -48,11 +48,11 @@ def _together(work: Callable[[], Any]) -> None:
 
 
 class RunFolder:
-    """Opens the folder of a new run, or of the same run that was stopped.
+    """Creates the folder of a run, or opens it to resume the same run.
 
     Args:
         settings: of the run.
-        fingerprint: of the store, so that a run is not resumed on another one.
+        fingerprint: of the store, so that a run is not resumed on another store.
 
     Raises:
         UserError: the folder holds another run.
@@ -65,12 +65,12 @@ class RunFolder:
         self.settings = settings
         self._metrics = self.folder / "metrics.jsonl"
         config = dataclasses.asdict(settings)
-        identity = {name: value for name, value in config.items() if name not in _PLACE}
+        identity = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
         identity["store"] = fingerprint
         if settings.feature_weights:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
-        # On one process, before any other looks.
-        _together(lambda: self._claim(config, identity))
+        # Before another rank looks at the folder.
+        _on_first_rank(lambda: self._claim(config, identity))
         self.finished = (self.final / "config.json").is_file()
 
     def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -80,21 +80,22 @@ class RunFolder:
         if self.folder.exists() and not is_empty(self.folder):
             if not known.is_file():
                 raise UserError(
-                    f"{self.folder} exists and is no run of fpo", "give another folder with --out"
+                    f"{self.folder} exists and is not a run of fpo",
+                    "choose another folder with --out",
                 )
             if self.settings.overwrite:
                 remove_folder(self.folder)
-            elif begun and (other := differences(_object(known), identity)):
+            elif begun and (other := differences(_identity(known, identity), identity)):
                 raise UserError(
                     f"{self.folder} holds a run with other settings: {other}",
-                    "give the settings of that run to go on with it, another --out, or --overwrite",
+                    "use the settings of that run to resume it, another --out, or --overwrite",
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(known, json.dumps(identity, indent=1))
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def resume_at(self, step: int) -> None:
-        """Forget what came after the checkpoint that training goes on from."""
+        """Remove what was logged after the checkpoint that training resumes from."""
         if not is_first_rank():
             return
         for left in self.checkpoints.glob("partial-*"):
@@ -112,7 +113,7 @@ class RunFolder:
     def save_model(
         self, network: Any, weights: dict[str, torch.Tensor], tokenizer: Any, store: Store
     ) -> None:
-        """Write final/ as a plain transformers folder, whole or not at all."""
+        """Write final/ as a plain transformers folder; it appears complete, by rename."""
         partial = self.folder / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with writing(partial):
@@ -130,30 +131,48 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
     """
     settings = read_yaml(folder / "config.yaml")
     try:
-        return _object(folder / "run.json")["store"], TrainConfig(**settings)
-    except (KeyError, TypeError) as error:
+        return _object(folder / "run.json")["store"], TrainConfig(**_renamed(settings))
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} is no run of this version of fpo: {error}", "train it again, or name final/"
+            f"{folder} is not a run of this version of fpo: {error}",
+            "train it again, or name its folder final/",
         ) from error
+
+
+def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The identity in run.json. A setting that did not exist yet had today's default."""
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.name in current and field.default is not dataclasses.MISSING
+    }
+    return defaults | _renamed(_object(file))
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names they have today."""
+    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _object(file: Path) -> dict[str, Any]:
     value = read_json(file)
     if not isinstance(value, dict):
-        raise UserError(f"{file} holds no JSON object", "give another folder with --out")
+        raise UserError(f"{file} is not a JSON object", "choose another folder with --out")
     return value
 
 
 def _step_of(line: str) -> float:
-    """The step of a line; beyond all steps for one that a crash tore."""
+    """The step of a line; infinity for a line that a crash cut short."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError):
         return math.inf
 
 
-# Where things are, which a resumed run may change.
-_PLACE = (
+# Settings of version 0.1 that have another name now.
+_NEW_NAMES = {"tokens_per_row": "packed_length"}
+# Where things are and how often they are saved: a resumed run may change these.
+_NOT_IDENTITY = (
     "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
     "keep_checkpoints", "deepspeed", "trust_remote_code",
 )  # fmt: skip
@@ -165,7 +184,7 @@ def _model_card(settings: TrainConfig, store: Store) -> str:
     rows = "\n".join(
         f"| {name} | {value} |"
         for name, value in dataclasses.asdict(settings).items()
-        if name not in _PLACE and value is not None
+        if name not in _NOT_IDENTITY and value is not None
     )
     tags = ", ".join(dict.fromkeys(["fpo", "preference-optimization", settings.method]))
     sites = ", ".join(f"{site} ({about['sae']['source']})" for site, about in store.sites.items())

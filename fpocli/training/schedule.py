@@ -6,7 +6,7 @@ from fpocli.config import TrainConfig
 
 
 def warmup_steps(steps: int, settings: TrainConfig) -> int:
-    """Steps of the warm-up, which is given as a number of steps or, below 1, as a share."""
+    """Steps of the warm-up, set as a number of steps or, below 1, as a share of all steps."""
     return round(settings.warmup * (steps if settings.warmup < 1 else 1))
 
 

@@ -1,8 +1,10 @@
-"""The store -> packed rows of every step and rank.
+"""The data loader: a store -> the packed sequences of every step and rank.
 
-The order is a pure function of seed and epoch, and a step is the same B pairs however many rows
-and ranks share them; so the state of the stream is the number of the step. Blocks are read whole
-and a few are held, so memory does not grow with the store.
+The order of the pairs is a pure function of seed and epoch, and a step consists of the same pairs
+for any number of packed sequences and ranks. So the loader's state is the number of the step.
+Blocks are read whole and only a few are in memory, so memory does not grow with the store.
+
+Shapes: P pairs of a packed sequence.
 """
 
 import time
@@ -21,22 +23,22 @@ from fpocli.model.packing import PackedSequence, pack, plan_packing
 from fpocli.store.reader import Store
 from fpocli.store.records import ReferenceValues, TokenPairs
 
-# Blocks whose pairs are shuffled together; twice as many are held in memory.
+# Blocks whose pairs are shuffled together; twice as many are in memory.
 _WINDOW = 4
-# Held-out pairs depend on the store and the fraction alone, not on the training seed.
+# Which pairs are held out depends on the store and the fraction, not on the training seed.
 _HELD_OUT_SEED = 0
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank scores at once.
+    """What one rank scores in one forward pass.
 
     Args:
         pairs: int64 [P], their numbers in the store.
-        batch: a row of the P pairs.
-        reference: the store's rows of the same pairs.
-        weights: float32 [P], what each pair counts in the mean of the whole step; 0 for a pair
-            that only keeps a rank without work in step with the others.
+        batch: the packed sequence.
+        reference: the store's values of the same pairs.
+        weights: float32 [P], weight of each pair in the mean over the step; 0 for a pair that is
+            only there so that a rank without work takes part in the collectives.
         tokens: float32 [P], tokens of each pair, the prompt once.
     """
 
@@ -49,11 +51,11 @@ class MicroBatch:
 
 @dataclass
 class Prefetched:
-    """Iterates over what a thread makes ready, one item before it is asked for.
+    """Iterates over items that a thread prepares one ahead.
 
     Args:
-        items: made in the thread.
-        waited: seconds that were spent waiting for it.
+        items: prepared in the thread.
+        waited: seconds spent waiting for the thread so far.
     """
 
     items: Iterable[list[MicroBatch]]
@@ -79,9 +81,9 @@ class Stream:
     Args:
         store: the store.
         batch_size: pairs per step over all ranks.
-        packed_length: the most tokens of a packed row.
+        packed_length: the most tokens of a packed sequence.
         eval_fraction: share of the pairs held out.
-        seed: of the order.
+        seed: of the order of the pairs.
         rank: of this process.
         world: number of processes.
     """
@@ -110,16 +112,16 @@ class Stream:
         self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
     def steps(self, start: int, stop: int, device: torch.device) -> Prefetched:
-        """This rank's rows of the optimiser steps from `start` on, made ready in a thread.
+        """This rank's micro-batches of the optimiser steps from `start` on, prepared in a thread.
 
-        Every rank has as many rows in a step.
+        In a step every rank has the same number of them.
         """
         return Prefetched(
             list(self._share(self.pairs(step), device)) for step in range(start, stop)
         )
 
     def pairs(self, step: int) -> np.ndarray:
-        """The pairs of an optimiser step, over all ranks."""
+        """The numbers of an optimiser step's pairs, over all ranks."""
         epoch, position = divmod(step, self.steps_per_epoch)
         _, ends = self._blocks(epoch)
         start = position * self.batch_size
@@ -134,15 +136,15 @@ class Stream:
         return np.concatenate(parts)
 
     def size(self, step: int) -> int:
-        """How many pairs a step has; the last one of an epoch may have fewer."""
+        """Number of pairs in a step; the last step of an epoch may have fewer."""
         done = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.training_pairs - done)
 
     def evaluation(self, device: torch.device, split: str = "eval") -> Iterator[MicroBatch]:
-        """This rank's rows of the pairs of a split, as many on every rank.
+        """This rank's micro-batches of a split; every rank has the same number.
 
         Args:
-            device: where they go.
+            device: of the tensors.
             split: eval, the held-out pairs; train, the others; or all.
         """
         for first in range(0, self.store.blocks, _WINDOW):
@@ -152,17 +154,17 @@ class Stream:
                 yield from self._share(pairs, device, 1 / self.split_size(split))
 
     def split_size(self, split: str) -> int:
-        """How many pairs a split has."""
+        """Number of pairs in a split."""
         sizes = {"eval": self.held_out_pairs, "train": self.training_pairs}
         return sizes.get(split, self.store.scored)
 
     def _split(self, block: int, split: str) -> np.ndarray:
-        """The pairs of a block that belong to a split, sorted."""
+        """The pairs of a block in a split, sorted."""
         pairs, held_out = self._scored(block), self.held_out(block)
         return {"eval": held_out, "train": np.setdiff1d(pairs, held_out), "all": pairs}[split]
 
     def held_out(self, block: int) -> np.ndarray:
-        """The pairs of a block that are not trained on, sorted."""
+        """The held-out pairs of a block, sorted."""
         pairs = self._scored(block)
         order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(len(pairs))
         return pairs[np.sort(order[: self._held_out_count(block)])]
@@ -174,12 +176,12 @@ class Stream:
         return last - first
 
     def _scored(self, block: int) -> np.ndarray:
-        """The pairs of a block that have reference rows, sorted."""
+        """The pairs of a block that have reference values, sorted."""
         rows = self.store.pairs_in(block)
         return np.setdiff1d(np.arange(rows.start, rows.stop), self._not_finite)
 
     def _scored_up_to(self, block: int) -> tuple[int, int]:
-        """How many pairs have reference rows before a block, and up to its end."""
+        """Number of pairs with reference values before a block, and up to its end."""
         rows = self.store.pairs_in(block)
         first, last = (
             end - int(np.searchsorted(self._not_finite, end)) for end in (rows.start, rows.stop)
@@ -189,21 +191,23 @@ class Stream:
     def _share(
         self, pairs: np.ndarray, device: torch.device, weight: float | None = None
     ) -> Iterator[MicroBatch]:
-        """This rank's part of rows that hold `pairs`; a mean over them unless a weight is given."""
+        """This rank's part of `pairs`, packed; each pair has the same weight, 1 / their number
+        unless set."""
         places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
         spans = np.array([self._block(block)[0].spans[row] for block, row in places])
         lengths = (spans[:, 3] - spans[:, 0]).tolist()
-        for row in plan_packing(lengths, self.packed_length, self.world)[self.rank :: self.world]:
-            if row:
-                chosen, counts = [places[i] for i in row], weight or 1 / len(pairs)
+        packed = plan_packing(lengths, self.packed_length, self.world)
+        for members in packed[self.rank :: self.world]:
+            if members:
+                chosen, counts = [places[i] for i in members], weight or 1 / len(pairs)
             else:
-                # Nothing to do, but the other ranks wait in every backward pass.
+                # Without work, but the other ranks need this one in every backward pass.
                 chosen, counts = [places[int(np.argmin(lengths))]], 0.0
             yield self._load(chosen, counts, device)
 
     def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in random order, and the number of training pairs up to the end of each
-        window."""
+        window of blocks."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
         counts = [
             last - first - self._held_out_count(block)
@@ -227,36 +231,38 @@ class Stream:
     def _load(
         self, places: list[tuple[int, int]], weight: float, device: torch.device
     ) -> MicroBatch:
-        token_pairs, rows = [], []
+        token_pairs, values = [], []
         for block, row in places:
             tokens, reference = self._block(block)
             token_pairs.append(tokens.pair(row))
-            rows.append((reference, row))
+            values.append((reference, row))
         batch = pack(token_pairs, length_multiple(device))
         lengths = batch.spans[:, 3] - batch.spans[:, 0]
         return MicroBatch(
             pairs=np.array([block * self.store.block_size + row for block, row in places]),
             batch=batch.to(device),
-            reference=_reference_rows(rows, device),
+            reference=_gather(values, device),
             weights=torch.full((len(places),), weight, device=device),
             tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
         )
 
 
-def _reference_rows(
-    rows: list[tuple[ReferenceValues, int]], device: torch.device
-) -> ReferenceValues:
+def _gather(
+    places: list[tuple[ReferenceValues, int]], device: torch.device
+) -> ReferenceValues[Tensor]:
+    """The values of pairs from several blocks, as tensors."""
+
     def gather(arrays: list[np.ndarray], dtype: type) -> Tensor:
         return torch.from_numpy(np.array(arrays, dtype)).to(device)
 
-    sites = rows[0][0].features
+    sites = places[0][0].features
     return ReferenceValues(
-        logp=gather([reference.logp[row] for reference, row in rows], np.float32),
-        margin=gather([reference.margin[row] for reference, row in rows], np.float32),
+        logp=gather([reference.logp[row] for reference, row in places], np.float32),
+        margin=gather([reference.margin[row] for reference, row in places], np.float32),
         features={
             site: TopFeatures(
                 *(
-                    gather([getattr(ref.features[site], name)[row] for ref, row in rows], dtype)
+                    gather([getattr(ref.features[site], name)[row] for ref, row in places], dtype)
                     for name, dtype in (
                         ("index", np.int64),
                         ("value", np.float32),

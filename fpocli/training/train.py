@@ -1,4 +1,4 @@
-"""The training stage: stream the store, score with the policy, step, log, save."""
+"""fpo train: read the store, score with the policy, step, log, save."""
 
 import resource
 import time
@@ -23,8 +23,9 @@ from fpocli.scoring.loading import (
     tokenizer_of,
 )
 from fpocli.scoring.score import score
+from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
-from fpocli.system.console import console, progress
+from fpocli.system.console import console, progress, say
 from fpocli.system.errors import UserError
 from fpocli.system.files import as_typed
 from fpocli.system.model_folder import find_model
@@ -38,7 +39,7 @@ from fpocli.training.engine import (
     start_processes,
     take_step,
 )
-from fpocli.training.first_step import check_dtype_and_kernel, check_start
+from fpocli.training.first_step import check_dtype_and_kernel, check_policy_is_reference
 from fpocli.training.heartbeat import heartbeat
 from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
@@ -50,7 +51,7 @@ from fpocli.training.stream import Stream
 
 
 def train(settings: TrainConfig) -> Path:
-    """Train a policy against a store, or go on with a run that was stopped.
+    """Train a policy against a store, or resume a run that was stopped.
 
     Args:
         settings: of the run.
@@ -63,7 +64,7 @@ def train(settings: TrainConfig) -> Path:
     """
     settings = replace(settings, out=str(as_typed(settings.out)))
     store = Store.open(settings.cache)
-    check_served(store, settings)
+    check_store_serves(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
     if device.type == "cuda":
@@ -75,8 +76,8 @@ def train(settings: TrainConfig) -> Path:
 def _train(
     settings: TrainConfig, store: Store, device: torch.device, rank: int, world: int
 ) -> Path:
-    """The command itself, once the run's folder is ours to write."""
-    # -- what is to be done, checked before any model is loaded --------------------------------
+    """The stage itself, while this run holds the lock of its folder."""
+    # -- settings and files, checked before any model is loaded --------------------------------
     stream = Stream(
         store,
         batch_size=settings.batch_size,
@@ -88,7 +89,7 @@ def _train(
     )
     steps = settings.epochs * stream.steps_per_epoch
     if not steps:
-        raise UserError("no pair is left to train on", "give a smaller --eval-fraction")
+        raise UserError("no pairs are left for training", "use a smaller --eval-fraction")
     dtype = "bfloat16" if settings.bf16 else "float32"
     check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
@@ -99,15 +100,15 @@ def _train(
     )
     run = RunFolder(settings, store.meta["fingerprint"])
     if run.finished:
-        console.print(f"{run.final} is there already; --overwrite trains anew")
+        say(f"{run.final} is complete; --overwrite trains it anew")
         return run.final
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------
     needs = METHODS[settings.method].needs
-    # The store serves all methods but those that compare whole distributions.
-    beside = "distribution" in needs
+    # Without the whole distribution of the reference, the store is enough.
+    with_reference = "distribution" in needs
     model, tokenizer, reference = _load_models(
-        store, settings, deepspeed, device, beside=beside or settings.measure_kl
+        store, settings, deepspeed, device, with_reference=with_reference or settings.measure_kl
     )
     encoders, weights = {}, {}
     if "features" in needs:
@@ -116,18 +117,17 @@ def _train(
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
-    if rank == 0:
-        console.print(
-            f"{settings.method} on {stream.training_pairs:,} pairs, "
-            f"{stream.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} "
-            f"pairs in rows of {stream.packed_length:,} tokens on {world} {device.type} "
-            f"process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
+    say(
+        f"{settings.method} on {stream.training_pairs:,} pairs, {stream.held_out_pairs:,} held "
+        f"out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
+        f"{stream.packed_length:,} tokens; {world} {device.type} process"
+        f"{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
+    )
+    if warmup_steps(steps, settings) > steps:
+        say(
+            f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the run, "
+            f"so the learning rate never reaches {settings.lr}"
         )
-        if warmup_steps(steps, settings) > steps:
-            console.print(
-                f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the "
-                f"run, so the learning rate never reaches {settings.lr}"
-            )
 
     def measure(step: int) -> None:
         if stream.held_out_pairs:
@@ -139,26 +139,26 @@ def _train(
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
         sample = next(iter(stream.steps(0, 1, device)))[0]
-        check_start(engine, encoders, store, sample, settings)
+        check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
     with progress("Training", steps) as bar:
         bar.advance(done)
         began, waited = time.perf_counter(), 0.0
-        ahead = stream.steps(done, steps, device)
-        for step, micro_batches in enumerate(ahead, done):
+        prefetched = stream.steps(done, steps, device)
+        for step, micro_batches in enumerate(prefetched, done):
             lr = learning_rate(step, steps, settings)
             means = Means()
             engine.train()
             for number, micro in enumerate(micro_batches, 1):
-                expected = reference(micro.batch) if beside else None
-                scores = score(engine, encoders, micro.batch, expected)
+                output = reference(micro.batch) if with_reference else None
+                scores = score(engine, encoders, micro.batch, output)
                 loss, metrics = objective(scores, micro.reference, encoders, settings, weights)
-                # DeepSpeed averages over ranks; the weights already make this the mean over the
-                # step's pairs.
+                # DeepSpeed averages over ranks, while the weights already make this the mean over
+                # the step's pairs.
                 backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
                 means.add(metrics | {"tokens": micro.tokens}, micro.weights, micro.pairs)
                 bar.advance(1 / len(micro_batches))
-            # Before the step, which must not be taken with numbers that are none.
+            # Before the optimiser steps, which it must not do with non-finite values.
             line = means.result(f"step {step + 1}")
             norm = take_step(engine, lr, step + 1)
             now = time.perf_counter()
@@ -168,7 +168,7 @@ def _train(
                 "lr": lr,
                 "seconds": now - began,
                 "tokens_per_second": tokens / (now - began),
-                "data_wait": (ahead.waited - waited) / (now - began),
+                "data_wait": (prefetched.waited - waited) / (now - began),
                 "peak_memory_gb": peak_memory(device) / 1e9,
             }
             run.log({"step": step + 1, "split": "train"} | line)
@@ -177,30 +177,30 @@ def _train(
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1, settings.keep_checkpoints)
-            began, waited = time.perf_counter(), ahead.waited
+            began, waited = time.perf_counter(), prefetched.waited
     measure(steps)
 
     # -- the result -----------------------------------------------------------------------------
     state = gather_weights(engine)
     if state is not None:
         run.save_model(model.network, state, tokenizer, store)
-        console.print(f"The trained model is in {run.final}")
+        console.print(f"the trained model is in {run.final}")
     torch.distributed.barrier()
     return run.final
 
 
-def check_served(store: Store, settings: TrainConfig) -> None:
+def check_store_serves(store: Store, settings: TrainConfig) -> None:
     """Refuse a method that the store cannot serve.
 
     Raises:
-        UserError: the store is not complete, or lacks what the method reads.
+        UserError: the store is incomplete, or lacks what the method needs.
     """
     store.require_complete()
     if "features" not in METHODS[settings.method].needs:
         return
     if not store.sites:
         raise UserError(
-            f"{settings.method} needs features and {store.path} holds none",
+            f"{settings.method} needs features, and {store.path} has none",
             "write the store again with --layer, or train with --method dpo_norm",
         )
     check_k(store, settings.k)
@@ -212,10 +212,10 @@ def _load_models(
     deepspeed: dict[str, Any],
     device: torch.device,
     *,
-    beside: bool,
+    with_reference: bool,
 ) -> tuple[LanguageModel, Any, Any]:
-    """The policy with its starting weights, its tokeniser, and the frozen reference where it is
-    needed `beside`: whole on each rank, or sharded under ZeRO-3 as the policy is."""
+    """The policy with its starting weights, its tokeniser, and the frozen reference if it is
+    needed: complete on each rank, or sharded under ZeRO-3 as the policy is."""
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     trust = settings.trust_remote_code
     if settings.model:
@@ -224,9 +224,10 @@ def _load_models(
         folder = find_reference(store, settings.reference, trust_remote_code=trust)
     tokenizer = tokenizer_of(store, folder)
     model = load_model(folder, sites_of(store), dtype, device)
+    check_against_transformers(model, store.tokens(0))
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
-    if not beside:
+    if not with_reference:
         return model, tokenizer, None
     original = (
         find_reference(store, settings.reference, trust_remote_code=trust)
@@ -234,11 +235,13 @@ def _load_models(
         else folder
     )
     reference = load_reference(original, [], dtype, device)
+    if settings.model:
+        check_against_transformers(reference, store.tokens(0))
     return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process held on the GPU, or in memory without one."""
+    """Bytes: the most this process held on the GPU, or in memory if there is no GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -197,6 +197,7 @@ def test_tables_hold_what_eval_and_metrics_say(finished):
         assert "Peak (GB)" not in frame, "the reference was in memory for both"
         last = [line for line in lines if line["split"] == "eval"][-1]
         assert last["kl_chosen"] == pytest.approx(result["kl"]["chosen"], rel=1e-4)
+        assert last["kl_margin"] == pytest.approx(result["kl"]["margin"], rel=1e-4)
         assert last["accuracy"] == pytest.approx(result["accuracy"]["share"])
         steps = [line["step"] for line in lines if line["split"] == "eval"]
         assert steps == [0, 1, 2, 3]

@@ -69,6 +69,8 @@ def test_step_0_whatever_row_order_and_ranks(stage, packed_length):
         assert metrics["distance_chosen"].max() < 1e-8
         assert metrics["distance_rejected"].max() < 1e-8
         assert torch.allclose(loss, torch.full_like(loss, math.log(2)), atol=1e-6)
+        assert (metrics["reward_accuracy"] == 0.5).all(), "every reward is 0: ties"
+        assert (metrics["reward_ties"] == 1).all()
         seen += len(loss)
     assert seen == 21
 
@@ -96,6 +98,9 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
     for name in results[0]:
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
     assert results[0]["kl_chosen"] > 0.01
+    # The margin of Figure 3 is a mean of sizes, not the size of a difference of means.
+    difference = results[0]["kl_rejected"] - results[0]["kl_chosen"]
+    assert results[0]["kl_margin"] > 1.05 * abs(difference)
 
 
 def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
