@@ -243,7 +243,7 @@ def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
     folder, most = find_model(arguments.model), arguments.max_length
     source = open_source(arguments.data, None, arguments.pairs)
     tokenize = PairTokenizer(folder, None, most, most - 1, DroppedRows())
-    pairs = list(tokenize(read_pairs(source, tokenize.drops)))
+    pairs = list(tokenize(read_pairs(source, tokenize.dropped)))
     lengths = [len(pair) for pair in pairs]
     rows = plan_packing(lengths, default_packed_length(torch.device("cpu")))
     return sum(lengths), [pack([pairs[i] for i in row]) for row in rows]

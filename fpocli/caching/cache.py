@@ -1,7 +1,4 @@
-"""The cache stage: tokenise, run the frozen reference and its SAEs once, write the store.
-
-plan.py says what is to be done, blocks.py scores, writers.py keeps several processes apart.
-"""
+"""fpo cache: tokenise, run the frozen reference and its SAEs once, write the store."""
 
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,12 +10,13 @@ import torch
 
 from fpocli.caching.blocks import score_block
 from fpocli.caching.claims import BlockClaims, launch_name
-from fpocli.caching.identity import chosen_saes, identify
-from fpocli.caching.open_store import list_of_dropped, open_or_tokenise
+from fpocli.caching.identity import identify, sae_sources
+from fpocli.caching.open_store import list_of_dropped, open_or_create
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
+from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import open_source
+from fpocli.data.sources import Source, open_source
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.pretrained import check_encoder, load_encoder
 from fpocli.features.site import Site
@@ -37,7 +35,7 @@ from fpocli.system.model_folder import ModelFolder, find_model
 
 
 def cache(config: CacheConfig) -> Store:
-    """Write the store of a reference model, or go on with one that was stopped.
+    """Write the store of a reference model, or resume one that was interrupted.
 
     Args:
         config: the settings.
@@ -48,29 +46,33 @@ def cache(config: CacheConfig) -> Store:
     Raises:
         UserError: the model, SAE, data or store cannot be used; see its hint.
     """
+    # -- flags, data and configurations, before anything large is read ---------------------------
     config = replace(config, out=str(as_typed(config.out)))
     several = config.join or int(os.environ.get("WORLD_SIZE", "1")) > 1
-    anew = config.overwrite or config.repair
-    if several and anew:
+    starts_over = config.overwrite or config.repair
+    if several and starts_over:
         raise UserError(
-            "--overwrite and --repair are for one process",
-            "give them without torchrun and --join; several may go on from there",
+            "--overwrite and --repair need a process of their own",
+            "run the command without torchrun and --join; several processes may resume it",
         )
+    sites = [Site(layer, kind) for layer, kind in config.sites]
+    if len(set(sites)) < len(sites):
+        raise UserError("a site is named twice", "name each --layer once, or with another --site")
+    sae_sources(config)
+    source = open_source(config.data, config.split, config.limit)
+    require_a_pair(source, config.strict)
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     folder = find_model(config.model, trust_remote_code=config.trust_remote_code)
     model_config = read_config(folder)
-    sites = [Site(layer, kind) for layer, kind in config.sites]
-    if len(set(sites)) < len(sites):
-        raise UserError("a site is given twice", "give each --layer once, or with another --site")
     check_layers(model_config, sites)
     if not several:
         StoreWriter.require_replaceable(Path(config.out))
-    # Who takes records away does so before anybody can join.
-    first = "tokens" if anew else None
+    # A process that removes blocks holds this name before others can join.
+    first = "tokens" if starts_over else None
     with WriterLock(Path(config.out), launch_name(), join=config.join, first=first) as lock:
-        return _cache(config, device, folder, model_config, sites, lock)
+        return _cache(config, device, folder, model_config, sites, source, lock)
 
 
 def _cache(
@@ -79,32 +81,44 @@ def _cache(
     folder: ModelFolder,
     model_config: Any,
     sites: list[Site],
+    source: Source,
     lock: WriterLock,
 ) -> Store:
-    """The command itself, once this process is one of the store's writers."""
-    # Cheap mistakes first: the path, the template and the data, then the SAEs and the weights.
+    """The stage itself, while this process is one of the store's writers."""
     path = Path(config.out)
-    drops = DroppedRows(config.strict)
+    # -- tokeniser, SAEs, and what the store is made from -----------------------------------------
     tokenizer = PairTokenizer(
-        folder, config.chat_template, config.max_length, config.max_prompt_length, drops
+        folder,
+        config.chat_template,
+        config.max_length,
+        config.max_prompt_length,
+        DroppedRows(config.strict),
     )
-    source = open_source(config.data, config.split, config.limit)
     encoders = _load_encoders(config, sites, model_config.hidden_size, device)
     identity = identify(config, device, folder, model_config, tokenizer, source, encoders)
+
+    # -- token ids of all pairs, once ------------------------------------------------------------
     with lock.exclusive("tokens"):
-        store = open_or_tokenise(config, identity, tokenizer, source)
+        store = open_or_create(config, identity, tokenizer, source)
+
+    # -- the reference's scores, block by block ---------------------------------------------------
     if store.unscored_blocks():
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
-        check_against_transformers(model, store.tokens(0))
-        say(f"rows of {_packed_length(config, device):,} tokens on {device}; {model.kernels}")
+        found = check_against_transformers(model, store.tokens(0))
+        say(
+            f"sequences of {_packed_length(config, device):,} tokens on {device}; {model.kernels}; "
+            f"within {found.nats:.1g} nats per token of transformers' eager attention"
+        )
         _score_blocks(config, store, model, encoders, device, BlockClaims(lock, store))
+
+    # -- every block read back, and the store marked complete --------------------------------------
     with lock.exclusive("finish"):
         store = StoreWriter.open(path)
         if store.meta["state"] != "complete":
             store.finish()
         rows = store.read_array("source_row")[store.non_finite].tolist()
         list_non_finite(list_of_dropped(path), rows)
-    say(f"{path} is complete: {store.scored:,} pairs. Look at it: fpo inspect {path}")
+    say(f"{path} is complete: {store.scored:,} pairs. See what is in it: fpo inspect {path}")
     return Store.open(path)
 
 
@@ -116,10 +130,10 @@ def _score_blocks(
     device: torch.device,
     claims: BlockClaims,
 ) -> None:
-    """Score blocks until the store has all, beside other processes.
+    """Score blocks until none is left, sharing the work with other processes.
 
     Raises:
-        UserError: only blocks are left whose processes are lost.
+        UserError: all blocks that are left were claimed by processes that are lost.
     """
 
     def write(block: int, scored: tuple[ReferenceValues, dict[str, FeatureTotals]]) -> None:
@@ -129,7 +143,7 @@ def _score_blocks(
 
     with (
         progress("Scoring pairs with the reference", store.pairs) as bar,
-        # A block is compressed and written while the next one is scored.
+        # One block is compressed and written while the next is scored.
         ThreadPoolExecutor(1) as writer,
     ):
         written: Future[None] | None = None
@@ -146,7 +160,7 @@ def _score_blocks(
                     bar,
                     drop_non_finite=config.drop_non_finite,
                 )
-                # One block waits at most, and an error of the writer stops the scoring.
+                # At most one block waits, and an error of the writer stops the scoring.
                 if written:
                     written.result()
                 written = writer.submit(write, block, scored)
@@ -169,7 +183,7 @@ def _packed_length(config: CacheConfig, device: torch.device) -> int:
 def _load_encoders(
     config: CacheConfig, sites: list[Site], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
-    sources = chosen_saes(config)
+    sources = sae_sources(config)
     encoders = {}
     with progress("Loading SAEs", len(sites)) as bar:
         for site, source in zip(sites, sources, strict=True):

@@ -1,6 +1,8 @@
 """What a store is made from: everything that decides its content."""
 
+import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from fpocli.system.errors import UserError, differences
 from fpocli.system.model_folder import ModelFolder
 
 
-def chosen_saes(config: CacheConfig) -> list[str]:
-    """The SAE of each site: the one that is given, or the model's default."""
+def sae_sources(config: CacheConfig) -> list[str]:
+    """The SAE of each site: the one that is named, or the model's default."""
     return config.sae or [default_sae(config.model, layer, kind) for layer, kind in config.sites]
 
 
@@ -30,7 +32,7 @@ def identify(
     source: Source,
     encoders: dict[str, SparseEncoder],
 ) -> dict[str, Any]:
-    """What the store is to be made from."""
+    """The attributes of docs/format.md that the store's fingerprint covers."""
     return {
         "data": source.identity,
         "tokenizer": tokenizer.identity,
@@ -52,20 +54,64 @@ def identify(
     }
 
 
+def local_paths(config: CacheConfig) -> dict[str, dict[str, str]]:
+    """Where local files are that the store is made from: absolute, and relative to the store.
+
+    Returns:
+        by name (model, data, and the sites for their SAEs); hub ids are left out.
+    """
+    names = [f"layer_{layer}.{kind}" for layer, kind in config.sites]
+    sources = {"model": config.model, "data": config.data}
+    sources |= dict(zip(names, sae_sources(config), strict=True))
+    store = Path(config.out).resolve()
+    return {
+        name: {"absolute": str(path), "relative": os.path.relpath(path, store)}
+        for name, source in sources.items()
+        if Path(source).exists()
+        for path in [Path(source).resolve()]
+    }
+
+
 def check_same_settings(config: CacheConfig, store: Store, identity: dict[str, Any]) -> None:
-    """Refuse a store that was made from something else, but for what --allow names."""
-    there = {name: store.meta[name] for name in identity}
+    """Refuse a store that was made from something else, except for what --allow names.
+
+    Raises:
+        UserError: it lists the differences.
+    """
+    stored = {name: store.meta[name] for name in identity}
     allowed = {MAY_DIFFER[name]: identity["model"][MAY_DIFFER[name]] for name in config.allow}
-    there |= {"model": there["model"] | allowed}
-    if other := differences(there, identity):
+    stored |= {"model": stored["model"] | allowed}
+    if other := differences(stored, _as_spelled_in(store, identity, local_paths(config))):
         raise UserError(
             f"{store.path} was made with other settings: {other}",
-            "give the flags it was made with, another --out, or --overwrite",
+            "use the flags it was made with, another --out, or --overwrite",
         )
 
 
+def _as_spelled_in(
+    store: Store, identity: dict[str, Any], paths: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    """The identity, with the store's own spelling of paths to the same files."""
+    known = store.meta.get("paths", {})
+    same = [
+        name for name in paths if known.get(name, {}).get("absolute") == paths[name]["absolute"]
+    ]
+    spelled = dict(identity)
+    for name in same:
+        if name == "model":
+            for part in ("model", "tokenizer"):
+                spelled[part] = identity[part] | {"source": store.meta[part]["source"]}
+        elif name == "data":
+            spelled["data"] = identity["data"] | {"source": store.meta["data"]["source"]}
+        elif name in store.sites:
+            site = spelled["sites"][name]
+            sae = site["sae"] | {"source": store.sites[name]["sae"]["source"]}
+            spelled["sites"] = spelled["sites"] | {name: site | {"sae": sae}}
+    return spelled
+
+
 def writer_versions() -> dict[str, str]:
-    """What writes the store."""
+    """Versions of the libraries that write the store."""
     return {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__}
 
 
@@ -74,7 +120,7 @@ def _describe_sites(
 ) -> dict[str, dict[str, Any]]:
     described = {}
     for (layer, kind), source, (name, encoder) in zip(
-        config.sites, chosen_saes(config), encoders.items(), strict=True
+        config.sites, sae_sources(config), encoders.items(), strict=True
     ):
         k = encoder.features if config.top_k == "all" else int(config.top_k)
         described[name] = {

@@ -8,11 +8,15 @@ from typer import Argument, Option
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Show what is in a store."""
+    """Show what is in a store: provenance, lengths, margins, features, single pairs."""
 
     store: Annotated[str, Argument(help="The store.")]
     pair: Annotated[
         int | None, Option(min=0, help="Show one pair: text, numbers, top features.")
+    ] = None
+    model: Annotated[
+        str | None,
+        Option(help="Where the store's model is now, for the texts of --pair. Default: its place."),
     ] = None
     verify: Annotated[
         bool, Option("--verify", help="Read everything back and check every sum.")

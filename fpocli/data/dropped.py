@@ -1,4 +1,4 @@
-"""What is left out of the data: counted by reason, listed with its place, or refused."""
+"""Rows of the data that are left out: counted by reason, listed with their place, or refused."""
 
 import json
 from collections import Counter
@@ -9,14 +9,14 @@ from fpocli.system.files import replace_text
 
 # Rows listed for each reason.
 _LISTED = 1000
-_NOT_FINITE = "not finite"
+_NON_FINITE = "not finite"
 
 
 class DroppedRows:
-    """Counts the rows of a source and what was dropped of them.
+    """Counts the rows of a source and which of them are dropped.
 
     Args:
-        strict: stop at the first row that would be dropped.
+        strict: raise at the first row that would be dropped.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -24,30 +24,44 @@ class DroppedRows:
         self.read = 0
         self.counts: Counter[str] = Counter()
         self._listed: list[dict[str, str | int]] = []
+        self._first, self._first_hint = "", ""
 
-    def add(self, reason: str, row: int, place: str, detail: str = "") -> None:
-        """Leave a row out.
+    def add(self, reason: str, row: int, place: str, detail: str = "", hint: str = "") -> None:
+        """Drop a row.
 
         Args:
-            reason: one of the reasons of docs/data.md.
+            reason: one of the reasons in docs/data.md.
             row: its number in the source, from 0.
-            place: where people find it, such as "pairs.jsonl, line 3".
-            detail: what is wrong with it, where the reason does not say all.
+            place: where to find it, such as "pairs.jsonl, line 3".
+            detail: what is wrong with it, if the reason does not say everything.
+            hint: how to change it.
 
         Raises:
-            UserError: under --strict.
+            UserError: with `strict`.
         """
+        message = f"{place}: {reason}" + (f", {detail}" if detail else "")
         if self.strict:
             raise UserError(
-                f"{place}: {reason}" + (f", {detail}" if detail else ""),
-                "mend or remove the row; without --strict it is dropped and counted",
+                message, hint or "fix or remove the row; without --strict it is dropped and counted"
             )
+        if not self.counts:
+            self._first, self._first_hint = message, hint
         self.counts[reason] += 1
         if self.counts[reason] <= _LISTED:
             self._listed.append({"row": row, "place": place, "reason": reason, "detail": detail})
 
+    def nothing_left(self) -> UserError:
+        """The error of a source without a usable row; it names the first row and its mistake."""
+        if not self.read:
+            return UserError("the data have no rows", "check --data and --limit")
+        return UserError(
+            f"no pair is left of {self.read:,} rows: {self}; the first is {self._first}",
+            self._first_hint or "check the data, --max-length and --max-prompt-length",
+        )
+
     def write(self, file: Path) -> None:
-        """List the dropped rows as JSON lines, at most 1,000 for each reason; no file for none."""
+        """List the dropped rows as JSON lines, at most 1,000 per reason; no file if there are
+        none."""
         if self._listed:
             lines = (json.dumps(row, ensure_ascii=True) + "\n" for row in self._listed)
             replace_text(file, "".join(lines))
@@ -59,16 +73,16 @@ class DroppedRows:
 
 
 def list_non_finite(file: Path, rows: list[int]) -> None:
-    """Add to the list the rows whose numbers were not finite.
+    """Add the rows with non-finite scores to the list of dropped rows.
 
     Args:
-        file: as `DroppedRows.write` wrote it, or none.
+        file: as `DroppedRows.write` wrote it, or missing.
         rows: their numbers in the source.
     """
     before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    lines = [line for line in before if f'"reason": "{_NOT_FINITE}"' not in line]
+    lines = [line for line in before if f'"reason": "{_NON_FINITE}"' not in line]
     for row in rows[:_LISTED]:
-        about = {"row": row, "place": f"row {row}", "reason": _NOT_FINITE, "detail": ""}
+        about = {"row": row, "place": f"row {row}", "reason": _NON_FINITE, "detail": ""}
         lines.append(json.dumps(about))
     if lines != before:
         replace_text(file, "".join(line + "\n" for line in lines))

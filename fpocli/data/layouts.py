@@ -1,6 +1,6 @@
-"""Preference data in its usual layouts -> Pair.
+"""Rows of preference data, in the usual layouts -> Pair.
 
-Layouts, told apart row by row:
+Layouts, recognised row by row:
     text            prompt, chosen, rejected are strings
     messages        prompt is a list of messages; chosen, rejected are the assistant's messages
     UltraFeedback   chosen, rejected are whole conversations, with or without a prompt column
@@ -8,7 +8,7 @@ Layouts, told apart row by row:
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
@@ -18,11 +18,52 @@ from fpocli.data.sources import Source
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
+_TOOL_FIELDS = ("tool_calls", "function_call")
+_TOOL_ROLES = ("tool", "function")
+
+
+def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
+    """The pairs of a source, in order; rows that cannot be used go to `dropped`."""
+    with closing(source.rows()) as rows:
+        for number, (place, row) in enumerate(rows):
+            dropped.read += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                pair = parse_row(row, number, place)
+            except BadRow as bad:
+                detail, hint = bad.detail, ""
+                # The row that an error may name.
+                if isinstance(row, dict) and (dropped.strict or not dropped.counts):
+                    detail = "; ".join(filter(None, [detail, f"it has {describe_row(row)}"]))
+                    hint = nearest_layout(row)
+                dropped.add(bad.reason, number, place, detail, hint)
+            else:
+                yield pair
+
+
+def require_a_pair(source: Source, strict: bool) -> None:
+    """Read a source up to its first pair, before anything expensive is done for it.
+
+    Raises:
+        UserError: no row is a pair; or, with `strict`, an earlier row is not one.
+    """
+    dropped = DroppedRows(strict)
+    with closing(read_pairs(source, dropped)) as pairs:
+        if next(pairs, None) is None:
+            raise dropped.nothing_left()
 
 
 def parse_row(row: Any, number: int, place: str) -> Pair:
+    """The pair in a row.
+
+    Raises:
+        BadRow: there is none, or it cannot be used.
+    """
     if not isinstance(row, dict):
-        raise BadRow("no object", f"it is {type(row).__name__}")
+        raise BadRow("not an object", f"it is {type(row).__name__}")
+    if row.get("tools"):
+        raise BadRow("tool calls", "a column tools")
     for name in ("chosen", "rejected"):
         if name not in row:
             raise BadRow("missing field", name)
@@ -76,7 +117,7 @@ def _message(role: Any, content: Any) -> Message:
     try:
         content.encode()
     except UnicodeEncodeError as error:
-        raise BadRow("half a character", "a lone surrogate") from error
+        raise BadRow("lone surrogate", "half a character, which has no bytes") from error
     return {"role": role, "content": content}
 
 
@@ -88,6 +129,11 @@ def _messages(value: Any) -> list[Message]:
     for item in value:
         if not isinstance(item, dict):
             raise BadRow("wrong type", "a message must be an object with role and content")
+        # Rendering these is the chat template's work; without them the pair would be another.
+        if called := [name for name in _TOOL_FIELDS if item.get(name)]:
+            raise BadRow("tool calls", f"a message with {called[0]}")
+        if item.get("role") in _TOOL_ROLES:
+            raise BadRow("tool calls", f"a message of the role {item['role']}")
         for name in ("role", "content"):
             if name not in item:
                 raise BadRow("missing field", f"{name} of a message")
@@ -95,7 +141,7 @@ def _messages(value: Any) -> list[Message]:
 
 
 def _transcript(text: str) -> list[Message]:
-    """HH-RLHF's transcript as messages."""
+    """A transcript of HH-RLHF as messages."""
     head, *parts = _TURN.split(text)
     if head.strip() or not parts:
         raise BadRow("missing field", "prompt; and the text is no Human/Assistant transcript")
@@ -103,16 +149,61 @@ def _transcript(text: str) -> list[Message]:
     return [_message(_ROLE[speaker], content) for speaker, content in turns]
 
 
-def read_pairs(source: Source, drops: DroppedRows) -> Iterator[Pair]:
-    """The pairs of a source, in order; rows that are none go to `drops`."""
-    with closing(source.rows) as rows:
-        for number, (place, row) in enumerate(rows):
-            drops.read += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                pair = parse_row(row, number, place)
-            except BadRow as bad:
-                drops.add(bad.reason, number, place, bad.detail)
-            else:
-                yield pair
+# -- what an error says of a row ----------------------------------------------------------------
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """The columns of a row and their types, such as "chosen: text, prompt: list of messages"."""
+    return ", ".join(f"{name}: {_kind(value)}" for name, value in row.items()) or "no columns"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"object with {', '.join(map(str, value)) or 'nothing'}"
+    if isinstance(value, list):
+        return f"list of {_kind(value[0])}" if value else "empty list"
+    names = {str: "text", bool: "true or false", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def nearest_layout(row: dict[str, Any]) -> str:
+    """How to turn a row of another well-known layout into one that fpo reads."""
+    columns = row.keys()
+    texts = "write prompt, chosen and rejected as text"
+    if _has_message_with(row, "from"):
+        return (
+            "this looks like ShareGPT, which fpo does not read yet; the nearest layout is "
+            "messages: rename from and value to role and content, human and gpt to user and "
+            "assistant, and conversations to prompt"
+        )
+    if {"completion", "label"} <= columns:
+        return (
+            "this looks like KTO: one answer with a label. fpo needs two answers to the same prompt"
+        )
+    if "instruction" in columns:
+        return (
+            "this looks like Alpaca; the nearest layout is text: put instruction and input into "
+            "prompt, and the two answers into chosen and rejected"
+        )
+    if {"messages"} & columns or "conversations" in columns:
+        return (
+            "this is one conversation; the nearest layout is implicit prompt: two conversations, "
+            "chosen and rejected, that differ in their last message"
+        )
+    if not {"chosen", "rejected"} <= columns:
+        return f"the nearest layout is text: {texts} (docs/data.md has all layouts)"
+    if isinstance(row["chosen"], list) or isinstance(row["rejected"], list):
+        return (
+            "the nearest layout is messages: each message is an object with role and content, both "
+            "text (docs/data.md)"
+        )
+    return f"the nearest layout is text: {texts} (docs/data.md)"
+
+
+def _has_message_with(row: dict[str, Any], name: str) -> bool:
+    """Whether a column is a message with a field of this name, or a list of such messages."""
+    for value in row.values():
+        first = value[0] if isinstance(value, list) and value else value
+        if isinstance(first, dict) and name in first:
+            return True
+    return False

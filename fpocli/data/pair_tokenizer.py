@@ -1,8 +1,8 @@
-"""Pair -> three runs of token ids: prompt, chosen, rejected.
+"""Pair -> TokenPair: the token ids of prompt, chosen and rejected.
 
-The prompt is the chat template with its generation prompt; each response is tokenised on its own
-and joined as ids, so no token boundary moves. Responses end with the template's end-of-turn
-token, unless they were cut. Text of the data never becomes a special token.
+The prompt is the chat template with its generation prompt. Each response is tokenised separately
+and its ids are appended, so no token boundary moves. Responses end with the template's end-of-turn
+token, unless they were truncated. Text of the data never becomes a special token.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ _ANSWER = "the answer stands here"
 
 
 class PairTokenizer:
-    """Tokenises pairs and counts why some are dropped.
+    """Tokenises pairs, and drops those that do not fit.
 
     Args:
         folder: where the tokeniser's files are.
         chat_template: a name of CHAT_TEMPLATES, a Jinja file, or None for the tokeniser's own.
-        max_length: tokens of prompt plus response; a longer response loses its end.
+        max_length: tokens of prompt plus response; a longer response is truncated.
         max_prompt_length: a pair with a longer prompt is dropped.
-        drops: told of the pairs that are dropped.
+        dropped: where dropped pairs are counted.
 
     Raises:
-        UserError: there is no tokeniser, or the template cannot be read or rendered.
+        UserError: the tokeniser cannot be loaded, or the template read or rendered.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class PairTokenizer:
         chat_template: str | None,
         max_length: int,
         max_prompt_length: int,
-        drops: DroppedRows,
+        dropped: DroppedRows,
     ) -> None:
         self.tokenizer = load_tokenizer(folder)
-        self.drops = drops
+        self.dropped = dropped
         self.max_length = max_length
         self.max_prompt_length = min(max_prompt_length, max_length - 1)
         self.template_name = self._set_template(chat_template)
@@ -70,7 +70,7 @@ class PairTokenizer:
         }
 
     def __call__(self, pairs: Iterable[Pair]) -> Iterator[TokenPair]:
-        """The pairs that can be scored, in order; `drops` is told of the others."""
+        """The pairs that can be scored, in order; the others go to `dropped`."""
         pairs = iter(pairs)
         while group := list(islice(pairs, 512)):
             prompts = [self._prompt(pair) for pair in group]
@@ -82,17 +82,17 @@ class PairTokenizer:
                     continue
                 tokens, reason = self._assemble(pair, prompt, good, bad)
                 if tokens is None:
-                    self.drops.add(reason, pair.row, pair.place)
+                    self.dropped.add(reason, pair.row, pair.place)
                 else:
                     yield tokens
 
     def _prompt(self, pair: Pair) -> list[int] | None:
-        """The ids of a pair's prompt; None, and told to `drops`, if the template refuses it."""
+        """The ids of a pair's prompt; None, and the pair is dropped, if the template raises."""
         try:
             parts = render_prompt(self.tokenizer, pair.prompt)
-        except Exception as error:  # a template is a program of the user's and may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             detail = f"{self.template_name}: {error}"
-            self.drops.add("refused by the chat template", pair.row, pair.place, detail)
+            self.dropped.add("refused by the chat template", pair.row, pair.place, detail)
             return None
         return encode_rendered(self.tokenizer, parts, self.bos)
 
@@ -111,7 +111,7 @@ class PairTokenizer:
         return TokenPair(prompt, good, bad, pair.row), ""
 
     def _end(self, response: list[int], room: int) -> list[int]:
-        """The response with its end of turn; cut, and then without it, if there is no room."""
+        """The response with its end of turn; truncated, and then without it, if it is too long."""
         whole = [*response, *self.end_of_turn]
         return whole if len(whole) <= room else response[:room]
 
@@ -128,8 +128,8 @@ class PairTokenizer:
             )
         except Exception as error:  # as in _prompt
             raise UserError(
-                f"the chat template {self.template_name} refuses a question: {error}",
-                "give another one with --chat-template",
+                f"the chat template {self.template_name} cannot render a question: {error}",
+                "choose another one with --chat-template",
             ) from error
 
     def _set_template(self, choice: str | None) -> str:
@@ -150,35 +150,32 @@ class PairTokenizer:
         return name
 
     def _end_of_turn(self) -> list[int]:
-        """What the template puts after an answer, without the white space that follows it."""
+        """The ids that the template writes after an answer, without white space."""
         whole = self._render("a question", _ANSWER)
         _, found, end = whole.rpartition(_ANSWER)
         if not found:
             raise UserError(
-                f"the chat template {self.template_name} leaves the answer out",
-                "give another one with --chat-template",
+                f"the chat template {self.template_name} does not render the answer",
+                "choose another one with --chat-template",
             )
         end = end.strip()
         if ids := self._encode([end])[0]:
             if len(ids) > 1:
                 console.print(
-                    f"note: the tokeniser does not know {end!r}, with which the chat template "
-                    f"{self.template_name} ends a turn; it becomes {len(ids)} tokens"
+                    f"note: {end!r}, which ends a turn in the chat template {self.template_name}, "
+                    f"is not a token of the tokeniser; it becomes {len(ids)} tokens"
                 )
             return ids
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 "neither the chat template nor the tokeniser has an end-of-turn token",
-                "give a template that ends a turn with --chat-template",
+                "choose a template that ends a turn with --chat-template",
             )
         return [self.tokenizer.eos_token_id]
 
     def _bos(self) -> int | None:
-        """The id every prompt starts with, or None for a tokeniser that uses none.
-
-        A template that writes the token has written it already; one that does not relies on the
-        tokeniser to add it.
-        """
+        """The id that every prompt starts with, or None if the tokeniser uses none: the template
+        writes it, or the tokeniser adds it."""
         bos = self.tokenizer.bos_token_id
         prompt = self._encode([self._render("a question")])[0]
         adds = encode(self.tokenizer, ["a"])[0][:1] == [bos]

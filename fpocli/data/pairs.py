@@ -1,4 +1,4 @@
-"""A preference pair, as text and as token ids, and the rows of a source read as pairs."""
+"""A preference pair, as text and as token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ class Pair:
         chosen: the preferred answer.
         rejected: the other answer.
         row: its row in the source, from 0.
-        place: where people find it, such as "pairs.jsonl, line 3".
+        place: where to find it, such as "pairs.jsonl, line 3".
     """
 
     prompt: list[Message]
@@ -29,10 +29,10 @@ class Pair:
 
 
 class BadRow(Exception):
-    """A row that is no pair.
+    """A row of the data that is not a usable pair.
 
     Args:
-        reason: the kind of mistake, as docs/data.md lists them.
+        reason: one of the reasons in docs/data.md.
         detail: what is wrong with this row.
     """
 
@@ -43,11 +43,11 @@ class BadRow(Exception):
 
 @dataclass(frozen=True)
 class TokenPair:
-    """The three token runs of a pair, none of them empty.
+    """The token ids of a pair; none of the three parts is empty.
 
     Args:
         prompt, chosen, rejected: token ids.
-        row: the pair's row in the source; -1 where it has none.
+        row: the pair's row in the source, or -1.
     """
 
     prompt: TokenIds

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,27 @@ from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
 
+_READ = (".json", ".jsonl", ".parquet")
+
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: `rows` yields its raw rows with their places, a BadRow for one that cannot be
-    read; `identity` says what they are."""
+    """A data set that was opened.
 
-    rows: Generator[tuple[str, Any]]
+    Args:
+        open_rows: starts reading its rows.
+        identity: what the store records of it.
+    """
+
+    open_rows: Callable[[], Generator[tuple[str, Any]]]
     identity: dict[str, Any]
+
+    def rows(self) -> Generator[tuple[str, Any]]:
+        """Its rows from the first one on, up to the limit. Each has its place, such as
+        "pairs.jsonl, line 3", and its value, or a BadRow if it cannot be read. A file that is left
+        early is closed at once."""
+        with closing(self.open_rows()) as rows:
+            yield from islice(rows, self.identity["limit"])
 
 
 def open_source(data: str, split: str | None, limit: int | None) -> Source:
@@ -30,27 +44,26 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
 
     Args:
         data: a JSON, JSONL or Parquet file, a folder of datasets' save_to_disk, or a hub id.
-        split: the split of a data set; None takes its default.
-        limit: read only the first so many rows.
-
-    Returns:
-        The rows, each with a name for messages ("pairs.jsonl, line 3"), and their identity.
+        split: the split of a data set; None is its default.
+        limit: read only this many rows.
 
     Raises:
-        UserError: nothing readable is there.
+        UserError: it does not exist, or is of a kind that fpo does not read.
     """
     path = Path(data)
+    open_rows: Callable[[], Generator[tuple[str, Any]]]
     if path.is_file():
-        rows, revision, split = _file_rows(path), None, None
+        _check_kind(path)
+        open_rows, revision, split = partial(_file_rows, path), None, None
         with path.open("rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-    elif path.suffix in (".json", ".jsonl", ".parquet") and not path.is_dir():
+    elif path.suffix in _READ and not path.is_dir():
         raise UserError(f"the data file {data} does not exist", "check the path given to --data")
     else:
         split = split or ("train_prefs" if data == DEFAULT_DATA else "train")
         table = _load_dataset(data, path, split)
         split = str(table.split or split)
-        rows = ((f"{data}, row {i}", row) for i, row in enumerate(table))
+        open_rows = partial(_table_rows, data, table)
         fingerprint = table._fingerprint
         checksums = table.info.download_checksums or {}
         revision = next((url.split("@")[1].split("/")[0] for url in checksums if "@" in url), None)
@@ -61,7 +74,27 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
         "limit": limit,
         "fingerprint": fingerprint,
     }
-    return Source(_first(rows, limit), identity)
+    return Source(open_rows, identity)
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a file that is not JSON, JSONL or Parquet by its name."""
+    if path.suffix in _READ:
+        return
+    hints = {
+        ".csv": "convert it: pandas.read_csv(FILE).to_json('pairs.jsonl', orient='records', "
+        "lines=True)",
+        ".gz": "decompress it first: gunzip --keep FILE",
+        ".zst": "decompress it first: unzstd FILE",
+    }
+    raise UserError(
+        f"the data file {path} is not one of {', '.join(_READ)}",
+        hints.get(path.suffix, "convert it to JSONL: one JSON object per line"),
+    )
+
+
+def _table_rows(data: str, table: Any) -> Generator[tuple[str, Any]]:
+    yield from ((f"{data}, row {i}", row) for i, row in enumerate(table))
 
 
 def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
@@ -86,27 +119,23 @@ def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
             ) from error
         except UnicodeDecodeError as error:
             number = error.object.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{path}, line {number}: no UTF-8 text, {error.reason}") from error
-        # Brackets nested too deep, or a number of thousands of digits, whose place json keeps.
+            raise UserError(f"{path}, line {number}: not valid UTF-8, {error.reason}") from error
+        # Brackets nested too deeply, or a number of thousands of digits.
         except (RecursionError, ValueError) as error:
-            raise UserError(f"{path} is beyond what can be read: {error}") from error
+            raise UserError(f"{path} cannot be read as JSON: {error}") from error
         if not isinstance(rows, list):
-            raise UserError(f"{path} does not hold a list of pairs", "write [{...}, {...}]")
+            raise UserError(f"{path} is not a JSON list of pairs", "write [{...}, {...}]")
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-    elif path.suffix == ".jsonl":
+    else:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
                 try:
                     yield f"{path}, line {number}", json.loads(line.decode("utf-8-sig"))
-                # A line nested too deep is a RecursionError.
+                # Brackets nested too deeply raise RecursionError.
                 except (ValueError, RecursionError) as error:
                     yield f"{path}, line {number}", BadRow("broken line", str(error))
-    else:
-        raise UserError(
-            f"{path} is of no known kind", "data files end in .json, .jsonl or .parquet"
-        )
 
 
 def _check_saved(path: Path) -> None:
@@ -120,7 +149,7 @@ def _check_saved(path: Path) -> None:
             named += about.get("splits") or []
     if outside := [name for name in named if not is_file_name(name)]:
         raise UserError(
-            f"the data set {path} names {outside[0]!r}, which is no file right inside its folder",
+            f"the data set {path} names {outside[0]!r}, which is not directly inside its folder",
             "write it with save_to_disk",
         )
 
@@ -134,7 +163,7 @@ def _load_dataset(data: str, path: Path, split: str) -> Any:
             saved = datasets.load_from_disk(data)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"the folder {data} holds no readable data set: {error}",
+                f"the folder {data} is not a data set that datasets can load: {error}",
                 "write it with save_to_disk",
             ) from error
         if not isinstance(saved, datasets.DatasetDict):
@@ -154,9 +183,3 @@ def _load_dataset(data: str, path: Path, split: str) -> Any:
             raise UserError(
                 f"the data set {data} cannot be read: {error}", "name another --split"
             ) from error
-
-
-def _first(rows: Generator[Any], limit: int | None) -> Generator[Any]:
-    """The first rows; a file that is left early is closed at once."""
-    with closing(rows):
-        yield from islice(rows, limit)

@@ -12,7 +12,7 @@ from fpocli.system.model_folder import ModelFolder, refuse_code
 
 
 def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of texts of the data; what spells a special token stays text."""
+    """Ids of texts of the data; text that spells a special token stays text."""
     return encode(tokenizer, texts, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -22,7 +22,7 @@ def encode(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
     except Exception as error:  # tokenizers raises no other class, such as at an unknown character
         raise UserError(
             f"the tokeniser of {tokenizer.name_or_path} cannot encode a text: {error}",
-            "its tokenizer.json is damaged, or lacks the token for what is unknown",
+            "its tokenizer.json is damaged, or lacks the unknown token",
         ) from error
 
 
@@ -31,14 +31,15 @@ def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> l
 
     Args:
         tokenizer: transformers', with a chat template.
-        messages: the conversation; what spells a special token in it stays text.
-        bos: the id to begin with, once, whether the template writes it or not; or None.
+        messages: the conversation; text that spells a special token stays text.
+        bos: the id that starts the prompt once, whether the template writes it or not; or None.
     """
     return encode_rendered(tokenizer, render_prompt(tokenizer, messages), bos)
 
 
 def render_prompt(tokenizer: Any, messages: list[Message]) -> list[str]:
-    """The rendered conversation; every second part of it spells a special token in the data."""
+    """The rendered conversation, split so that every second part is text of the data that spells a
+    special token."""
     spelt = _special_pattern(tokenizer)
     marks = None
     if any(spelt.search(message["content"]) for message in messages):
@@ -63,24 +64,24 @@ def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[i
 
 @lru_cache(maxsize=4)
 def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Finds what spells a special token; never, if there is none."""
+    """Matches the text of special tokens; matches nothing if there are none."""
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
     longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def _unused_characters(messages: list[Message]) -> tuple[str, str]:
-    """Two characters for private use that are not in the conversation."""
+    """Two private-use characters that do not occur in the conversation."""
     used = {character for message in messages for character in message["content"]}
     free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
     return next(free), next(free)
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:
-    """transformers' tokeniser of a model folder, with no clean-up of white space.
+    """transformers' tokeniser of a model folder, without clean-up of white space.
 
     Raises:
-        UserError: there is none, or it needs code that may not be run.
+        UserError: it cannot be loaded, or needs remote code that is not allowed.
     """
     from transformers import AutoTokenizer
 
@@ -93,13 +94,14 @@ def load_tokenizer(folder: ModelFolder) -> Any:
     except Exception as error:  # transformers and tokenizers raise errors of many kinds
         refuse_code(folder, error)
         raise UserError(
-            f"{folder.source} has no tokeniser that transformers can load: {error}",
+            f"the tokeniser of {folder.source} cannot be loaded: {error}",
             "the folder needs tokenizer.json and tokenizer_config.json",
         ) from error
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """sha256 over all that makes ids of a text: vocabulary, merges, normaliser, pre-tokeniser."""
+    """sha256 over everything that turns text into ids: vocabulary, merges, normaliser,
+    pre-tokeniser."""
     about: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""What `fpo inspect` shows, as data; terminal.py lays it out for people."""
+"""fpo inspect: what is in a store, as data; terminal.py prints it."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             console.print(one.told)
         raise UserError(f"{store.path} is damaged, as listed above", REPAIR)
     if config.pair is not None:
-        shown = describe_pair(store, config.pair)
+        shown = describe_pair(store, config.pair, config.model)
         show = show_pair
     else:
         shown = describe(store)
@@ -133,18 +133,26 @@ def _features(store: Store, site: str) -> dict[str, Any]:
     }
 
 
-def describe_pair(store: Store, pair: int) -> dict[str, Any]:
-    """The texts, numbers and largest features of one pair."""
-    from fpocli.data.tokenizer import load_tokenizer
+def describe_pair(store: Store, pair: int, model: str | None = None) -> dict[str, Any]:
+    """The texts, scores and largest features of one pair.
+
+    Args:
+        store: the store.
+        pair: its number, from 0.
+        model: where the store's model, and so its tokeniser, is now; None is where it was.
+
+    Raises:
+        UserError: there is no such pair, or the tokeniser is not found or another one.
+    """
+    from fpocli.scoring.loading import find_model_of, tokenizer_of
 
     if pair >= store.pairs:
         raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
     block, row = divmod(pair, store.block_size)
     tokens = store.tokens(block)
-    about = store.meta["tokenizer"]
-    tokenizer = load_tokenizer(
-        find_model(about["source"], revision=about["revision"], weights=False)
-    )
+    revision = None if model else store.meta["tokenizer"]["revision"]
+    source = model or find_model_of(store, "--model")
+    tokenizer = tokenizer_of(store, find_model(source, revision=revision, weights=False))
     ids = tokens.pair(row)
     runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     shown: dict[str, Any] = {

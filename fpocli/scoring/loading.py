@@ -1,4 +1,4 @@
-"""The reference, the tokeniser and the SAEs of a store, found again and held to what it says."""
+"""The reference, tokeniser and SAEs that a store was made with: found again and checked."""
 
 from typing import Any
 
@@ -15,22 +15,21 @@ from fpocli.system.model_folder import ModelFolder, find_model
 
 
 def sites_of(store: Store) -> list[Site]:
-    """The sites that a store has features of."""
+    """The sites whose features a store has."""
     return [Site.parse(name) for name in store.sites]
 
 
 def check_k(store: Store, k: int) -> None:
-    """Refuse to compare more features than a store holds.
+    """Refuse to compare more features than a store has.
 
     Raises:
-        UserError: k is larger than K at a site that does not hold all its features.
+        UserError: k is larger than K at a site whose features are not all stored.
     """
     for site, about in store.sites.items():
         if k > about["k"] < about["d_sae"]:
             raise UserError(
-                f"--k {k} compares more features than the {about['k']} that {store.path} holds at "
-                f"{site}",
-                f"give --k {about['k']} or less, or cache again with a larger --top-k",
+                f"--k {k} compares more features than {store.path} has of {site}: {about['k']}",
+                f"use --k {about['k']} or less, or cache again with a larger --top-k",
             )
 
 
@@ -41,63 +40,87 @@ def find_reference(
 
     Args:
         store: the store.
-        name: where the model is now; None is where the store says.
-        trust_remote_code: whether its own Python code may be run; what a store says is no reason.
+        name: where the model is now; None is where it was.
+        trust_remote_code: whether its Python code may be run.
 
     Raises:
-        UserError: it is not there, or its weights are others.
+        UserError: it is not found, or its weights differ.
     """
     about = store.meta["model"]
     folder = find_model(
-        name or about["source"],
+        name or find_model_of(store, "--reference"),
         revision=None if name else about["revision"],
         trust_remote_code=trust_remote_code,
     )
     if folder.weights_hash() != about["hash"]:
         raise UserError(
-            f"the weights of {folder.source} are not those {store.path} was made with",
+            f"the weights of {folder.source} are not those that {store.path} was made with",
             "name the store's reference model, or cache again with this one",
         )
     return folder
 
 
+def find_model_of(store: Store, flag: str) -> str:
+    """The folder or hub id of the model that a store was made with.
+
+    Args:
+        store: the store.
+        flag: of the command, which names the model's new place.
+
+    Raises:
+        UserError: it was a local folder and is not found.
+    """
+    about = store.meta["model"]
+    # A model from the hub has a revision.
+    if about["revision"] is not None:
+        return about["source"]
+    return store.find_local("model", about["source"], flag, was_local=True)
+
+
 def load_reference(
     folder: ModelFolder, sites: list[Site], dtype: torch.dtype, device: torch.device
 ) -> FrozenReference:
-    """The frozen reference, to be run beside a policy.
+    """The frozen reference, to be run alongside a policy.
 
     Args:
         folder: from `find_reference`.
         sites: where hidden states are taken.
-        dtype: the policy's, or the KL is not 0 where both have the same weights.
+        dtype: the policy's; otherwise the KL of equal weights would not be 0.
         device: where it runs.
     """
     return FrozenReference(load_model(folder, sites, dtype, device).network, sites)
 
 
 def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
-    """A model's tokeniser with the store's template.
+    """A model's tokeniser with the chat template of the store.
 
     Raises:
-        UserError: it is not the tokeniser the store was made with.
+        UserError: it is not the tokeniser that the store was made with.
     """
     tokenizer = load_tokenizer(folder)
     if vocabulary_hash(tokenizer) != store.meta["tokenizer"]["vocabulary"]:
         raise UserError(
-            f"the tokeniser of {folder.source} is not the one {store.path} was made with",
-            "take a model of the same tokeniser, or cache again with this one",
+            f"the tokeniser of {folder.source} is not the one that {store.path} was made with",
+            "use a model with the same tokeniser, or cache again with this one",
         )
     tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
     return tokenizer
 
 
 def sae_sources(store: Store, given: list[str]) -> dict[str, str]:
-    """Where the SAE of each site of a store is: as given, in the store's order, or as it says."""
-    sources = given or [about["sae"]["source"] for about in store.sites.values()]
+    """Where the SAE of each site of a store is: as named, in the store's order, or where it was.
+
+    Raises:
+        UserError: a local SAE is not found, or too few or too many are named.
+    """
+    sources = given or [
+        store.find_local(site, about["sae"]["source"], "--sae")
+        for site, about in store.sites.items()
+    ]
     if len(sources) != len(store.sites):
         raise UserError(
-            f"{len(sources)} SAEs are given for the store's {len(store.sites)} sites",
-            f"give one --sae for each of {', '.join(store.sites)}",
+            f"--sae is used {len(sources)} times for the store's {len(store.sites)} sites",
+            f"use --sae once for each of {', '.join(store.sites)}",
         )
     return dict(zip(store.sites, sources, strict=True))
 
@@ -109,23 +132,23 @@ def load_encoders(
 
     Args:
         store: the store.
-        given: where the SAEs are now, in the store's order; empty is where the store says.
+        given: where the SAEs are now, in the store's order; empty is where they were.
         width: d of the model.
         device: where they run.
 
     Raises:
-        UserError: one is missing, or is not the one the store was made with.
+        UserError: one is missing, or is not the one that the store was made with.
     """
     encoders = {}
     for site, source in sae_sources(store, given).items():
         encoder = load_encoder(source, device)
         check_encoder(encoder, source, Site.parse(site), width)
         about = store.sites[site]["sae"]
-        # Version 1.0 does not tell the settings.
+        # Version 1.0 does not store the settings.
         same = about.get("settings", encoder.settings) == encoder.settings
         if not same or encoder.hash() != about["hash"]:
             raise UserError(
-                f"the SAE {source} is not the one {store.path} was made with at {site}",
+                f"the SAE {source} is not the one that {store.path} was made with at {site}",
                 "name the right one with --sae, or cache again",
             )
         encoders[site] = encoder

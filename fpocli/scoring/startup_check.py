@@ -28,6 +28,8 @@ from fpocli.system.errors import UserError
 
 # Tokens of each response that are compared: transformers' logits of all might not fit.
 _COMPARED = 256
+# Pairs that are tried until plain transformers gives finite values.
+_TRIED = 8
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,10 @@ def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Diff
         UserError: it exceeds TOLERANCE, or the model cannot run on packed sequences.
     """
     name = type(model.network).__name__
-    pair, neighbour = _sample(tokens, getattr(model.config, "sliding_window", None))
     most = TOLERANCE[model.network.dtype]
     with progress("Checking the model against transformers", None):
         try:
+            pair, neighbour = _sample(model, tokens)
             found = difference(model, pair, neighbour)
         except torch.OutOfMemoryError:
             raise
@@ -124,11 +126,22 @@ def difference(model: LanguageModel, pair: TokenPair, neighbour: TokenPair) -> D
     return Difference(torch.cat(nats).abs().mean().item(), max(relative, default=0.0))
 
 
-def _sample(tokens: TokenPairs, window: int | None) -> tuple[TokenPair, TokenPair]:
-    """The first pair, or the first that is longer than the sliding window; and another one."""
+def _sample(model: LanguageModel, tokens: TokenPairs) -> tuple[TokenPair, TokenPair]:
+    """A pair, longer than the sliding window if there is one, and another as its neighbour.
+
+    A pair for which plain transformers gives NaN as well shows nothing; `fpo cache` names it later.
+    """
+    window = getattr(model.config, "sliding_window", None) or 0
     lengths = tokens.spans[:, 2] - tokens.spans[:, 0]
-    chosen = int(np.argmax(lengths > window)) if window else 0
-    return tokens.pair(chosen), tokens.pair((chosen + 1) % len(tokens))
+    order = np.argsort(lengths <= window, kind="stable")[:_TRIED].tolist()
+    number = order[0]
+    with _eager(model):
+        for number in order:
+            pair = tokens.pair(number)
+            scored = (_plain_scores(model, pair.prompt, y)[0] for y in (pair.chosen, pair.rejected))
+            if all(values.isfinite().all() for values in scored):
+                break
+    return tokens.pair(number), tokens.pair((number + 1) % len(tokens))
 
 
 def _packed(model: LanguageModel, pairs: list[TokenPair]) -> PackedSequence:

@@ -147,6 +147,9 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     if meta["state"] not in STATES:
         return f"the state {meta['state']} is unknown"
     pairs, block, tokens = meta["pairs"]["kept"], meta["block"], meta["tokens"]
+    for place in meta.get("paths", {}).values() if isinstance(meta.get("paths", {}), dict) else [0]:
+        if not isinstance(place, dict) or _wrong_kind(place, {"absolute": str, "relative": str}):
+            return "paths are not places of files"
     if not (pairs >= 1 and block >= 1 and tokens >= 3 * pairs):
         return f"{pairs} pairs in blocks of {block} cannot be of {tokens} tokens"
     gaps = meta["pairs"].get("not_finite", [])

@@ -4,6 +4,7 @@ layout.py says what it must look like, draft.py writes it.
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -166,6 +167,37 @@ class Store:
                 f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are done",
                 "complete it with the `fpo cache` command that began it",
             )
+
+    def find_local(self, name: str, source: str, flag: str, *, was_local: bool = False) -> str:
+        """Where a file or folder is that the store was made from.
+
+        Args:
+            name: in the attribute `paths`: model, or a site for its SAE.
+            source: as it was named when the store was made.
+            flag: of the command, which names its new place.
+            was_local: whether the source was a path, if the store has no attribute `paths`.
+
+        Returns:
+            its path, or the source if that was not a path.
+
+        Raises:
+            UserError: it was a path and nothing is there now.
+        """
+        known = self.meta.get("paths", {}).get(name)
+        if known is None and not was_local:
+            return source
+        places = [Path(source)]
+        if known:
+            relative = Path(os.path.normpath(self.path.resolve() / known["relative"]))
+            places = [Path(known["absolute"]), relative, *places]
+        for place in places:
+            if place.exists():
+                return str(place)
+        raise UserError(
+            f"{source}, from which {self.path} was made, is not found at "
+            f"{' or '.join(dict.fromkeys(map(str, places)))}",
+            f"name its new place with {flag}",
+        )
 
     def require_same(self) -> dict[str, Any]:
         """Refuse a folder that holds another store by now.

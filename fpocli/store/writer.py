@@ -170,7 +170,7 @@ class StoreWriter(Store):
         write_root(self.path, self.meta)
 
     @classmethod
-    def mend(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
+    def rewrite_metadata(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
         """Write a store's documents and tokens anew and keep the blocks' rows, which may belong to
         them or not. The store is then partial.
 

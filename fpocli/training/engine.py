@@ -226,8 +226,8 @@ def take_step(engine: Any, lr: float, step: int) -> float:
             engine.step()
     if not math.isfinite(norm):
         error = UserError(
-            f"step {step}: the gradient is non-finite although the loss is finite; the weights were not "
-            "updated",
+            f"step {step}: the gradient is non-finite although the loss is finite; the weights "
+            "were not updated",
             "start a run with a lower --lr in another --out, or with --overwrite",
         )
         raise same_on_all_ranks(error)

@@ -92,8 +92,8 @@ def _listen(done: threading.Event, heard: list[bytes], rank: int) -> None:
         before = list(heard)
         gone = [other for other, count in enumerate(missed) if count >= _MISSED and other != rank]
         if gone:
-            seconds = f"{_MISSED * _BEAT:.0f} seconds"
+            silence = f"no heartbeat of rank {gone[0]} for {_MISSED * _BEAT:.0f} seconds"
             end(
                 1,
-                f"another process of this run was lost: no heartbeat of rank {gone[0]} for {seconds}",
+                f"another process of this run was lost: {silence}",
             )

@@ -21,9 +21,7 @@ from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
-from fpocli.model import attention
-from fpocli.model import packing as batches
-from fpocli.model.attention import attend_by_sequence
+from fpocli.model import packing
 from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.packing import pack
 from fpocli.report.inspect import describe
@@ -336,29 +334,15 @@ def test_pairs_that_are_not_finite_are_left_out(material, tmp_path, nan_model):
     assert sorted(seen[1]) == sorted(seen[2] + seen[3])
 
 
-def test_a_model_that_ignores_the_attention_rule_is_refused(material, tmp_path, monkeypatch):
-    """Scores that hang on a response's neighbour are worse than none."""
+def test_a_model_that_fails_the_start_up_check_is_not_cached(material, tmp_path, monkeypatch):
+    """tests/scoring/test_startup_check.py has all that the check finds."""
 
-    def causal_only(module, query, key, value, mask, *, scaling, spans, **_):
-        whole = np.array([[0, spans[-1, 3] - 1, spans[-1, 3] - 1, spans[-1, 3]]])
-        size = int(whole[0, 3])
-        band = torch.full((1, 1, size, size), torch.finfo(query.dtype).min).triu(1)
-        return attend_by_sequence(module, query, key, value, band, scaling=scaling, spans=whole)
-
-    monkeypatch.setattr(attention, "attend_by_sequence", causal_only)
-    with pytest.raises(UserError, match="does not follow the attention rule"):
-        cache(cache_config(material, tmp_path / "ref.zarr"))
-
-
-def test_a_model_that_ignores_positions_is_refused(material, tmp_path, monkeypatch):
-    """The rejected response stands behind the chosen one; its positions must not."""
-
-    def by_slot(pairs, multiple):
-        batch = batches.pack(pairs, multiple)
+    def by_place(pairs, multiple):
+        batch = packing.pack(pairs, multiple)
         return dataclasses.replace(batch, positions=torch.arange(len(batch.ids)))
 
-    monkeypatch.setattr("fpocli.scoring.startup_check.pack", by_slot)
-    with pytest.raises(UserError, match="does not follow the attention rule"):
+    monkeypatch.setattr("fpocli.scoring.startup_check.pack", by_place)
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
         cache(cache_config(material, tmp_path / "ref.zarr"))
 
 
@@ -405,7 +389,7 @@ def test_what_allow_lets_differ_is_kept_in_the_store(material, tmp_path):
     assert store.meta["allowed"] == {"dtype": ["bfloat16"]}
     assert describe(store)["allowed"] == {"dtype": ["bfloat16"]}
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(UserError, match="the dtype was float32 and bfloat16, it is"):
+        with pytest.raises(UserError, match="dtype float32 and bfloat16 in the store"):
             check_dtype_and_kernel(store, dtype, "fpo_by_sequence", [])
     check_dtype_and_kernel(store, "float32", "fpo_by_sequence", ["dtype"])
 
@@ -437,5 +421,39 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
             parameter.add_(0.1 * torch.randn_like(parameter))
     network.save_pretrained(tmp_path / "model")
     tiny.tokenizer().save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match="makes its logits in a way of its own"):
+    with pytest.raises(UserError, match="does not compute what transformers computes"):
         cache(cache_config(material, tmp_path / "ref.zarr", model=str(tmp_path / "model")))
+
+
+# -- cheap mistakes come first -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "pairs.csv"}, "is not one of .json, .jsonl, .parquet"),
+        ({"data": "gone.jsonl"}, "does not exist"),
+        (
+            {"data": "sharegpt.jsonl"},
+            "line 1: missing field, rejected; it has conversations: empty list",
+        ),
+        ({"layer": [1, 1], "sae": ["a", "b"]}, "a site is named twice"),
+        ({"join": True, "overwrite": True}, "need a process of their own"),
+        ({"sae": []}, "no SAE is known for nowhere/model"),
+    ],
+)
+def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(
+    material, tmp_path, monkeypatch, changes, message
+):
+    """Neither the model nor the SAE exists, and nothing asks for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected")
+    (tmp_path / "sharegpt.jsonl").write_text('{"conversations": [], "chosen": {"from": "gpt"}}')
+    missing = {"model": "nowhere/model", "sae": ["nowhere/sae"]}
+    with pytest.raises(UserError, match=message):
+        cache(cache_config(material, tmp_path / "ref.zarr", **(missing | changes)))
+
+
+def test_pairs_that_do_not_fit_are_named_when_none_is_left(material, tmp_path):
+    with pytest.raises(UserError, match=r"21 prompt too long; the first is .*pairs.jsonl, line 1"):
+        cache(cache_config(material, tmp_path / "ref.zarr", max_prompt_length=1))

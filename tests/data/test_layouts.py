@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from fpocli.data.dropped import DroppedRows
-from fpocli.data.layouts import read_pairs
+from fpocli.data.layouts import read_pairs, require_a_pair
 from fpocli.data.pairs import Pair
 from fpocli.data.sources import open_source
 from fpocli.system.errors import UserError
@@ -100,8 +100,10 @@ def texts(*prompts):
     return [{"prompt": prompt, "chosen": GOOD, "rejected": BAD} for prompt in prompts]
 
 
-def read(path, split=None, limit=None, drops=None):
-    return list(read_pairs(open_source(str(path), split, limit), drops or DroppedRows(strict=True)))
+def read(path, split=None, limit=None, dropped=None):
+    return list(
+        read_pairs(open_source(str(path), split, limit), dropped or DroppedRows(strict=True))
+    )
 
 
 def identity(path, split=None, limit=None):
@@ -198,9 +200,9 @@ WRONG_ROWS = [
         "one answer",
     ),
     ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "wrong role", "assistant"),
-    (["q", "a", "b"], "no object", "list"),
-    ("q", "no object", "str"),
-    (None, "no object", "NoneType"),
+    (["q", "a", "b"], "not an object", "list"),
+    ("q", "not an object", "str"),
+    (None, "not an object", "NoneType"),
 ]
 
 
@@ -212,10 +214,10 @@ def test_a_wrong_row_is_dropped_or_told_with_its_place(tmp_path, row, reason, de
         # The rows are on lines 2, 4 and 6, between blank ones.
         said = refusal(path)
         assert said.startswith(f"{path}, {place}: {reason}") and detail in said
-        drops = DroppedRows()
-        assert [pair.row for pair in read(path, drops=drops)] == [0, 2]
-        assert drops.read == 3 and drops.counts == {reason: 1}
-        drops.write(tmp_path / "dropped.jsonl")
+        dropped = DroppedRows()
+        assert [pair.row for pair in read(path, dropped=dropped)] == [0, 2]
+        assert dropped.read == 3 and dropped.counts == {reason: 1}
+        dropped.write(tmp_path / "dropped.jsonl")
         (record,) = map(json.loads, (tmp_path / "dropped.jsonl").read_text().splitlines())
         assert record["row"] == 1 and record["place"] == f"{path}, {place}"
         assert record["reason"] == reason and detail in record["detail"]
@@ -225,7 +227,7 @@ def test_half_a_character_is_dropped(tmp_path):
     """A lone surrogate has no bytes, and no tokeniser takes it."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}\n')
-    assert "half a character" in refusal(path)
+    assert "lone surrogate" in refusal(path)
 
 
 ODD = [
@@ -249,20 +251,20 @@ def test_broken_lines_in_the_middle_are_dropped(tmp_path):
     good = [json.dumps(row).encode() for row in texts("a", "b", "c")]
     deep = b"[" * 100_000
     path.write_bytes(b"\n".join([good[0], good[1][:9], good[1], b"\xff{}", deep, good[2]]))
-    drops = DroppedRows()
-    assert [pair.prompt for pair in read(path, drops=drops)] == [[user(t)] for t in "abc"]
-    assert drops.counts == {"broken line": 3} and drops.read == 6
+    dropped = DroppedRows()
+    assert [pair.prompt for pair in read(path, dropped=dropped)] == [[user(t)] for t in "abc"]
+    assert dropped.counts == {"broken line": 3} and dropped.read == 6
 
 
 def test_at_most_a_thousand_rows_are_listed_for_each_reason(tmp_path):
-    drops, file = DroppedRows(), tmp_path / "dropped.jsonl"
+    dropped, file = DroppedRows(), tmp_path / "dropped.jsonl"
     for row in range(1500):
-        drops.add("empty prompt", row, f"row {row}")
-    drops.add("null field", 1500, "row 1500", "chosen")
-    drops.write(file)
+        dropped.add("empty prompt", row, f"row {row}")
+    dropped.add("null field", 1500, "row 1500", "chosen")
+    dropped.write(file)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(lines) == 1001 and lines[-1]["row"] == 1500
-    assert str(drops) == "1,500 empty prompt, 1 null field"
+    assert str(dropped) == "1,500 empty prompt, 1 null field"
     DroppedRows().write(file)
     assert not file.exists(), "a list of an earlier run would mislead"
 
@@ -286,11 +288,10 @@ WRONG_FILES = [
         ", line 3: broken line, 'utf-8'",
     ),
     ("a.json", b'[{"prompt":"q","chosen":"a","rejected":"b"},\n{"prompt"]', ", line 2: "),
-    ("a.json", b'{"prompt":"q","chosen":"a","rejected":"b"}', " does not hold a list"),
-    ("a.json", b'["\xff"]', ", line 1: no UTF-8 text"),
+    ("a.json", b'{"prompt":"q","chosen":"a","rejected":"b"}', " is not a JSON list"),
+    ("a.json", b'["\xff"]', ", line 1: not valid UTF-8"),
     ("a.json", b"", ", line 1: "),
     ("a.parquet", b"PAR1 and no more", " is not readable Parquet"),
-    ("a.csv", b"prompt,chosen,rejected\nq,a,b\n", " is of no known kind"),
 ]
 
 
@@ -317,4 +318,108 @@ def test_an_unknown_split(tmp_path):
 
 def test_a_folder_that_is_no_data_set(tmp_path):
     write_jsonl(tmp_path / "data", texts("a"))
-    assert refusal(tmp_path).startswith(f"the folder {tmp_path} holds no readable data set")
+    assert refusal(tmp_path).startswith(f"the folder {tmp_path} is not a data set")
+
+
+# -- mistakes that are found before anything expensive is done -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("a.csv", "pandas.read_csv"), ("a.jsonl.gz", "gunzip"), ("a.jsonl.zst", "unzstd")],
+)
+def test_a_file_of_another_kind_is_refused_with_a_way_to_convert_it(tmp_path, name, hint):
+    path = tmp_path / name
+    path.write_bytes(b"prompt,chosen,rejected")
+    with pytest.raises(UserError, match=r"is not one of \.json, \.jsonl, \.parquet") as caught:
+        open_source(str(path), None, None)
+    assert hint in caught.value.hint
+
+
+def said(value, text):
+    return {"from": value, "value": text}
+
+
+TOOL_CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}
+OTHER_LAYOUTS = {
+    "ShareGPT": (
+        {
+            "conversations": [said("human", "q")],
+            "chosen": said("gpt", "a"),
+            "rejected": said("gpt", "b"),
+        },
+        "chosen: object with from, value",
+        "ShareGPT",
+    ),
+    "Alpaca": ({"instruction": "q", "input": "", "output": ["a", "b"]}, "output: list", "Alpaca"),
+    "KTO": ({"prompt": "q", "completion": "a", "label": True}, "label: true or false", "KTO"),
+    "one conversation": (
+        {"messages": [{"role": "user", "content": "q"}]},
+        "messages: list of object with role, content",
+        "two conversations, chosen and rejected",
+    ),
+    "other names": (
+        {"question": "q", "good": "a", "bad": "b"},
+        "good: text",
+        "chosen and rejected",
+    ),
+    "wrong messages": (
+        {"prompt": "q", "chosen": [{"text": "a"}], "rejected": [{"text": "b"}]},
+        "chosen: list of object with text",
+        "role and content",
+    ),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+def test_data_of_another_layout_name_the_first_row_and_the_nearest_layout(tmp_path, layout, strict):
+    row, found, nearest = OTHER_LAYOUTS[layout]
+    path = write_jsonl(tmp_path / "data", [row] * 3)
+    with pytest.raises(UserError) as caught:
+        require_a_pair(open_source(str(path), None, None), strict)
+    # The file begins with a blank line.
+    assert f"{path}, line 2: " in caught.value.message
+    assert found in caught.value.message
+    assert nearest in caught.value.hint
+    assert strict or "no pair is left of 3 rows: 3 " in caught.value.message
+
+
+def test_one_pair_among_other_rows_is_enough(tmp_path):
+    path = write_jsonl(tmp_path / "data", [{"messages": []}, *texts("a")])
+    require_a_pair(open_source(str(path), None, None), False)
+    with pytest.raises(UserError, match="line 2: missing field, chosen"):
+        require_a_pair(open_source(str(path), None, None), True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chosen": [TOOL_CALL | {"content": ""}]},
+        {"chosen": [TOOL_CALL | {"content": None}]},
+        {"prompt": [{"role": "user", "content": "q"}, {"role": "tool", "content": "12"}]},
+        {"prompt": [{"role": "user", "content": "q", "function_call": {"name": "f"}}]},
+        {"tools": [{"type": "function"}]},
+    ],
+)
+def test_a_row_with_tool_calls_is_dropped_for_that_reason(tmp_path, change):
+    """Without the calls it would be another pair."""
+    row = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    }
+    path = write_jsonl(tmp_path / "data", [row, row | change])
+    dropped = DroppedRows()
+    assert len(read(path, dropped=dropped)) == 1
+    assert dropped.counts == {"tool calls": 1}
+
+
+def test_empty_tool_fields_are_none(tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "q", "tool_calls": None}],
+        "chosen": [{"role": "assistant", "content": "a", "tool_calls": []}],
+        "rejected": [{"role": "assistant", "content": "b", "function_call": None}],
+        "tools": [],
+    }
+    assert len(read(write_jsonl(tmp_path / "data", [row]))) == 1

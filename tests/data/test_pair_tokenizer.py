@@ -157,7 +157,7 @@ def test_lengths(plain, template, rows, max_length, max_prompt_length):
     tokenize = load(plain, template, max_length, max_prompt_length)
     (end,) = tokenize.end_of_turn
     kept = list(tokenize(pair(*answers, prompt, i) for i, (prompt, *answers) in enumerate(rows)))
-    assert len(rows) == len(kept) + tokenize.drops.counts.total()
+    assert len(rows) == len(kept) + tokenize.dropped.counts.total()
     for made in kept:
         room = max_length - len(made.prompt)
         assert 0 < len(made.prompt) <= max_prompt_length
@@ -186,7 +186,7 @@ def test_a_prompt_is_dropped_only_when_it_must_be(plain):
     for limits in ({"max_prompt_length": length - 1}, {"max_length": length}):
         tokenize = load(plain, "halos", **limits)
         assert list(tokenize([pair("a", "b")])) == []
-        assert tokenize.drops.counts == {"prompt too long": 1}
+        assert tokenize.dropped.counts == {"prompt too long": 1}
 
 
 def test_drops_are_counted_by_reason(plain):
@@ -197,8 +197,8 @@ def test_drops_are_counted_by_reason(plain):
     pairs.append(pair("a", "b", prompt=long, row=7))
     assert [made.row for made in tokenize(pairs)] == [0, 5]
     counts = {"prompt too long": 1, "empty response": 3, "equal responses": 2}
-    assert tokenize.drops.counts == counts
-    assert len(pairs) == 2 + tokenize.drops.counts.total()
+    assert tokenize.dropped.counts == counts
+    assert len(pairs) == 2 + tokenize.dropped.counts.total()
 
 
 def test_order_and_rows_are_kept_over_many_pairs(plain):
@@ -207,7 +207,7 @@ def test_order_and_rows_are_kept_over_many_pairs(plain):
     assert [one.row for one in made] == list(range(0, 1100, 3))
     assert all(one.chosen == [*ids_of(f"a{one.row}"), END_OF_TURN] for one in made)
     assert all(f"q{one.row}<" in PLAIN.decode(one.prompt) for one in made)
-    assert tokenize.drops.counts == {"empty response": 733}
+    assert tokenize.dropped.counts == {"empty response": 733}
 
 
 def test_the_tokenisers_own_template_comes_before_the_default(tmp_path, plain):
@@ -221,7 +221,7 @@ def test_the_tokenisers_own_template_comes_before_the_default(tmp_path, plain):
 
 @pytest.mark.parametrize(
     ("template", "said"),
-    [("alpaca", "--chat-template alpaca is neither"), ("{% for", r"template\.jinja refuses")],
+    [("alpaca", "--chat-template alpaca is neither"), ("{% for", r"template\.jinja cannot render")],
 )
 def test_a_template_that_is_none(plain, template, said):
     with pytest.raises(UserError, match=said):
@@ -229,7 +229,7 @@ def test_a_template_that_is_none(plain, template, said):
 
 
 def test_a_folder_without_a_tokeniser(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path} has no tokeniser"):
+    with pytest.raises(UserError, match=f"the tokeniser of {tmp_path} cannot be loaded"):
         load(tmp_path, "gemma")
 
 
@@ -240,8 +240,8 @@ def test_a_conversation_the_template_refuses_is_dropped(plain):
     pairs = [pair("a", "b"), Pair(system, "a", "b", 7, "x.jsonl, line 8"), pair("c", "d", row=9)]
     tokenize = load(plain, picky + BARE)
     assert [made.row for made in tokenize(pairs)] == [0, 9]
-    assert tokenize.drops.counts == {"refused by the chat template": 1}
-    tokenize.drops.strict = True
+    assert tokenize.dropped.counts == {"refused by the chat template": 1}
+    tokenize.dropped.strict = True
     with pytest.raises(UserError, match=r"x\.jsonl, line 8: refused .*template\.jinja: no system"):
         list(tokenize(pairs))
 
@@ -278,7 +278,7 @@ def test_huge_texts(plain):
     huge = "the cat and <eos> " * 60_000
     kept = list(tokenize([pair("a", "b", prompt=huge), pair(huge, "b", row=1)]))
     assert [len(made.chosen) + len(made.prompt) for made in kept] == [300]
-    assert tokenize.drops.counts == {"prompt too long": 1}
+    assert tokenize.dropped.counts == {"prompt too long": 1}
 
 
 def test_identity_changes_with_template_and_vocabulary(tmp_path, plain):

@@ -239,7 +239,7 @@ def naive(row):
 
 def kept(path):
     """What the product reads: (row, prompt, chosen, rejected), and how many rows there are."""
-    drops = DroppedRows()
+    dropped = DroppedRows()
     pairs = [
         (
             pair.row,
@@ -247,9 +247,9 @@ def kept(path):
             pair.chosen,
             pair.rejected,
         )
-        for pair in read_pairs(open_source(str(path), None, None), drops)
+        for pair in read_pairs(open_source(str(path), None, None), dropped)
     ]
-    assert drops.read == len(pairs) + drops.counts.total()
+    assert dropped.read == len(pairs) + dropped.counts.total()
     return pairs
 
 

@@ -129,6 +129,19 @@ def test_weights_that_give_nan_are_refused():
         check(network)
 
 
+def test_a_pair_that_gives_nan_in_transformers_too_is_passed_over():
+    """`fpo cache` names its row when it scores it."""
+    network, tokens = tiny.network("llama"), families.token_pairs(3)
+    alone = set(tokens.pair(0).prompt) - set(tokens.pair(1).prompt) - set(tokens.pair(2).prompt)
+    used = {
+        int(i) for p in (1, 2) for y in ("chosen", "rejected") for i in getattr(tokens.pair(p), y)
+    }
+    with torch.no_grad():
+        network.get_input_embeddings().weight[min(alone - used)] = torch.nan
+    found = check_against_transformers(LanguageModel(network, []), tokens)
+    assert found.nats < 1e-5
+
+
 def test_gpt2_agrees_with_transformers():
     found = check(families.network("gpt2"), Site(1, "resid_post"), Site(2, "mlp_out"))
     assert found.nats < 1e-5 and found.states < 1e-5

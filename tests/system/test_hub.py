@@ -185,7 +185,7 @@ def test_defaults_are_the_papers(monkeypatch):
     source = open_source(config.data, config.split, config.limit)
     assert asked == [("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")]
     assert source.identity["split"] == "train_prefs"
-    assert [row for _, row in source.rows] == PAIRS
+    assert [row for _, row in source.rows()] == PAIRS
     open_source("owner/other", None, None)
     assert asked[1:] == [("owner/other", "train")]
 
