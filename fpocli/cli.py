@@ -1,8 +1,9 @@
-"""The command line: flags -> config -> one call; an error is a sentence, a hint and exit code 2."""
+"""The command line: flags -> config -> one call. Errors are a sentence, a hint and exit code 2."""
 
 import dataclasses
 import inspect
 import io
+import logging
 import os
 import sys
 from importlib import metadata
@@ -28,16 +29,17 @@ from fpocli.system.signals import add_resume_note, mute
 
 app = typer.Typer(
     name="fpo",
-    help="Feature-level Preference Optimization: cache a frozen reference, train the policy alone.",
+    help="Feature-level Preference Optimization: cache a frozen reference once, then train the "
+    "policy alone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
 def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
-    """Values of a YAML file become the flags' defaults, so flags win and both are checked alike."""
+    """Make the values of a YAML file the flags' defaults, so that flags override them and both are
+    checked in the same way."""
     if path is not None:
         try:
             values = read_yaml(path) or {}
@@ -48,15 +50,15 @@ def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
         if not isinstance(values, dict):
             raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
         names = {str(name).replace("-", "_"): value for name, value in values.items()}
-        # It is typed or not given: the file may be somebody else's.
+        # Allowed on the command line only: the file may be somebody else's.
         names.pop("trust_remote_code", None)
         flags = {flag.name: flag for flag in context.command.params if flag.name != "config"}
         if unknown := sorted(names.keys() - flags.keys()):
-            raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is no flag")
+            raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is not a flag")
         for name, value in names.items():
             several = getattr(flags[name], "multiple", False)
             if isinstance(value, dict) or (isinstance(value, list) and not several):
-                raise typer.BadParameter(f"{path} gives '--{name}' more than one value")
+                raise typer.BadParameter(f"{path} sets '--{name}' to more than one value")
             if several and not isinstance(value, list):
                 names[name] = [value]
         _add_defaults(context, names, win=True)
@@ -66,7 +68,7 @@ def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
 def _apply_preset(context: typer.Context, name: str | None) -> str | None:
     if name is not None:
         if name not in PRESETS:
-            raise typer.BadParameter(f"{name} is none of {', '.join(PRESETS)}")
+            raise typer.BadParameter(f"{name} is not one of {', '.join(PRESETS)}")
         _add_defaults(context, PRESETS[name], win=False)
     return name
 
@@ -85,13 +87,15 @@ def _print_version(value: bool) -> None:
 _CONFIG = Annotated[
     Path | None,
     typer.Option(
-        help="YAML file with any of these flags; flags win.", callback=_read_yaml, is_eager=True
+        help="YAML file with any of these flags; the command line overrides it.",
+        callback=_read_yaml,
+        is_eager=True,
     ),
 ]
 _PRESET = Annotated[
     str | None,
     typer.Option(
-        help=f"The paper's settings: {', '.join(PRESETS)}. File and flags win.",
+        help=f"The paper's settings: {', '.join(PRESETS)}. --config and flags override them.",
         callback=_apply_preset,
         is_eager=True,
     ),
@@ -105,14 +109,14 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
         name: of the command.
         function: what it calls, by its name in fpocli.
         config: that function's dataclass.
-        extra: flags that fill in others, by name.
+        extra: flags that set defaults of others, by name.
     """
 
     def run(context: typer.Context, **flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
         if (context.default_map or {}).get("overwrite"):
             add_resume_note(
-                f"after taking overwrite out of {flags['config']}, which would start anew"
+                f"after removing overwrite from {flags['config']}, which would start over"
             )
         try:
             getattr(fpocli, function)(config(**settings))
@@ -120,11 +124,11 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
             _fail(str(error), error.hint)
         except OSError as error:
             if error.errno in FULL:
-                # Of a copy, the second is what was to be written.
+                # Of a copy, filename2 is the file being written.
                 path = error.filename2 or error.filename or settings.get("out") or "a file"
                 _fail(
                     f"{path} cannot be written: {os.strerror(error.errno)}",
-                    "free some space and give the same command again",
+                    "free some space and run the same command again",
                 )
             if error.filename is None:
                 raise
@@ -185,14 +189,18 @@ def _program(
 
 
 def main() -> None:
-    """Parse the command line and do what it says."""
-    # A terminal of another encoding gets "?" for a bar, not an error.
+    """Parse the command line and run the command."""
+    # On a terminal with another encoding, a character it lacks becomes "?" instead of an error.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if not sys.stderr.isatty():
-        # In a log file the bars of transformers are one long line.
+        # In a log file tqdm's bars would be one long line.
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # Or torch prints a stack of C++ frames for every message that a lost process does not take.
+    # Otherwise torch prints C++ frames for every message that a lost process does not receive.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # DeepSpeed warns that there is no GPU whenever a library imports it.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator" not in record.getMessage()
+    )
     app()

@@ -1,4 +1,8 @@
-"""Everything that is measured of each pair."""
+"""Everything that fpo eval measures of each pair.
+
+Shapes: P pairs of a packed sequence, N pairs of the split, M scored tokens, d model width; column 0
+is chosen, column 1 rejected.
+"""
 
 import json
 from pathlib import Path
@@ -21,6 +25,7 @@ from fpocli.scoring.loading import (
     sites_of,
 )
 from fpocli.scoring.score import PairScores, score
+from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.system.console import progress
 from fpocli.system.files import replace_text
@@ -41,7 +46,7 @@ def measure_pairs(
     k: int,
     device: torch.device,
 ) -> Values:
-    """Everything that is known of the N pairs, in the store's order."""
+    """All measurements of the N pairs, in the store's order."""
     dtype = getattr(torch, store.meta["model"]["dtype"])
     sites = sites_of(store)
     original = (
@@ -50,6 +55,7 @@ def measure_pairs(
         else None
     )
     policy = load_model(folder, sites, dtype, device).eval()
+    check_against_transformers(policy, store.tokens(0))
     encoders = load_encoders(store, config.sae, policy.config.hidden_size, device)
     reference, norms = None, {}
     if original:
@@ -75,8 +81,8 @@ def _measure_row(
     k: int,
     norms: dict[str, float],
 ) -> Values:
-    expected = reference(micro.batch) if reference else None
-    scores = score(policy, encoders, micro.batch, expected)
+    output = reference(micro.batch) if reference else None
+    scores = score(policy, encoders, micro.batch, output)
     _, distances = compare_features(scores, micro.reference, encoders, k)
     values: dict[str, Tensor] = {
         "tokens": scores.count,
@@ -84,10 +90,10 @@ def _measure_row(
         "ref_logp": micro.reference.logp,
         **{f"distance.{site}": distance for site, distance in distances.items()},
     }
-    if scores.kl is not None and expected is not None:
+    if scores.kl is not None and output is not None:
         values["kl"] = scores.kl
         for site, norm in norms.items():
-            change = _changes(scores, expected.states[site], encoders[site], site)
+            change = _changes(scores, output.states[site], encoders[site], site)
             values[f"bound.{site}"] = norm**2 / 2 * change
     return {"pair": micro.pairs} | {name: v.double().cpu().numpy() for name, v in values.items()}
 

@@ -43,7 +43,10 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
             that is not allowed.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    # Its bars for reading and writing shards would stand between fpo's own lines.
+    logging.disable_progress_bar()
     config = _read_config(folder)
     loaded: Any
     try:

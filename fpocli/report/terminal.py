@@ -1,4 +1,4 @@
-"""What `fpo inspect` and `fpo eval` found, laid out for a terminal."""
+"""Tables of fpo inspect and fpo eval for a terminal."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def show_store(shown: dict[str, Any], out: Console) -> None:
-    """Print what report.describe found."""
+    """Print the result of report.inspect.describe."""
     model, data, tokenizer = shown["model"], shown["data"], shown["tokenizer"]
     blocks, pairs, limits = shown["blocks"], shown["pairs"], shown["limits"]
     head = _grid()
@@ -24,7 +24,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ("pairs", f"{pairs['kept']:,} kept of {pairs['read']:,} read"),
         *((" ", f"{count:,} dropped: {why}") for why, count in pairs["dropped"].items()),
         *(
-            (" ", f"{len(gaps):,} of them without numbers: not finite")
+            (" ", f"{len(gaps):,} of them without reference values: non-finite")
             for gaps in [pairs.get("not_finite")]
             if gaps
         ),
@@ -97,13 +97,15 @@ def _show_features(site: str, about: dict[str, Any], out: Console) -> None:
 
 
 def show_pair(shown: dict[str, Any], out: Console) -> None:
-    """Print what report.describe_pair found."""
+    """Print the result of report.inspect.describe_pair."""
     out.print(f"Pair {shown['pair']} (row {shown['source_row']} of the data)")
     for name, text in shown["text"].items():
         out.print(f"\n── {name}, {shown['tokens'][name]} tokens " + "─" * 40)
         out.print(text)
     if "logp" not in shown:
-        out.print("\nIts block has not been scored yet.")
+        out.print(
+            "\nThis pair has no reference values: its block is not scored yet, or they are non-finite."
+        )
         return
     out.print()
     table = Table("", "chosen", "rejected", box=None, header_style="")
@@ -123,15 +125,15 @@ def _show_verified(shown: dict[str, Any], out: Console) -> None:
     if verified := shown.get("verified"):
         out.print(
             f"\nVerified {verified['blocks']} blocks ({verified['gaps']} not written yet): "
-            "nothing wrong"
+            "no damage"
         )
 
 
 def show_evaluation(result: dict[str, Any], out: Console) -> None:
-    """Print what evaluation.evaluate found."""
+    """Print the result of evaluation.evaluate."""
     method = f", trained with {result['method']}" if result["method"] else ""
     out.print(f"{result['model']}{method}: {result['pairs']:,} pairs, split {result['split']}\n")
-    table = Table("", "", "standard error", box=None, header_style="")
+    table = Table("", "", "standard error", "ties", box=None, header_style="")
     for title, name, of in (
         ("accuracy, log-probability per token", "accuracy", "share"),
         ("accuracy, implicit reward S - S_ref", "reward_accuracy", "share"),
@@ -141,7 +143,8 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         ("reward margin, nats per token", "reward_margin_per_token", "mean"),
     ):
         value = result[name]
-        table.add_row(title, *(_number(value[part], ".4f") for part in (of, "standard_error")))
+        parts = [_number(value[part], ".4f") for part in (of, "standard_error")]
+        table.add_row(title, *parts, f"{value['ties']:.0%}" if "ties" in value else "")
     out.print(table)
     table = Table("", "chosen", "rejected", "|margin|", box=None, header_style="")
     rows = {"perplexity": result["perplexity"]}
@@ -162,7 +165,7 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
     for site, found in result.get("bound", {}).items():
         out.print(
             f"Appendix B's bound at {site}: {found['bound_per_token']:.3g} nats per token, KL "
-            f"{found['kl_per_token']:.3g}; {found['kept']:.0%} of responses keep it"
+            f"{found['kl_per_token']:.3g}; it holds for {found['kept']:.0%} of responses"
         )
     if sampled := result.get("generation"):
         heads = {

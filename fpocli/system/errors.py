@@ -1,4 +1,4 @@
-"""What a user can cause. The command line prints it as a sentence with a hint and exits with 2."""
+"""Errors that a user can cause: a sentence and a hint, printed by the command line, exit code 2."""
 
 import errno
 from collections.abc import Iterator
@@ -6,27 +6,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What the system says of a write for which there is no room.
+# errno of a write for which there is no space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What torch and the Rust libraries say instead, in errors that are no OSError.
+# How torch and the Rust libraries report it, in errors other than OSError.
 _UNWRITTEN = ("inline_container", "(os error ")
-# Characters of a message; some libraries put a whole file into theirs.
+# Most characters of a message; some libraries quote a whole file.
 _LONGEST = 1000
 
 
 class UserError(Exception):
-    """A mistake or a condition outside the program, told in one sentence.
+    """A mistake of the user, or a condition outside the program, in one sentence.
 
-    The sentence may quote files of other people. It is cut to a readable length and to characters
-    that can be shown, so that none of them reaches a terminal as a command.
+    The sentence may quote files of other people. It is limited to a readable length and to printable
+    characters, so that nothing in it can control a terminal.
 
     Args:
         message: what is wrong, naming the file, flag or value.
-        hint: what to do about it; empty when nothing sensible can be advised.
+        hint: what to do about it; may be empty.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
-        # Both go to Exception, so that the error can be sent between processes.
+        # Both are passed to Exception, so that the error can be pickled.
         super().__init__(message, hint)
         self.message = _readable(message)
         self.hint = _readable(hint)
@@ -42,10 +42,10 @@ def _readable(text: str) -> str:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tell of a file that torch, safetensors or tokenizers cannot write.
+    """Report a file that torch, safetensors or tokenizers cannot write.
 
     Raises:
-        UserError: there was no room for it, or another reason of the system's.
+        UserError: there was no space, or another error of the operating system.
     """
     try:
         yield
@@ -53,12 +53,12 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError) or not any(part in str(error) for part in _UNWRITTEN):
             raise
         raise UserError(
-            f"{path} cannot be written: {error}", "free some space and give the same command again"
+            f"{path} cannot be written: {error}", "free some space and run the same command again"
         ) from error
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> str:
-    """Where two nested settings differ, in words: "limits.max_length is 512 there, 2048 here"."""
+    """Where two nested settings differ: "limits.max_length is 512 there, 2048 here"."""
     found = []
     for name in there.keys() | here.keys():
         one, other = there.get(name), here.get(name)

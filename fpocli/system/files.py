@@ -1,30 +1,30 @@
-"""Files written whole or not at all, and folders that are gone at once."""
+"""Files that appear complete, and folders that disappear at once."""
 
 import shutil
 from pathlib import Path
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, never meets a part of it."""
+    """Write a file so that neither a reader nor a crash ever sees a part of it."""
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(file)
 
 
 def as_typed(path: str) -> Path:
-    """A path as it was typed, but without a link or dots at its end: what stands beside it must be
-    the same however it was typed."""
+    """A path as it was typed, but with a link or dots at its end resolved: files next to it must
+    be the same ones however it was typed."""
     typed = Path(path)
     return typed.resolve() if typed.is_symlink() or typed.name in ("", "..") else typed
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or what a kill left of its first file."""
+    """Whether a folder is empty, or holds only what a crash left of its first file."""
     return folder.is_dir() and all(file.suffix == ".partial" for file in folder.iterdir())
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that a kill never leaves a part of it under its name."""
+    """Delete a folder so that a crash never leaves a part of it under its name."""
     removed = folder.with_name(f".{folder.name}.fpo-removed")
     shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():

@@ -1,4 +1,4 @@
-"""What goes wrong between this machine and the hub, as sentences."""
+"""Errors of the Hugging Face hub as sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from fpocli.system.errors import UserError
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub and datasets raise into a sentence about `what`."""
+    """Turn errors of huggingface_hub and datasets into a sentence about `what`."""
     from huggingface_hub import errors
 
     offline = (
@@ -34,7 +34,7 @@ def hub_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what} lacks a file: {error}", "check the name") from error
     except errors.HfHubHTTPError as error:
         raise UserError(f"the hub refused {what}: {error}", "try again later") from error
-    # HTTPError is the HTTP client's own: a connection that broke.
+    # HTTPError is that of the HTTP client: a broken connection.
     except (errors.OfflineModeIsEnabled, errors.HTTPError, ConnectionError) as error:
         raise UserError(
             f"{what} is not on this machine and the hub cannot be reached", offline

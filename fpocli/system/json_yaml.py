@@ -1,7 +1,7 @@
-"""JSON and YAML files of other people, read as data: whatever is in them, it is that or a sentence.
+"""JSON and YAML files from elsewhere, read as data: any content is a value or a UserError.
 
-PyYAML and json raise more than their own errors: at a date that does not exist, a number of 5,000
-digits, or brackets nested too deep.
+PyYAML and json raise more than their own errors: for a date that does not exist, a number of 5,000
+digits, or brackets nested too deeply.
 """
 
 import json
@@ -12,27 +12,27 @@ import yaml
 
 from fpocli.system.errors import UserError
 
-# Values of a YAML file: weights for every feature of a dozen sites.
+# Most values of a YAML file: weights for every feature of a dozen sites.
 _MOST = 2_000_000
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
+    """The value in a JSON file.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}", "mend the file") from error
+        raise UserError(f"{path} is not valid JSON: {error}", "correct the file") from error
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds: plain values only, never an object of Python's.
+    """The value in a YAML file, made of plain values only, never of Python objects.
 
     Raises:
-        UserError: it is no YAML.
+        UserError: it is not valid YAML.
     """
     try:
         value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -40,17 +40,17 @@ def read_yaml(path: str | Path) -> Any:
         yaml.YAMLError, ValueError, RecursionError, ArithmeticError, LookupError, AttributeError,
         TypeError,
     ) as error:  # fmt: skip
-        raise UserError(f"{path} cannot be read as YAML: {error}", "mend the file") from error
+        raise UserError(f"{path} is not valid YAML: {error}", "correct the file") from error
     if _is_endless(value):
         raise UserError(
-            f"{path} stands for more than {_MOST:,} values, by references to itself",
-            "mend the file",
+            f"{path} expands to more than {_MOST:,} values by references to itself",
+            "write the values out",
         )
     return value
 
 
 def _is_endless(value: Any) -> bool:
-    """Whether references multiply what a short YAML file holds beyond use."""
+    """Whether references expand a short YAML file without bound."""
     waiting, seen = [value], 0
     while waiting and seen <= _MOST:
         seen += 1
@@ -61,5 +61,5 @@ def _is_endless(value: Any) -> bool:
 
 
 def is_file_name(name: Any) -> bool:
-    """Whether it names something right inside a folder, and not a way out of it."""
+    """Whether it is the name of a file directly inside a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")

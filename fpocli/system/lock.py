@@ -1,10 +1,10 @@
-"""Who writes a folder: one process, or several that share the work, on any number of hosts.
+"""Which processes may write a folder: those of one run, on any number of hosts.
 
-Every writer of `ref.zarr` has one file in `ref.zarr.writers/`. It says who the process is and is
-locked while it lives, so the system frees it with the process. A lock may not reach over hosts, so
-the file is also touched all the time: one from another host is dead when that has stopped. What a
-writer takes on, a block or a step that only one may do, is a link to its file: the first link of a
-name wins on every file system, and a claim lives as long as its writer.
+Every process that writes `ref.zarr` has a file in `ref.zarr.writers/`. The file names the process,
+which locks it (`flock`), so the operating system releases it when the process exits. Locks may not
+work across hosts, so the file is also touched regularly: on another host a process counts as exited
+when its file has not been touched for a while. A process claims a name, such as a block, by a hard
+link to its file: the first link wins on every file system, and the claim ends with the process.
 """
 
 import fcntl
@@ -26,14 +26,14 @@ from fpocli.system.console import console
 from fpocli.system.errors import UserError
 from fpocli.system.signals import on_end
 
-# Seconds after which a writer on another host, whose file nobody touches, is dead.
+# Seconds without a touch after which a process on another host counts as exited.
 _STALE = 120
 _WRITER = "writer-"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A writer, as its file tells."""
+    """A process that writes, as its file describes it."""
 
     host: str
     process: int
@@ -45,17 +45,16 @@ class Owner:
 
 
 class WriterLock:
-    """Makes this process a writer of a path.
+    """Context in which this process may write a path.
 
     Args:
-        path: what is written.
-        run: a name that processes have in common which were started together; None for one that
-            is alone.
-        join: write beside processes of another run.
-        first: a name to be held before any other process is let in.
+        path: the folder to write.
+        run: a name shared by the processes of one launch; None for a process on its own.
+        join: also write if another run does.
+        first: a name to claim before any other process is admitted.
 
     Raises:
-        UserError: another run writes it.
+        UserError: another run is writing it.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class WriterLock:
         self.path, self._join, self._first = path, join, first
         self._folder = path.with_name(path.name + ".writers")
         name = secrets.token_hex(4)
-        # Nobody takes notice of the hidden file before the process is known to be let in.
+        # The file is hidden from other processes until this one is admitted.
         self._own, self._name = self._folder / f".{name}", _WRITER + name
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._me = Owner(socket.gethostname(), os.getpid(), now, run or name)
@@ -104,22 +103,22 @@ class WriterLock:
         self._leave(kind is not None)
 
     def _leave(self, stopped: bool) -> None:
-        # What stopped this writer must not stop the others, one after the other: its claims stay,
-        # and the next start clears them.
+        # What stopped this process must not stop the others one after the other, so its claims stay
+        # until the next start.
         if stopped and self._others():
             self._names &= {self._name}
         self._end()
 
     def claim(self, name: str) -> bool:
-        """Take a name, such as "block-7"; False where it is taken, by the living or the dead.
+        """Claim a name, such as "block-7"; False if any process, running or exited, has claimed it.
 
         Raises:
-            UserError: the file system has no links, or another writer took this one for dead.
+            UserError: the file system has no hard links, or another process has removed this one.
         """
         try:
             os.link(self._own, self._folder / name)
         except FileExistsError:
-            # NFS may send a request twice and tell of the second.
+            # NFS may send a request twice and report the result of the second.
             if name in self._names or not self._is_own(name):
                 return False
         except FileNotFoundError as error:
@@ -127,21 +126,21 @@ class WriterLock:
         except OSError as error:
             raise UserError(
                 f"the file system of {self.path} has no hard links: {error.strerror}",
-                "give --out on another one; links keep two writers apart",
+                "choose --out on another one; fpo keeps two processes apart by hard links",
             ) from error
         self._names.add(name)
         return True
 
     def release(self, name: str) -> None:
-        """Give a name back."""
+        """Release a name."""
         self._names.discard(name)
         (self._folder / name).unlink(missing_ok=True)
 
     def require(self, name: str) -> None:
-        """Make sure that a name is still this process's.
+        """Check that this process still holds a name.
 
         Raises:
-            UserError: another writer took this one for dead, and it may write no more.
+            UserError: another process considered this one exited, so it must not write.
         """
         if not self._is_own(name):
             raise self._lost()
@@ -155,7 +154,7 @@ class WriterLock:
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:
-        """Hold a name for a while, after waiting for whoever has it."""
+        """Hold a name, after waiting for the process that has it."""
         waited = 0
         while name not in self._names and not self.claim(name):
             if self._clear(self._folder / name):
@@ -170,21 +169,21 @@ class WriterLock:
             self.release(name)
 
     def owner(self, name: str) -> Owner | None:
-        """Who has a name, living or dead; None where nobody has."""
+        """The process that claimed a name, running or exited; None if the name is free."""
         return _owner(self._folder / name)
 
     def alive(self, name: str) -> bool:
-        """Whether a name is held by a living process."""
+        """Whether a name is held by a running process."""
         return self._lives(self._folder / name)
 
     def _begin(self) -> TextIO:
-        """Make this process's own file."""
+        """Create this process's own file."""
         while True:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 file = self._own.open("x+", encoding="utf-8")
             except FileNotFoundError:
-                continue  # the last writer just left, with the folder
+                continue  # the last process has just removed the folder
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
             except OSError as error:
@@ -192,13 +191,13 @@ class WriterLock:
                 self._own.unlink(missing_ok=True)
                 raise UserError(
                     f"the file system of {self.path} has no locks: {error.strerror}",
-                    "give --out on another one; on Lustre they are mounted with -o flock",
+                    "choose --out on another one; on Lustre mount it with -o flock",
                 ) from error
             file.write(json.dumps(asdict(self._me)))
             file.flush()
             if os.fstat(file.fileno()).st_nlink:
                 return file
-            file.close()  # taken for a dead one's in the moment before it was locked
+            file.close()  # removed by another process before it was locked
 
     def _end(self) -> None:
         self._done.set()
@@ -206,12 +205,12 @@ class WriterLock:
             self.release(name)
         self._own.unlink(missing_ok=True)
         self._file.close()
-        with suppress(OSError):  # others are in it
+        with suppress(OSError):  # it is not empty
             self._folder.rmdir()
 
     def _touch(self) -> None:
         while not self._done.wait(_STALE / 6):
-            # It may have been deleted by hand.
+            # Somebody may have deleted it.
             with suppress(OSError):
                 os.utime(self._own)
 
@@ -219,7 +218,7 @@ class WriterLock:
         return [file for file in sorted(self._folder.iterdir()) if file != self._own]
 
     def _others(self) -> list[Owner]:
-        """The living writers beside this one."""
+        """The other running processes."""
         files = [file for file in self._files() if file.name.startswith(_WRITER)]
         owners = [_owner(file) for file in files if file.name != self._name and self._lives(file)]
         return [owner for owner in owners if owner]
@@ -229,11 +228,11 @@ class WriterLock:
             if owner.run != self._me.run:
                 raise UserError(
                     f"another process is writing {self.path}: {owner}",
-                    "wait for it, or give another --out; if its host is gone, wait two minutes",
+                    "wait for it, or choose another --out; if its host is lost, wait two minutes",
                 )
 
     def _clear_dead(self) -> None:
-        """Remove what dead writers left, and tell of it."""
+        """Remove the files of processes that have exited, and report them."""
         left: dict[Owner, list[str]] = {}
         for file in self._files():
             owner = _owner(file)
@@ -242,15 +241,15 @@ class WriterLock:
         for owner, names in left.items():
             claims = [name for name in names if not name.startswith((_WRITER, "."))]
             what = f", with {', '.join(claims)}," if claims else ""
-            console.print(f"{owner}, left {self.path}{what} without an end; going on from there")
+            console.print(f"{owner}, stopped writing {self.path}{what}; resuming from there")
 
     def _clear(self, file: Path) -> bool:
-        """Remove a dead writer's file; False where it lives."""
+        """Remove the file of a process that has exited; False if it is running."""
         try:
             with file.open("r+", encoding="utf-8") as opened:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if self._silent(file) and os.path.samestat(file.stat(), os.fstat(opened.fileno())):
-                    # Only who holds its lock removes it, so it is this file that goes.
+                    # This process holds its lock, so it removes the file that it checked.
                     file.unlink()
                     return True
         except FileNotFoundError:
@@ -270,22 +269,22 @@ class WriterLock:
             return True
 
     def _silent(self, file: Path) -> bool:
-        """Whether a file that nobody locks is of this host, or long untouched on another."""
+        """Whether a file without a lock is of this host, or has long not been touched."""
         owner = _owner(file)
         if owner is None or owner.host == self._me.host:
             return True
-        # Both times are the file server's; the hosts' clocks may differ.
+        # Both times are those of the file server, since the hosts' clocks may differ.
         return self._own.stat().st_mtime - file.stat().st_mtime > _STALE - _STALE / 6
 
     def _lost(self) -> UserError:
         return UserError(
-            f"another process took this one for dead and may write {self.path} in its place",
-            "give the same command again; what is written is whole",
+            f"another process considered this one exited and may write {self.path} in its place",
+            "run the same command again; what is written is complete",
         )
 
 
 def _owner(file: Path) -> Owner | None:
-    """What a writer's file says; None where it says nothing."""
+    """The process that a file describes; None if it describes none."""
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         return Owner(**{name: about[name] for name in Owner.__dataclass_fields__})

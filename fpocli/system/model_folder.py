@@ -1,4 +1,4 @@
-"""Names to places: short model names, hub ids and local folders; the SAE that goes with a site."""
+"""A model's files: short names and hub ids -> a local folder that was checked."""
 
 import hashlib
 import re
@@ -24,9 +24,9 @@ class ModelFolder:
 
     Args:
         source: the hub id or folder the user named.
-        path: the folder that holds config, tokeniser and weights.
+        path: the folder with config, tokeniser and weights.
         revision: the hub's commit; None for a local folder.
-        trust_remote_code: whether Python code among the files may be run.
+        trust_remote_code: whether Python code in it may be run.
     """
 
     source: str
@@ -36,7 +36,7 @@ class ModelFolder:
 
     @property
     def weight_files(self) -> list[Path]:
-        """In the order of their names."""
+        """The safetensors files, sorted by name."""
         return sorted(self.path.glob("*.safetensors"))
 
     def weights_hash(self) -> str:
@@ -60,17 +60,17 @@ def find_model(
     weights: bool = True,
     trust_remote_code: bool = False,
 ) -> ModelFolder:
-    """The files of a model, fetched from the hub if they are not here yet.
+    """Find a model's files, downloading them from the hub if necessary.
 
     Args:
         name: a short name, a hub id or a local folder.
-        revision: the hub's commit; None takes the newest.
-        weights: False where configuration and tokeniser are enough.
-        trust_remote_code: whether its own Python code may be run.
+        revision: commit on the hub; None is the newest.
+        weights: False if configuration and tokeniser are enough.
+        trust_remote_code: whether its Python code may be run.
 
     Raises:
-        UserError: there is no such model, it may not be read, or the hub cannot be reached; or its
-            files name others outside the folder, or sizes that no model has.
+        UserError: the model does not exist, may not be read, or the hub cannot be reached; or its
+            files refer to files outside the folder, or to absurd sizes.
     """
     source = SHORT_NAMES.get(name, name)
     if Path(source).is_dir():
@@ -83,7 +83,7 @@ def find_model(
             patterns += ["*.py"] * trust_remote_code
             path = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     if not (path / "config.json").is_file():
-        raise UserError(f"{source} has no config.json", "name a transformers model folder")
+        raise UserError(f"{source} has no config.json", "name a folder with a transformers model")
     _check_names(source, path)
     folder = ModelFolder(
         source, path, None if Path(source).is_dir() else path.name, trust_remote_code
@@ -99,26 +99,28 @@ def find_model(
                 pass
         except SafetensorError as error:
             raise UserError(
-                f"the weights {file} are damaged: {error}", "fetch them anew"
+                f"the weights {file} are damaged: {error}", "download them again"
             ) from error
     return folder
 
 
 def _check_names(source: str, path: Path) -> None:
-    """Refuse a folder whose files send transformers elsewhere, or to work without end."""
+    """Refuse a folder whose files lead transformers out of it, or into endless work."""
     config, tokenizer = (
         read_json(path / name) if (path / name).is_file() else {}
         for name in ("config.json", "tokenizer_config.json")
     )
     for name, value in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         if not isinstance(value, dict):
-            raise UserError(f"{name} of {source} holds no JSON object", "fetch the model anew")
+            raise UserError(f"{name} of {source} is not a JSON object", "download the model again")
     if large := _too_large(config):
-        raise UserError(f"config.json of {source} has {large}, which no model has", "mend it")
+        raise UserError(
+            f"config.json of {source} has {large}, which no model has", "download the model again"
+        )
     if (path / "adapter_config.json").is_file():
         raise UserError(
-            f"{source} holds an adapter, which names a model elsewhere",
-            "merge the adapter into its model and save the whole",
+            f"{source} is an adapter, which refers to a model elsewhere",
+            "merge the adapter into its model and save the result",
         )
     named = [config.get("transformers_weights") or "model.safetensors"]
     named += _list(tokenizer.get("fast_tokenizer_files"))
@@ -126,12 +128,12 @@ def _check_names(source: str, path: Path) -> None:
         about = read_json(index)
         files = about.get("weight_map") if isinstance(about, dict) else None
         if not isinstance(files, dict):
-            raise UserError(f"{index} holds no `weight_map`", "fetch the model anew")
+            raise UserError(f"{index} has no `weight_map`", "download the model again")
         named += files.values()
     if outside := [name for name in named if not is_file_name(name)]:
         raise UserError(
-            f"the files of {source} name {outside[0]!r}, which is no file right inside its folder",
-            "take a model folder as transformers' save_pretrained writes it",
+            f"the files of {source} refer to {outside[0]!r}, which is not directly inside its folder",
+            "use a folder as transformers' save_pretrained writes it",
         )
 
 
@@ -140,9 +142,9 @@ def _list(value: Any) -> list[Any]:
 
 
 def _too_large(config: dict[str, Any]) -> str | None:
-    """The first count of parts, such as "num_hidden_layers = 10000000", that is beyond reason.
+    """The first absurd count, such as "num_hidden_layers = 10000000".
 
-    transformers makes an object for each layer, label and expert before it reads a weight.
+    transformers creates an object for each layer, label and expert before it reads a weight.
     """
     for name, value in config.items():
         if isinstance(value, dict) and (large := _too_large(value)):
@@ -154,9 +156,9 @@ def _too_large(config: dict[str, Any]) -> str | None:
 
 
 def refuse_code(folder: ModelFolder, error: Exception) -> None:
-    """Tell what to do where transformers' error is that the folder's code may not be run."""
+    """Explain what to do if transformers' error is that the folder's code may not be run."""
     if not folder.trust_remote_code and "trust_remote_code" in str(error):
         raise UserError(
-            f"{folder.source} needs Python code that comes with it, which is not run unasked",
-            "read that code, and give --trust-remote-code if you trust it",
+            f"{folder.source} needs Python code that comes with it, which is not run by default",
+            "read that code, and add --trust-remote-code if you trust it",
         ) from error

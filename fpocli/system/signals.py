@@ -1,7 +1,7 @@
-"""How the program is ended from outside: at once, from any thread, with the command that goes on.
+"""Ending the program at a signal: at once, from any thread, with the command that resumes it.
 
-Everything that is written appears whole or not at all, so nothing needs to unwind: a signal is read
-by a thread, whatever the main thread waits for, and what is held is given back.
+Every file appears complete or not at all, so nothing needs to unwind. A thread reads the signal,
+whatever the main thread waits for, and locks are released.
 """
 
 import os
@@ -18,19 +18,19 @@ from typing import NoReturn
 
 from fpocli.system.ranks import is_first_rank
 
-# Seconds that giving back and telling may take.
+# Seconds that releasing locks and printing may take.
 _PATIENCE = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _callbacks: list[Callable[[], object]] = []
-# Who holds it ends the process, or is in the way of that; the first end is the only one.
+# Held by the thread that ends the process; only the first one does.
 _lock = threading.Lock()
 _told = threading.Event()
 _notes: list[str] = []
 
 
 def end_on_signals() -> None:
-    """From now on Ctrl-C and SIGTERM end the process with 130 or 143; only the program asks for
-    it, for a Python session has signals of its own."""
+    """From now on Ctrl-C and SIGTERM end the process with 130 or 143. Only the program calls this;
+    a Python session keeps its own signal handlers."""
     if _is_program():
         return
     read, write = os.pipe()
@@ -48,11 +48,11 @@ def _is_program() -> bool:
 
 
 def _read_by_the_thread(number: int, frame: FrameType | None) -> None:
-    """Python's own handler waits for the main thread, which may be in a collective."""
+    """Do nothing: Python's handlers run in the main thread, which may be in a collective."""
 
 
 def _as_usual() -> None:
-    """A forked child is ended by its own signals, and does not pass them on through our pipe."""
+    """Give a forked child the default handlers, so that it does not write to our pipe."""
     signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -66,7 +66,7 @@ def _wait(read: int) -> None:
 
 @contextmanager
 def on_end(callback: Callable[[], object]) -> Iterator[None]:
-    """Have something done if the process is ended inside; nobody leaves once the end has begun."""
+    """Call `callback` if the process is ended inside this context, which nobody leaves then."""
     _callbacks.append(callback)
     try:
         yield
@@ -76,23 +76,23 @@ def on_end(callback: Callable[[], object]) -> Iterator[None]:
 
 
 def mute() -> None:
-    """The program has told why it ends: a signal that comes now, from a launcher say, is quiet."""
+    """Print nothing more: the program has reported why it ends, and a launcher may send a signal."""
     _told.set()
 
 
 def add_resume_note(note: str) -> None:
-    """Tell this too with the command that goes on."""
+    """Print this as well, after the command that resumes."""
     _notes.append(note)
 
 
 def end(code: int, why: str) -> NoReturn:
-    """End the process from any thread, and tell the command that goes on.
+    """End the process from any thread, and print the command that resumes it.
 
     Args:
         code: exit code.
-        why: told first; with "" nothing is told.
+        why: printed first; with "" nothing is printed.
     """
-    # A pipe that nobody reads, or a disk that is gone, must not hold up the end.
+    # A pipe that nobody reads, or a disk that is gone, must not prevent the end.
     threading.Timer(_PATIENCE, os._exit, [code]).start()
     _lock.acquire()
     for callback in reversed(_callbacks):
@@ -101,13 +101,13 @@ def end(code: int, why: str) -> NoReturn:
     if why and not _told.is_set():
         lines = [why, *_notes]
         if _is_program():
-            lines[0] = f"{why}; go on from what was last saved with\n    {resume_command()}"
+            lines[0] = f"{why}; resume from what was last saved with\n    {resume_command()}"
         print(*lines, sep="\n", file=sys.stderr, flush=True)
     os._exit(code)
 
 
 def resume_command() -> str:
-    """The command line as it was typed, without --overwrite, which would start anew."""
+    """The command line as it was typed, without --overwrite, which would start over."""
     words = [word for word in sys.argv[1:] if word != "--overwrite"]
     script = sys.argv[0]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -116,7 +116,7 @@ def resume_command() -> str:
             launcher = [sys.executable, "-m", "torch.distributed.run"]
         nodes = os.environ["GROUP_WORLD_SIZE"]
         launcher += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        # The launcher's other flags, such as those of the rendezvous, are not known here.
+        # The launcher's other flags, such as those of the rendezvous, are unknown.
         launcher += ["--nnodes", nodes, "..."] if nodes != "1" else ["--standalone"]
         return shlex.join([*launcher, "-m", "fpocli", *words])
     if Path(script).name == "__main__.py":

@@ -435,7 +435,7 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
         ({"data": "gone.jsonl"}, "does not exist"),
         (
             {"data": "sharegpt.jsonl"},
-            "line 1: missing field, rejected; it has conversations: empty list",
+            "line 1: missing field, rejected; it has conversations: empty",
         ),
         ({"layer": [1, 1], "sae": ["a", "b"]}, "a site is named twice"),
         ({"join": True, "overwrite": True}, "need a process of their own"),

@@ -117,7 +117,7 @@ def test_splits_of_a_model_make_the_whole(material, store_path, tmp_path):
         ({"split": "eval"}, "is empty"),
         ({"split": "some"}, "--split some is unknown"),
         ({"temperature": [-1.0]}, "--temperature"),
-        ({"sae": ["a", "b"]}, "2 SAEs are given"),
+        ({"sae": ["a", "b"]}, "--sae is used 2 times"),
     ],
 )
 def test_what_is_wrong_is_told(material, store_path, tmp_path, changes, message):
