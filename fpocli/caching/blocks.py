@@ -1,6 +1,6 @@
-"""Scoring one block of a store with the frozen reference: rows in, reference rows out.
+"""Scores one block of a store with the frozen reference: token ids in, reference values out.
 
-Shapes: b pairs of the block, P pairs of a row, K kept features, m features.
+Shapes: b pairs of the block, P pairs of a packed sequence, K kept features, m features.
 """
 
 import numpy as np
@@ -28,24 +28,24 @@ def score_block(
     *,
     drop_non_finite: bool = False,
 ) -> tuple[ReferenceValues, dict[str, FeatureTotals]]:
-    """Reference values of a block's pairs. They depend on nothing outside the block.
+    """Compute the reference values of a block's pairs. They depend on nothing outside the block.
 
     Args:
         model: the reference.
         encoders: the SAE of each site.
-        store: says what is kept of the features.
+        store: determines how many features are kept, and their dtype.
         tokens: of the b pairs.
-        packed_length: the most tokens of a packed row.
+        packed_length: the most tokens of a packed sequence.
         bar: advanced by the pairs that are done.
-        drop_non_finite: leave the rows of a pair whose numbers are not finite as gaps.
+        drop_non_finite: leave the values of a pair missing if one is non-finite.
 
     Returns:
-        the b rows, and by site the sums over their responses.
+        the values of the b pairs, and by site the sums over their responses.
 
     Raises:
-        UserError: a number is not finite, or does not fit into float16.
+        UserError: a value is non-finite, or does not fit into float16.
     """
-    rows = store.missing_values(len(tokens))
+    values = store.missing_values(len(tokens))
     totals = {
         site: FeatureTotals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
@@ -63,21 +63,21 @@ def score_block(
             for which in (True, False)
         )
         if wrong and len(pairs) > 1:
-            # A kernel may carry NaN over to a neighbour in the row, so each is asked alone.
+            # A kernel may spread NaN to neighbours in the sequence, so each is scored by itself.
             packed += [[pair] for pair in wrong]
         elif wrong:
             _leave_out(int(tokens.source_row[wrong[0]]), drop_non_finite)
             bar.advance()
-        rows.logp[kept] = scores.logp[finite].cpu().numpy()
+        values.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
             pooled = pooled[finite]
-            _keep_largest(pooled, rows.features[site], kept, tokens.source_row)
+            _keep_largest(pooled, values.features[site], kept, tokens.source_row)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
         bar.advance(len(kept))
-    average = rows.logp / tokens.counts.astype(np.float32)
-    rows.margin[:] = average[:, 0] - average[:, 1]
-    return rows, totals
+    average = values.logp / tokens.counts.astype(np.float32)
+    values.margin[:] = average[:, 0] - average[:, 1]
+    return values, totals
 
 
 def _keep_largest(
@@ -93,13 +93,13 @@ def _keep_largest(
         raise UserError(
             f"a pooled feature of the pair in row {row} does not fit into float16: "
             f"{value.max():.3g}",
-            "give --value-dtype float32",
+            "use --value-dtype float32",
         )
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
 
 
 def _finite(scores: PairScores) -> torch.Tensor:
-    """Which pairs of a row have numbers: bool [P]."""
+    """Which pairs have finite values only: bool [P]."""
     finite = scores.logp.isfinite().all(1)
     for pooled in scores.pooled.values():
         finite &= pooled.isfinite().all(-1).all(1)
@@ -107,7 +107,7 @@ def _finite(scores: PairScores) -> torch.Tensor:
 
 
 def _leave_out(row: int, allowed: bool) -> None:
-    told = f"the log-probability or a feature of the pair in row {row} is not finite"
+    message = f"the log-probability or a feature of the pair in row {row} is non-finite"
     if not allowed:
-        raise UserError(told, "try --dtype float32, or leave the pair out with --drop-non-finite")
-    console.print(f"{told}; it is left out")
+        raise UserError(message, "try --dtype float32, or drop the pair with --drop-non-finite")
+    console.print(f"{message}; the pair is dropped")

@@ -1,4 +1,4 @@
-"""fpo compare: caches, trains and evaluates a grid of runs, and writes the paper's tables."""
+"""fpo compare: cache, train and evaluate a grid of runs, and write the paper's tables."""
 
 import hashlib
 import json
@@ -19,28 +19,27 @@ from fpocli.system.signals import on_end
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
-    """Run what is not done yet of a grid, and write its reports.
+    """Run the commands of a grid that are not done yet, and write its reports.
 
-    Every command is a process of its own, so that its memory is its own; each goes on by itself
-    where it was stopped.
+    Every command runs in a process of its own, with its own memory, and resumes where it stopped.
 
     Args:
         config: the settings.
 
     Returns:
-        one record for each run, as results.json holds them.
+        one record for each run, as in results.json.
 
     Raises:
-        UserError: the file is wrong, or a command of the grid stopped.
+        UserError: the file is invalid, a file it names is missing, or a command failed.
     """
     grid = read_grid(config.config_file, REPORTS)
     steps = [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
     if config.plan:
         for step in steps:
             print(f"{'done' if _done(grid, step) else 'to do'}  {step.name}")
+        _require_files(config.config_file, steps)
         return []
-    if missing := [file for step in steps for file in step.files if not file.is_file()]:
-        raise UserError(f"{missing[0]}, which {config.config_file} names, is not there", "mend it")
+    _require_files(config.config_file, steps)
     grid.out.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(steps, 1):
         if not _done(grid, step):
@@ -53,21 +52,39 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def _require_files(config_file: str, steps: list[Step]) -> None:
+    """Refuse a grid that names files which do not exist, before anything runs.
+
+    Raises:
+        UserError: it names the file.
+    """
+    for step in steps:
+        for name, file in step.files.items():
+            if not file.is_file():
+                hint = f"put it there, or remove `{name}` from {config_file}"
+                if file.name == "alpaca_eval.json":
+                    hint = (
+                        "download alpaca_eval.json from the hub's data set tatsu-lab/alpaca_eval, "
+                        f"or remove `{name}` from {config_file}, and with it the entropy column"
+                    )
+                raise UserError(f"{file}, which {config_file} names, does not exist", hint)
+
+
 def _done(grid: Grid, step: Step) -> bool:
-    """Whether its result is there, made of what it would be made of now."""
+    """Whether a step's result exists and was made from its current inputs."""
     mark = _mark(grid, step)
     return step.result.is_file() and mark.is_file() and mark.read_text() == _inputs(step)
 
 
 def _inputs(step: Step) -> str:
-    """sha256 of all that a step's result is made of: settings, files, and the step before."""
+    """sha256 of everything a step's result depends on: settings, files, and the step before."""
     digest = hashlib.sha256(json.dumps(step.settings, sort_keys=True).encode())
-    for file in step.files:
+    for file in step.files.values():
         digest.update(file.read_bytes() if file.is_file() else b"")
     if step.after:
         digest.update(_inputs(step.after).encode())
         return digest.hexdigest()
-    # All that follows rests on the store, which may have been made anew by hand.
+    # All later steps depend on the store, which the user may have made again.
     store = Path(step.settings.get("cache") or step.settings["out"])
     if (store / "zarr.json").is_file():
         digest.update(Store.open(store).meta["fingerprint"].encode())
@@ -80,9 +97,9 @@ def _run(grid: Grid, step: Step) -> None:
     mark.unlink(missing_ok=True)
     file = mark.with_suffix(".yaml")
     replace_text(file, yaml.safe_dump(step.settings, sort_keys=False))
-    # What fpo eval measures has no flag.
+    # The model of fpo eval is an argument, not a flag.
     model = [step.settings["model"]] if step.words[-1] == "eval" else []
-    # The commands' own tables would mix with ours on stdout.
+    # The commands' own tables would mix with those of fpo compare on stdout.
     words = [*step.words, *model, "--config", str(file)]
 
     def stop() -> None:
@@ -93,8 +110,8 @@ def _run(grid: Grid, step: Step) -> None:
         child.wait()
     if child.returncode:
         raise UserError(
-            f"{step.name} stopped with exit code {child.returncode}, as told above",
-            "mend it and give the same command again; what is done is not done anew",
+            f"{step.name} failed with exit code {child.returncode}; its error is above",
+            "correct it and run the same command again; finished steps are not repeated",
         )
     replace_text(mark, _inputs(step))
 

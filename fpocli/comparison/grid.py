@@ -1,4 +1,4 @@
-"""A comparison's YAML file -> the stores, runs and evaluations it means.
+"""A grid's YAML file -> the commands for its stores, runs and evaluations.
 
 out: compare
 cache: {model: gemma-2-2b, layer: [25]}     # settings of fpo cache, or `store: ref.zarr`
@@ -25,17 +25,17 @@ from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import is_file_name, read_yaml
 
-# What the comparison itself sets.
+# Settings that fpo compare sets itself.
 _OWN = {
     "cache": {"out", "join", "repair"},
     "train": {"out", "cache"},
     "eval": {"model", "cache", "out", "json"},
 }
-# A file cannot ask for other people's code to be run.
+# A file cannot allow remote code.
 _OWN = {section: names | {"trust_remote_code"} for section, names in _OWN.items()}
-# Settings of a store that leave its content as it is.
+# Settings of fpo cache that do not change the store's content.
 _HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
-# Bytes of a folder's name; file systems take 255.
+# Most bytes of a folder's name; file systems allow 255.
 _LONGEST_NAME = 240
 _PROGRAM = (sys.executable, "-m", "fpocli")
 _FILES = ("feature_weights", "deepspeed", "generate")
@@ -50,11 +50,11 @@ class Step:
     """One command.
 
     Args:
-        name: of its configuration, unique in the comparison.
-        words: how the program is started, up to the command's name.
-        settings: what stands in its configuration.
-        result: the file that is there when it is done.
-        after: the step whose result it reads.
+        name: unique in the grid.
+        words: the command line, up to the command's name.
+        settings: the content of its configuration file.
+        result: the file that exists when it is done.
+        after: the step whose result it reads, or None.
     """
 
     name: str
@@ -64,18 +64,18 @@ class Step:
     after: "Step | None" = None
 
     @property
-    def files(self) -> list[Path]:
-        """Files of the user's that it reads."""
-        return [Path(self.settings[name]) for name in _FILES if self.settings.get(name)]
+    def files(self) -> dict[str, Path]:
+        """Files of the user's that it reads, by the setting that names them."""
+        return {name: Path(self.settings[name]) for name in _FILES if self.settings.get(name)}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One policy of the comparison.
+    """One policy of the grid.
 
     Args:
-        name: from what the grid says of it.
-        settings: what sets it apart, defaults of the method included: method, alpha, layer, ...
+        name: made from the settings that the grid varies.
+        settings: all settings of its store and training: method, alpha, layer, ...
         folder: of the run.
         train, evaluate: its two commands.
     """
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a comparison's file means.
+    """The content of a grid's file.
 
     Args:
         out: its folder.
@@ -105,16 +105,16 @@ class Grid:
 
 
 def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
-    """Read and check a comparison's file.
+    """Read and check a grid's file.
 
     Raises:
-        UserError: the file cannot be read, or says something that no command takes.
+        UserError: it cannot be read, or has a setting that no command accepts.
     """
     given = _read(path)
     unknown = [name for name in given.get("reports", []) if name not in known_reports]
     if unknown:
         raise UserError(
-            f"{path} asks for the report {unknown[0]}, which is not known",
+            f"{path} asks for the unknown report {unknown[0]}",
             f"known: {', '.join(known_reports)}",
         )
     out = Path(given.get("out", Path(path).stem))
@@ -126,7 +126,7 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     if ("store" in given) == bool(base["cache"]):
         raise UserError(
             f"{path} must have either `store` or `cache`",
-            "name a store that is there, or give the settings of fpo cache",
+            "name a finished store, or the settings of fpo cache",
         )
     stores: dict[str, Step] = {}
     runs: dict[str, Run] = {}
@@ -135,8 +135,8 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
             cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
             if cached and "store" in given:
                 raise UserError(
-                    f"{path} varies {', '.join(cached)}, which the store has settled",
-                    "give `cache` with the settings of fpo cache in place of `store`",
+                    f"{path} varies {', '.join(cached)}, but names a finished store",
+                    "replace `store` by `cache` with the settings of fpo cache",
                 )
             step = None
             if "store" not in given:
@@ -144,15 +144,15 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
                 step = stores.setdefault(step.name, step)
             run = _run(out, given, base, choice, step, path)
             if run.name in runs:
-                raise UserError(f"{path} means the run {run.name} twice", "name it once in `runs`")
+                raise UserError(f"{path} has the run {run.name} twice", "list it once in `runs`")
             runs[run.name] = run
     return Grid(out, list(stores.values()), list(runs.values()), given.get("reports", ["all"]))
 
 
 def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
-    """The command that makes a store; whoever needs the same settings shares it."""
+    """The command that makes a store; runs with the same settings share it."""
     whole = dataclasses.asdict(_make(CacheConfig, settings, f"`cache` in {path}"))
-    # What says how, and not what, is no part of the name.
+    # Settings that do not change the content are not part of the name.
     whole = {name: value for name, value in whole.items() if name not in _HOW}
     digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
     sites = zip(whole["layer"], whole["site"] * len(whole["layer"]), strict=False)
@@ -173,8 +173,8 @@ def _run(
     name = _name(choice) or "run"
     if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise UserError(
-            f"{path} means a run of the name {name:.80}, which no folder can have",
-            "name a long list of values, or one with odd characters, in `train`",
+            f"{path} has a run with the name {name:.80}, which no folder can have",
+            "put a long list of values, or one with unusual characters, into `train`",
         )
     folder = out / "runs" / name
     cache = store.settings["out"] if store else given["store"]
@@ -189,7 +189,9 @@ def _run(
     try:
         launch = tuple(shlex.split(given.get("launch", ""))) or _PROGRAM
     except ValueError as error:
-        raise UserError(f"`launch` in {path} is no command line: {error}", "mend it") from error
+        raise UserError(
+            f"`launch` in {path} is not a command line: {error}", "check its quotes"
+        ) from error
     train = Step(
         f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json", store
     )
@@ -205,7 +207,7 @@ def _run(
 
 
 def _make(config: type, settings: dict[str, Any], where: str) -> Any:
-    """A command's settings, held to what it takes before anything runs."""
+    """A command's config, checked before anything runs."""
     missing = [
         field.name
         for field in dataclasses.fields(config)
@@ -228,10 +230,12 @@ def _read(path: str) -> dict[str, Any]:
         kind = _SECTIONS.get(name)
         if kind is None:
             raise UserError(
-                f"{path} has a section {name}, which is not known", f"known: {', '.join(_SECTIONS)}"
+                f"{path} has an unknown section {name}", f"known: {', '.join(_SECTIONS)}"
             )
         if not isinstance(value, kind) or "\0" in value:
-            raise UserError(f"{name} in {path} is no {kind.__name__}", "see docs/evaluation.md")
+            raise UserError(
+                f"{name} in {path} is not of type {kind.__name__}", "see docs/evaluation.md"
+            )
     for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
         known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())
         _check_names(given.get(section, {}), known, f"`{section}` in {path}")
@@ -243,20 +247,22 @@ def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
         return train
     name = train["preset"]
     if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"the preset {name} is not known", f"known: {', '.join(PRESETS)}")
+        raise UserError(f"the preset {name} is unknown", f"known: {', '.join(PRESETS)}")
     return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}
 
 
 def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
-    """Every choice of an entry of `runs`: a list of values is a choice among them."""
+    """All combinations of an entry of `runs`, in which a list stands for alternatives."""
     if not isinstance(entry, dict):
-        raise UserError(f"an entry of `runs` in {path} is no set of flags", "write {method: fpo}")
+        raise UserError(
+            f"an entry of `runs` in {path} is not a mapping of settings", "write {method: fpo}"
+        )
     known = _fields(TrainConfig) | _fields(CacheConfig)
     _check_names(entry, known - _OWN["train"] - _OWN["cache"], f"`runs` in {path}")
     several = {name for config in (CacheConfig, TrainConfig) for name in _lists(config)}
     choices = []
     for name, value in entry.items():
-        # A flag that takes a list has a list of lists to choose from.
+        # For a setting that is a list, the alternatives are a list of lists.
         of_lists = isinstance(value, list) and any(isinstance(item, list) for item in value)
         listed = of_lists if name in several else isinstance(value, list)
         choices.append([(name, item) for item in (value if listed else [value])])
@@ -266,7 +272,7 @@ def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
 def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
     if unknown := sorted(str(name) for name in given if name not in known):
         raise UserError(
-            f"{where} sets {', '.join(unknown)}, which is no flag, or one that fpo compare sets",
+            f"{where} sets {', '.join(unknown)}, which is unknown or set by fpo compare itself",
             "see fpo --help",
         )
 

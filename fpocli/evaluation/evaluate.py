@@ -1,7 +1,4 @@
-"""Measuring a policy on pairs of a store: means while training, and the command fpo eval.
-
-Shapes: P pairs of a row, N pairs of the split; column 0 is chosen, column 1 rejected.
-"""
+"""fpo eval: measure a policy on the pairs of a store, sample from it, write the results."""
 
 import json
 import os
@@ -38,13 +35,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         config: the settings.
 
     Returns:
-        what eval.json holds.
+        the content of eval.json.
 
     Raises:
         UserError: the model, store, reference or prompts cannot be used.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("fpo eval runs in one process", "start it without torchrun")
+        raise UserError("fpo eval runs in one process", "run it without torchrun")
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
@@ -69,7 +66,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if not stream.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
-            "name another --split, or hold pairs out with --eval-fraction",
+            "choose another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
     samples = Samples(config, folder, store, out) if config.generate else None
@@ -99,38 +96,38 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def find_policy(
     config: EvalConfig, run: Path | None, store: Store
 ) -> tuple[ModelFolder, TrainConfig | None]:
-    """The model of a run's folder, with the run's settings; or any model, without.
+    """The model to evaluate, and the settings of its run if it comes from one.
 
     Args:
         config: names the model.
-        run: its run's folder, if it has one.
+        run: the folder of its run, or None.
         store: whose pairs are measured.
 
     Raises:
         UserError: the run has no final model yet or was trained on another store, whose held-out
             pairs are not this one's; or there is no such model.
     """
-    # The command's own; that of the run's config.yaml is no reason.
+    # Only as set for this command; the run's config.yaml does not count.
     trust = config.trust_remote_code
     if run is None:
         return find_model(config.model, trust_remote_code=trust), None
     if not (run / "final").is_dir():
         raise UserError(
             f"the run {run} has no final model yet",
-            "finish it with the `fpo train` command that began it",
+            "complete it with the `fpo train` command that began it",
         )
     fingerprint, settings = read_run(run)
     if fingerprint != store.meta["fingerprint"] and config.split != "all":
         raise UserError(
             f"the run {run} was trained on another store than {store.path}, so it may have seen "
             "the pairs that would be held out here",
-            "name its own store, or take the pairs as they are with --split all",
+            "name its own store, or measure all pairs with --split all",
         )
     return find_model(str(run / "final"), trust_remote_code=trust), settings
 
 
 def run_folder(model: str) -> Path | None:
-    """The run that a path means, by its folder or by its final model."""
+    """The folder of the run that a path names, itself or by its final/; None if it is not a run."""
     path = Path(model)
     for folder in (path, path.parent) if path.name == "final" else (path,):
         if (folder / "run.json").is_file():

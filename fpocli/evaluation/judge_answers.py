@@ -1,4 +1,4 @@
-"""Answer files in the layouts that the judges' own tools read.
+"""Answer files in the formats that the judges' own tools read.
 
 AlpacaEval (alpaca_eval --model_outputs FILE), Arena-Hard (data/.../model_answer/NAME.jsonl) and
 MT-Bench (FastChat's data/mt_bench/model_answer/NAME.jsonl).
@@ -15,13 +15,13 @@ from fpocli.system.files import replace_text
 
 
 def write_answers(prompts: list[Prompt], rows: list[dict[str, Any]], name: str, out: Path) -> Path:
-    """Write the file that the prompts are meant for.
+    """Write the file of the judge that the prompts belong to.
 
     Args:
         prompts: the questions.
         rows: per prompt `turns`, each with a `text`.
         name: of the model in the file.
-        out: a folder in it for each judge.
+        out: the folder; each judge has a folder in it.
 
     Returns:
         the file: MT-Bench's for questions with a `question_id`, Arena-Hard's for those with a

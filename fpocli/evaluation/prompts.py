@@ -1,4 +1,4 @@
-"""Prompt files for sampling: AlpacaEval's, Arena-Hard's and MT-Bench's questions, or plain ones."""
+"""Prompt files for sampling: questions of AlpacaEval, Arena-Hard and MT-Bench, or plain ones."""
 
 import json
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Prompt:
     """A question.
 
     Args:
-        turns: what the user says; in MT-Bench twice.
-        row: the whole record, as it stands in the file.
+        turns: messages of the user; two in MT-Bench.
+        row: the record as it is in the file.
     """
 
     turns: tuple[str, ...]
@@ -32,19 +32,19 @@ def read_prompts(path: str) -> list[Prompt]:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"the prompts {path} do not exist", "give a JSON or JSONL file")
+        raise UserError(f"the prompts {path} do not exist", "name a JSON or JSONL file")
     try:
         text = file.read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    # A line nested too deep is a RecursionError.
+    # Brackets nested too deeply raise RecursionError.
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is neither JSON nor JSONL: {error}", "mend the file") from error
+        raise UserError(f"{path} is neither JSON nor JSONL: {error}", "correct the file") from error
     prompts = [Prompt(_turns(row, path, number), row) for number, row in enumerate(rows, 1)]
     if not prompts:
-        raise UserError(f"{path} holds no prompt", "give a file with one record or more")
+        raise UserError(f"{path} has no prompts", "name a file with at least one record")
     return prompts
 
 
@@ -61,7 +61,7 @@ def _turns(row: Any, path: str, number: int) -> tuple[str, ...]:
     texts = [text.get("content") if isinstance(text, dict) else text for text in texts]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise UserError(
-            f"record {number} of {path} holds no question",
-            'write {"prompt": "..."}, or take a file of AlpacaEval, Arena-Hard or MT-Bench',
+            f"record {number} of {path} has no question",
+            'write {"prompt": "..."}, or use a file of AlpacaEval, Arena-Hard or MT-Bench',
         )
     return tuple(texts)

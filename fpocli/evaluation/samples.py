@@ -1,4 +1,4 @@
-"""samples.jsonl: the answers that were sampled, kept so that a stopped run goes on."""
+"""samples.jsonl: the sampled answers, saved batch by batch so that sampling can be resumed."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from fpocli.system.errors import UserError, differences
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
 
-# What an answer is made from: another value of one of these makes others.
+# Settings that decide an answer.
 _IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
 
 
 class Samples:
-    """samples.jsonl: one line per prompt and temperature, whole batches only.
+    """The file samples.jsonl: one line per prompt and temperature, complete batches only.
 
     Args:
         config: which prompts and how.
@@ -46,11 +46,11 @@ class Samples:
             try:
                 there = json.loads(about.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise UserError(f"{about} is damaged: {error}", "give --overwrite") from error
+                raise UserError(f"{about} is damaged: {error}", "use --overwrite") from error
             if other := differences(there, identity):
                 raise UserError(
                     f"{self.file} was sampled with other settings: {other}",
-                    "give another --out, or --overwrite",
+                    "choose another --out, or --overwrite",
                 )
         else:
             replace_text(self.file, "")
@@ -59,7 +59,7 @@ class Samples:
         self._read()
 
     def missing(self) -> Iterator[tuple[float, int]]:
-        """Temperature and first prompt of every batch that is not there."""
+        """Temperature and first prompt of every batch that is missing."""
         for temperature in self.config.temperature:
             for first in range(0, len(self.prompts), self.config.batch_size):
                 if first not in self.done[temperature]:
@@ -75,7 +75,7 @@ class Samples:
             file.write("".join(lines))
 
     def _read(self) -> None:
-        """Take up whole batches and forget what a kill tore."""
+        """Read complete batches, and discard those that a crash interrupted."""
         kept: dict[tuple[float, int], list[str]] = {}
         for line in self.file.read_text(encoding="utf-8").splitlines():
             try:

@@ -35,14 +35,14 @@ def generate(
     store: Store,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Answer the prompts at every temperature, or go on where that was stopped.
+    """Answer the prompts at every temperature, resuming from the answers that exist.
 
     Args:
         config: of the sampling.
-        samples: the prompts, and the answers that are there already.
+        samples: the prompts, and the answers that exist already.
         folder: the policy.
         tokenizer: with the store's template.
-        store: says how its template begins a prompt and ends a turn.
+        store: its template begins a prompt and ends a turn.
         device: where the policy runs.
 
     Returns:
@@ -67,17 +67,17 @@ def generate(
 
 
 def _name(model: str) -> str:
-    """A model's name in the judges' files: that of its folder, or of its hub repository."""
+    """A model's name in the judges' files: the name of its folder or hub repository."""
     return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")
 
 
 class Sampler:
-    """A policy that answers prompts, by transformers' own generation.
+    """A policy that answers prompts, with transformers' generate.
 
     Args:
         folder: the policy.
         tokenizer: with the store's template.
-        store: says how its template begins a prompt and ends a turn.
+        store: its template begins a prompt and ends a turn.
         config: of the sampling.
         device: where it runs.
     """
@@ -95,14 +95,14 @@ class Sampler:
         self.config, self.tokenizer = config, tokenizer
         special = store.meta["tokenizer"]["special_tokens"]
         self.bos: int | None = special["bos"]
-        # A tokeniser may need several tokens for the end of a turn; then they end it together.
+        # The end of a turn may be several tokens.
         self.ends: list[list[int]] = [special["end_of_turn"]]
         if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in self.ends:
             self.ends.append([tokenizer.eos_token_id])
         dtype = getattr(torch, store.meta["model"]["dtype"])
-        # Packed rows are for scoring; here the model keeps transformers' own attention.
+        # Packed sequences are for scoring; generation uses transformers' own attention.
         self.network = load_network(folder, dtype).to(device).eval()
-        # A model may come with penalties and filters of its own; only what is asked for counts.
+        # Ignore penalties and filters in the model's own generation configuration.
         self.network.generation_config = GenerationConfig()
 
     def answer(self, prompts: list[Prompt], temperature: float, first: int) -> list[dict[str, Any]]:
@@ -163,7 +163,7 @@ class Sampler:
         ]
 
     def _reply(self, tokens: list[int], entropy: list[float]) -> dict[str, Any]:
-        """Up to the end of the turn, whose tokens count in the entropy but are no text."""
+        """The answer up to the end of its turn, which counts for the entropy but not the text."""
         found = [
             (start, start + len(end))
             for end in self.ends
@@ -182,8 +182,8 @@ class Sampler:
 
 @contextmanager
 def _entropies(network: Any) -> Iterator[list[Tensor]]:
-    """Collect the entropy of every next-token distribution, nats [b] per step: of the logits as
-    the model gives them, soft-capped, before the temperature."""
+    """Collect the entropy of every next-token distribution, nats [b] per step, from the model's
+    logits before the temperature."""
     found: list[Tensor] = []
 
     def note(module: Any, inputs: Any, output: Any) -> None:
@@ -214,6 +214,6 @@ def diversity(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _distinct(runs: list[list[int]], n: int) -> float | None:
-    """Different n-grams of tokens over all n-grams (Li et al. 2016)."""
+    """Distinct n-grams of tokens as a share of all n-grams (Li et al. 2016)."""
     grams = [tuple(ids[i : i + n]) for ids in runs for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else None

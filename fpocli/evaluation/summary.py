@@ -1,4 +1,4 @@
-"""Per-pair measurements -> the figures that the paper reports, as data.
+"""Per-pair measurements -> the quantities that the paper reports.
 
 Shapes: N pairs; column 0 is chosen, column 1 rejected.
 """
@@ -12,11 +12,11 @@ from fpocli.scoring.accuracy import wins
 
 
 def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The figures of fpo eval.
+    """The quantities of fpo eval.
 
     Args:
-        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, and where the
-            reference was at hand kl in nats and bound.SITE.
+        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, and with a
+            reference kl in nats and bound.SITE.
 
     Returns:
         JSON-ready results; docs/evaluation.md defines each.
@@ -49,7 +49,7 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def measured_sites(values: dict[str, np.ndarray]) -> list[str]:
-    """The sites whose D was measured."""
+    """The sites at which D was measured."""
     return [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
 
 
@@ -76,7 +76,8 @@ def _sides(values: np.ndarray) -> dict[str, float]:
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
-    """Means of both sides, of rejected minus chosen, and of its size (the paper's margin)."""
+    """Means of both sides, of rejected minus chosen, and of its absolute value (the paper's
+    margin)."""
     gaps = values[:, 1] - values[:, 0]
     return _sides(values.mean(0)) | {
         "difference": float(gaps.mean()),
@@ -96,13 +97,13 @@ def _consistency(distance: np.ndarray, kl: np.ndarray) -> dict[str, dict[str, fl
 def _correlations(one: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     x, y = pd.Series(one), pd.Series(other)
     if x.nunique() < 2 or y.nunique() < 2:
-        # Before training all are 0, and nothing correlates.
+        # Before training all are 0, and no correlation is defined.
         return {"pearson": None, "spearman": None}
     return {"pearson": float(x.corr(y)), "spearman": float(x.rank().corr(y.rank()))}
 
 
 def _bound(kl: np.ndarray, bound: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """Appendix B: means per token, and how often a response's KL keeps below its bound."""
+    """Appendix B: means per token, and the share of responses whose KL is below the bound."""
     return {
         "kl_per_token": float((kl / tokens).mean()),
         "bound_per_token": float((bound / tokens).mean()),

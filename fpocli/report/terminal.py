@@ -103,9 +103,7 @@ def show_pair(shown: dict[str, Any], out: Console) -> None:
         out.print(f"\n── {name}, {shown['tokens'][name]} tokens " + "─" * 40)
         out.print(text)
     if "logp" not in shown:
-        out.print(
-            "\nThis pair has no reference values: its block is not scored yet, or they are non-finite."
-        )
+        out.print("\nNo reference values: the block is not scored yet, or they are non-finite.")
         return
     out.print()
     table = Table("", "chosen", "rejected", box=None, header_style="")

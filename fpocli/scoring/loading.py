@@ -1,5 +1,7 @@
 """The reference, tokeniser and SAEs that a store was made with: found again and checked."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +62,39 @@ def find_reference(
     return folder
 
 
+def find_local(store: Store, name: str, source: str, flag: str, *, was_local: bool = False) -> str:
+    """Where a file or folder is that the store was made from.
+
+    Args:
+        store: the store.
+        name: in the attribute `paths`: model, or a site for its SAE.
+        source: as it was named when the store was made.
+        flag: of the command, which names its new place.
+        was_local: whether the source was a path, if the store has no attribute `paths`.
+
+    Returns:
+        its path, or the source if that was not a path.
+
+    Raises:
+        UserError: it was a path and nothing is there now.
+    """
+    known = store.meta.get("paths", {}).get(name)
+    if known is None and not was_local:
+        return source
+    places = [Path(source)]
+    if known:
+        relative = Path(os.path.normpath(store.path.resolve() / known["relative"]))
+        places = [Path(known["absolute"]), relative, *places]
+    for place in places:
+        if place.exists():
+            return str(place)
+    raise UserError(
+        f"{source}, from which {store.path} was made, is not found at "
+        f"{' or '.join(dict.fromkeys(map(str, places)))}",
+        f"name its new place with {flag}",
+    )
+
+
 def find_model_of(store: Store, flag: str) -> str:
     """The folder or hub id of the model that a store was made with.
 
@@ -74,7 +109,7 @@ def find_model_of(store: Store, flag: str) -> str:
     # A model from the hub has a revision.
     if about["revision"] is not None:
         return about["source"]
-    return store.find_local("model", about["source"], flag, was_local=True)
+    return find_local(store, "model", about["source"], flag, was_local=True)
 
 
 def load_reference(
@@ -114,7 +149,7 @@ def sae_sources(store: Store, given: list[str]) -> dict[str, str]:
         UserError: a local SAE is not found, or too few or too many are named.
     """
     sources = given or [
-        store.find_local(site, about["sae"]["source"], "--sae")
+        find_local(store, site, about["sae"]["source"], "--sae")
         for site, about in store.sites.items()
     ]
     if len(sources) != len(store.sites):

@@ -1,4 +1,4 @@
-"""The record of a block: 64 bits of a sha256 over its content (docs/format.md, The digest)."""
+"""The digest of a block: 64 bits of a sha256 over its content (docs/format.md, The digest)."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 
 
 def digest_of_block(tokens: TokenPairs, reference: ReferenceValues) -> np.uint64:
-    """64 bits of sha256 over the decoded content of a block; never 0, which means a gap."""
+    """64 bits of sha256 over the decoded content of a block; never 0, which means not scored."""
     arrays = [tokens.ids, np.diff(tokens.spans), tokens.source_row]
     arrays += [reference.logp, reference.margin]
     for site in sorted(reference.features):

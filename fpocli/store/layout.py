@@ -1,4 +1,4 @@
-"""What a store must look like: its arrays and its attributes. Nothing here reads or writes.
+"""The arrays and attributes of a store, as docs/format.md defines them. Reads and writes nothing.
 
 Shapes: N pairs, T tokens, K kept features, m features of a site,
 b pairs of a block, B blocks.
@@ -16,9 +16,9 @@ import numpy as np
 FORMAT, VERSION = "fpo-store", "1.1"
 STATES = ("tokenised", "partial", "complete")
 TOKENS_PER_CHUNK = 2**18
-# A chunk is held in memory whole.
+# A chunk is read into memory whole.
 _LARGEST_CHUNK = 2**31
-# What determines the content, and what a fingerprint names.
+# Attributes that determine the content; the fingerprint covers them.
 _IDENTITY = ("data", "tokenizer", "limits", "model", "sites", "block")
 
 
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     def fill(self, name: str) -> Any:
-        """What a gap holds: never what could be read as a value."""
+        """The fill value, which stands for a missing value and is never a valid one."""
         kind = np.dtype(self.dtype)
         if kind.kind == "f":
             return np.nan
@@ -50,12 +50,12 @@ class Layout(NamedTuple):
 
 
 def index_dtype(m: int) -> str:
-    """The dtype of feature indices: its largest value must stay free for unused slots."""
+    """The dtype of feature indices; its largest value is reserved for unused slots."""
     return "uint16" if m <= 65_535 else "uint32"
 
 
 def fingerprint(meta: dict[str, Any]) -> str:
-    """sha256 of all that determines a store's content."""
+    """sha256 over all attributes that determine a store's content."""
     identity = {name: meta[name] for name in _IDENTITY}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -63,7 +63,7 @@ def fingerprint(meta: dict[str, Any]) -> str:
 def layout(meta: dict[str, Any]) -> dict[str, Layout]:
     """Shape, dtype and chunks of every array of a store with these attributes.
 
-    No chunk with rows of pairs spans two blocks.
+    No chunk spans two blocks of pairs.
     """
     n, block = meta["pairs"]["kept"], meta["block"]
     blocks = -(-n // block)
@@ -96,11 +96,11 @@ def raw_bytes(meta: dict[str, Any]) -> int:
     return sum(array.bytes for array in layout(meta).values())
 
 
-# -- what a store says of itself, before anything is believed --------------------------------------
+# -- attributes, checked before they are used ------------------------------------------------------
 
 _SITE = re.compile(r"layer_(\d+)\.(resid_post|mlp_out)")
 _TEXT = (str, NoneType)
-# Kinds of the attributes; an empty object may hold anything.
+# Types of the attributes; an empty object may hold anything.
 _ATTRIBUTES: dict[str, Any] = {
     "state": str,
     "created": str,
@@ -138,18 +138,18 @@ _SITE_ATTRIBUTES: dict[str, Any] = {
 
 
 def wrong_attribute(meta: dict[str, Any]) -> str | None:
-    """What is wrong with a store's attributes, in words; None where nothing is.
+    """What is wrong with a store's attributes, in words, or None.
 
-    It bounds every size by which memory is taken later, and names that become paths.
+    It limits every size that memory is allocated by later, and names that become paths.
     """
     if wrong := _wrong_kind(meta, _ATTRIBUTES):
-        return f"{wrong} is missing or of the wrong kind"
+        return f"{wrong} is missing or of the wrong type"
     if meta["state"] not in STATES:
         return f"the state {meta['state']} is unknown"
     pairs, block, tokens = meta["pairs"]["kept"], meta["block"], meta["tokens"]
     for place in meta.get("paths", {}).values() if isinstance(meta.get("paths", {}), dict) else [0]:
         if not isinstance(place, dict) or _wrong_kind(place, {"absolute": str, "relative": str}):
-            return "paths are not places of files"
+            return "paths is not an object of absolute and relative paths"
     if not (pairs >= 1 and block >= 1 and tokens >= 3 * pairs):
         return f"{pairs} pairs in blocks of {block} cannot be of {tokens} tokens"
     gaps = meta["pairs"].get("not_finite", [])
@@ -178,7 +178,7 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
 
 def _wrong_site(site: str, about: Any) -> str | None:
     if wrong := _wrong_kind({site: about}, {site: _SITE_ATTRIBUTES}):
-        return f"{wrong} is missing or of the wrong kind"
+        return f"{wrong} is missing or of the wrong type"
     named, k, m = _SITE.fullmatch(site), about["k"], about["d_sae"]
     if not named or (about["layer"], about["kind"]) != (int(named[1]), named[2]):
         return "it is no site"
@@ -190,7 +190,7 @@ def _wrong_site(site: str, about: Any) -> str | None:
 
 
 def _wrong_kind(there: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """The name of the first value that is not of its kind."""
+    """The name of the first value of another type."""
     for name, kind in expected.items():
         value = there.get(name)
         if isinstance(kind, dict):
@@ -198,7 +198,7 @@ def _wrong_kind(there: dict[str, Any], expected: dict[str, Any]) -> str | None:
                 return name
             if wrong := _wrong_kind(value, kind):
                 return f"{name}.{wrong}"
-        # true is no number.
+        # True is an int in Python.
         elif not isinstance(value, kind) or isinstance(value, bool):
             return name
     return None

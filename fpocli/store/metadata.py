@@ -1,7 +1,7 @@
-"""The JSON documents of a store, zarr.json, which everything else is read by; and sums over them.
+"""The metadata files of a store, zarr.json, and checksums over them.
 
-A chunk has a checksum of its own. A document has none, so the root's document holds the sha256 of
-every other one, and of itself with zeros where that sum stands.
+Zarr's chunks carry checksums, its metadata files do not. So the root's file holds the sha256 of
+every other one, and of itself with zeros in the place of that sum.
 """
 
 import hashlib
@@ -14,35 +14,35 @@ from fpocli.store.layout import FORMAT, TOKENS_PER_CHUNK, layout
 from fpocli.system.errors import UserError
 
 DOCUMENT = "zarr.json"
-REPAIR = "give the command that made it again with --repair, which keeps all blocks that are whole"
+REPAIR = "run the command that made it again with --repair, which keeps all undamaged blocks"
 _NO_SUM = "0" * 64
 
 
 def write_root(path: Path, meta: dict[str, Any]) -> None:
-    """Write the root group's document, whole or not at all, with its sum as `checksum`."""
+    """Write the root group's metadata, atomically, with its sum as `checksum`."""
     about = {name: value for name, value in meta.items() if name != "checksum"}
     attributes = {"fpo": about | {"checksum": _NO_SUM}}
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     text = json.dumps(document, indent=2)
-    # Several processes may be at it.
+    # Several processes may do this at once.
     partial = path / f"{DOCUMENT}.{secrets.token_hex(4)}.partial"
     partial.write_text(text.replace(_NO_SUM, _sum(text.encode())), encoding="utf-8")
     partial.replace(path / DOCUMENT)
 
 
 def read_root(path: Path) -> tuple[dict[str, Any], bool]:
-    """What a folder's group says under `fpo`, {} where it says nothing; and whether its document is
-    what was written."""
+    """The attributes under `fpo` of a folder's group, {} if there are none; and whether its
+    metadata matches its checksum."""
     try:
         document = (path / DOCUMENT).read_bytes()
         about = json.loads(document)["attributes"]["fpo"]
-    # One nested too deep is a RecursionError.
+    # Brackets nested too deeply raise RecursionError.
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}, False
     if not isinstance(about, dict):
         return {}, False
     checksum = str(about.get("checksum")).encode()
-    # Once only: what is blanked must be the sum alone.
+    # Exactly once: only the checksum itself is replaced by zeros.
     whole = document.count(checksum) == 1 and (
         _sum(document.replace(checksum, _NO_SUM.encode())).encode() == checksum
     )
@@ -50,23 +50,23 @@ def read_root(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def attributes(path: Path) -> dict[str, Any]:
-    """What a folder's group says under `fpo`, unchecked; {} where it says nothing."""
+    """The attributes under `fpo` of a folder's group, unchecked; {} if there are none."""
     return read_root(path)[0]
 
 
 def is_begun(meta: dict[str, Any]) -> bool:
-    """Whether attributes are those of a store whose tokens are not all written yet."""
+    """Whether attributes are those of a store whose token ids are not all written yet."""
     return meta.get("format") == FORMAT and meta.keys() <= {"format", "checksum"}
 
 
 def document_sums(path: Path) -> dict[str, str]:
-    """The sha256 of every document but the root's, by the name of its group or array."""
+    """The sha256 of every metadata file except the root's, by the name of its group or array."""
     files = sorted(path.glob(f"*/**/{DOCUMENT}"))
     return {file.parent.relative_to(path).as_posix(): _sum(file.read_bytes()) for file in files}
 
 
 def array_document(path: Path, name: str) -> dict[str, Any]:
-    """The document of a group or array, unchecked; {} where there is none."""
+    """The metadata of a group or array, unchecked; {} if there is none."""
     try:
         document = json.loads((path / name / DOCUMENT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -75,8 +75,8 @@ def array_document(path: Path, name: str) -> dict[str, Any]:
 
 
 def check_documents(path: Path, meta: dict[str, Any]) -> None:
-    """Refuse documents that are not what was written, what leaves the folder, and shapes of which
-    there is too little.
+    """Refuse metadata that does not match its checksum, links out of the folder, and shapes with
+    far more chunks than there are files.
 
     Args:
         path: of the store.
@@ -97,7 +97,7 @@ def check_documents(path: Path, meta: dict[str, Any]) -> None:
             raise UserError(f"{file} is missing", REPAIR)
         if _sum(file.read_bytes()) != expected:
             raise UserError(f"{file} is damaged or was edited", REPAIR)
-    # Memory is taken by these numbers, and whoever wrote the document may have made them up.
+    # Memory is allocated by these numbers, and the metadata may be made up.
     for name, chunks in (
         ("spans", -(-meta["pairs"]["kept"] // meta["block"])),
         ("tokens", -(-meta["tokens"] // TOKENS_PER_CHUNK)),

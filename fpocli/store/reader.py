@@ -1,17 +1,15 @@
-"""The store of a frozen reference, version 1: docs/format.md in code, to be read.
+"""Reads a store of version 1 (docs/format.md); writer.py writes it, layout.py describes it.
 
-layout.py says what it must look like, draft.py writes it.
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
 
-import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-import zarr
 
 from fpocli.features.top_features import TopFeatures
+from fpocli.store.arrays import BROKEN, StoreArrays
 from fpocli.store.digest import digest_of_block, digest_of_totals
 from fpocli.store.layout import FORMAT, VERSION, layout, wrong_attribute
 from fpocli.store.metadata import (
@@ -26,32 +24,19 @@ from fpocli.store.metadata import (
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.system.errors import UserError
 
-# In this order; anything else may hide damage.
+# In this order; other codecs might hide damage.
 _CODECS = ["bytes", "zstd", "crc32c"]
-# What zarr raises where a chunk is not what it should be.
-_BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError)
 
 
-class Store:
-    """An open store, to be read. `open` gives one."""
-
-    _mode: Literal["r", "r+"] = "r"
-
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
-        self.path, self.meta = path, meta
-        self._group: Any = zarr.open_group(path, mode=self._mode, zarr_format=3)
-        self._arrays: dict[str, Any] = {}
-        self._done: set[int] = set()
-        self.block_size: int = meta["block"]
-        self.pairs: int = meta["pairs"]["kept"]
-        self.sites: dict[str, dict[str, Any]] = meta["sites"]
+class Store(StoreArrays):
+    """A store opened for reading; see `open`."""
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open a store and check that it is what its metadata says.
+        """Open a store and check its metadata.
 
         Raises:
-            UserError: there is none, it is of another version, or a document is missing or wrong.
+            UserError: there is none, its version is another, or metadata is missing or wrong.
         """
         path = Path(path)
         meta, whole = read_root(path)
@@ -61,7 +46,7 @@ class Store:
         if meta.get("format") != FORMAT:
             raise UserError(
                 f"{path} is not an fpo store, or its {DOCUMENT} is damaged",
-                f"write one with `fpo cache --out`; if it was one, {REPAIR}",
+                f"write a store with `fpo cache --out`; if it was one, {REPAIR}",
             )
         if is_begun(meta):
             raise UserError(
@@ -71,21 +56,21 @@ class Store:
         version = str(meta.get("version"))
         if version.split(".")[0] != VERSION.split(".")[0]:
             raise UserError(
-                f"{path} is a store of version {version}, this fpo reads version 1",
+                f"{path} is a store of version {version}; this fpo reads version 1",
                 "write the store again, or install the fpo that wrote it",
             )
-        # Version 1.0 has no sums, and does not say T.
+        # Version 1.0 has no checksums and does not record T.
         early = version == "1.0" and "checksum" not in meta
         if early:
             meta["tokens"] = array_document(path, "tokens").get("shape", [None])[0]
         elif not whole:
             raise UserError(f"{path / DOCUMENT} is damaged or was edited", REPAIR)
         if wrong := wrong_attribute(meta):
-            raise UserError(f"the metadata of {path} cannot be: {wrong}", REPAIR)
+            raise UserError(f"the metadata of {path} is invalid: {wrong}", REPAIR)
         check_documents(path, meta)
         try:
             store = cls(path, meta)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise UserError(f"{path} cannot be opened: {error}", REPAIR) from error
         store._check_arrays()
         return store
@@ -98,7 +83,7 @@ class Store:
                 array = self._array(name)
                 found = array.shape, str(array.dtype), array.chunks
                 codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
-            except _BROKEN as error:
+            except BROKEN as error:
                 raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
             if found != (shape, dtype, chunks):
                 raise UserError(
@@ -114,41 +99,27 @@ class Store:
                 )
 
     @property
-    def blocks(self) -> int:
-        """B, the number of blocks."""
-        return -(-self.pairs // self.block_size)
-
-    @property
     def non_finite(self) -> list[int]:
-        """The pairs without reference rows, because their numbers were not finite; sorted."""
+        """The pairs without reference values because they were non-finite; sorted."""
         return self.meta["pairs"].get("not_finite", [])
 
     @property
     def scored(self) -> int:
-        """How many pairs of a complete store have reference rows."""
+        """Number of pairs of a complete store that have reference values."""
         return self.pairs - len(self.non_finite)
 
     @property
     def has_totals(self) -> bool:
-        """Whether the blocks' totals are there, which version 1.0 deletes."""
+        """Whether the blocks' totals are stored; version 1.0 deletes them."""
         return "documents" in self.meta
 
-    def pairs_in(self, block: int) -> slice:
-        """The pairs of a block."""
-        return slice(block * self.block_size, min((block + 1) * self.block_size, self.pairs))
-
-    def block_length(self, block: int) -> int:
-        """b, the number of pairs in a block."""
-        rows = self.pairs_in(block)
-        return rows.stop - rows.start
-
     def unscored_blocks(self) -> list[int]:
-        """The blocks that have no reference rows yet."""
+        """The blocks without reference values."""
         return [block for block in range(self.blocks) if not self.is_scored(block)]
 
     def is_scored(self, block: int) -> bool:
-        """Whether a block has its record, and so its reference rows."""
-        # Nobody takes a record away while others write, and this is asked often.
+        """Whether a block has its digest, and so its reference values."""
+        # A digest is never removed while others write, and this is called often.
         if block not in self._done:
             if not self._is_there("blocks/digest", block) or not self._record(block):
                 return False
@@ -156,85 +127,54 @@ class Store:
         return True
 
     def require_complete(self) -> None:
-        """Refuse a store that still has gaps.
+        """Refuse a store that is not complete.
 
         Raises:
-            UserError: it says how far the store got and what completes it.
+            UserError: it says how many blocks are scored, and how to complete the store.
         """
         if self.meta["state"] != "complete":
             done = self.blocks - len(self.unscored_blocks())
             raise UserError(
-                f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are done",
+                f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are scored",
                 "complete it with the `fpo cache` command that began it",
             )
 
-    def find_local(self, name: str, source: str, flag: str, *, was_local: bool = False) -> str:
-        """Where a file or folder is that the store was made from.
-
-        Args:
-            name: in the attribute `paths`: model, or a site for its SAE.
-            source: as it was named when the store was made.
-            flag: of the command, which names its new place.
-            was_local: whether the source was a path, if the store has no attribute `paths`.
-
-        Returns:
-            its path, or the source if that was not a path.
-
-        Raises:
-            UserError: it was a path and nothing is there now.
-        """
-        known = self.meta.get("paths", {}).get(name)
-        if known is None and not was_local:
-            return source
-        places = [Path(source)]
-        if known:
-            relative = Path(os.path.normpath(self.path.resolve() / known["relative"]))
-            places = [Path(known["absolute"]), relative, *places]
-        for place in places:
-            if place.exists():
-                return str(place)
-        raise UserError(
-            f"{source}, from which {self.path} was made, is not found at "
-            f"{' or '.join(dict.fromkeys(map(str, places)))}",
-            f"name its new place with {flag}",
-        )
-
     def require_same(self) -> dict[str, Any]:
-        """Refuse a folder that holds another store by now.
+        """Refuse to go on if the folder holds another store by now.
 
         Returns:
-            its attributes as they stand there now.
+            its current attributes.
 
         Raises:
-            UserError: it was replaced or removed since it was opened.
+            UserError: the store was replaced or removed since it was opened.
         """
         about = attributes(self.path)
         if about.get("fingerprint") != self.meta["fingerprint"]:
             raise UserError(
-                f"{self.path} was replaced or removed meanwhile", "give the command again"
+                f"{self.path} was replaced or removed in the meantime", "run the command again"
             )
         return about
 
     def tokens(self, block: int) -> TokenPairs:
-        """The token runs of a block's pairs."""
+        """The token ids of a block's pairs."""
         rows = self.pairs_in(block)
         spans = self._read("spans", rows, block)
         source_row = self._read("source_row", rows, block)
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
-            raise self._damaged("spans", block, "they are no runs of tokens")
+            raise self._damaged("spans", block, "they do not describe token ids")
         ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
 
     def reference(self, block: int, tokens: TokenPairs) -> ReferenceValues:
-        """The reference rows of a block.
+        """The reference values of a block.
 
         Args:
             block: which one.
-            tokens: its token runs; the block's digest covers them too.
+            tokens: its token ids, which the digest covers as well.
 
         Raises:
-            UserError: a checksum is wrong, or the block is not what was written.
+            UserError: a checksum is wrong, or the block does not match its digest.
         """
         rows = self.pairs_in(block)
         reference = ReferenceValues(
@@ -251,39 +191,31 @@ class Store:
             },
         )
         if digest_of_block(tokens, reference) != self._record(block):
-            raise self._damaged("blocks/digest", block, "the rows are not what it is the sum of")
+            raise self._damaged("blocks/digest", block, "the values do not match it")
         self.require_same()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
-            raise self._damaged("ref/margin", block, "other pairs have no numbers than it is told")
+            raise self._damaged("ref/margin", block, "missing values do not match the metadata")
         return reference
 
     def _record(self, block: int) -> np.uint64:
-        """The digest that was written of a block; 0 for a gap."""
+        """The digest of a block as it was written; 0 if it is not scored."""
         return self._read("blocks/digest", slice(block, block + 1), block)[0]
-
-    def read_array(self, name: str) -> np.ndarray:
-        """All rows of one array, such as spans or ref/margin; what is not scored yet is gaps."""
-        if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
-            array = self._array(name)
-            for chunk in range(-(-array.shape[0] // array.chunks[0])):
-                self._require_chunk(name, chunk, chunk if name != "tokens" else None)
-        return self._read(name, slice(None))
 
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all responses: float32 [m]."""
         return self._total(f"features/{site}/mean")
 
     def frequency(self, site: str) -> np.ndarray:
-        """How many chosen / rejected responses have each feature: int64 [2, m]."""
+        """Number of chosen / rejected responses in which each feature is > 0: int64 [2, m]."""
         return self._total(f"features/{site}/frequency")
 
     def _total(self, name: str) -> np.ndarray:
         self._require_chunk(name, 0, None)
         values = self._read(name, slice(None))
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise self._damaged(name, None, "it holds gaps")
+            raise self._damaged(name, None, "it holds missing values")
         return values
 
     def totals(self, block: int) -> dict[str, FeatureTotals]:
@@ -297,12 +229,11 @@ class Store:
             for site in self.sites
         }
         if digest_of_totals(block, totals) != self._read("blocks/totals", rows, block)[0]:
-            raise self._damaged("blocks/totals", block, "the sums are not what it is the sum of")
+            raise self._damaged("blocks/totals", block, "the sums do not match it")
         return totals
 
     def sum_totals(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """By site mean, float32 [m], and frequency, int64 [2, m], as the blocks' totals give
-        them."""
+        """By site mean, float32 [m], and frequency, int64 [2, m], made from the blocks' totals."""
         total = {
             site: FeatureTotals(np.zeros(about["d_sae"]), np.zeros((2, about["d_sae"]), np.int64))
             for site, about in self.sites.items()
@@ -316,44 +247,3 @@ class Store:
             site: ((made.value / responses).astype(np.float32), made.frequency)
             for site, made in total.items()
         }
-
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """Bytes per array: in memory and on disk."""
-        arrays = {name: self._array(name) for name in layout(self.meta) if name in self._group}
-        return {
-            name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
-        }
-
-    def _array(self, name: str) -> Any:
-        # Kept: zarr reads an array's metadata anew whenever it is looked up.
-        if name not in self._arrays:
-            # A chunk that happens to equal the fill value is written all the same: a file that is
-            # missing then always means a gap.
-            self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
-        return self._arrays[name]
-
-    def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
-        """Rows of an array; those of a block must be there."""
-        array = self._array(name)
-        if block is not None:
-            for chunk in range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0])):
-                self._require_chunk(name, chunk, block)
-        try:
-            return np.asarray(array[rows])
-        except _BROKEN as error:
-            raise self._damaged(name, block, str(error)) from error
-
-    def _require_chunk(self, name: str, chunk: int, block: int | None) -> None:
-        """zarr gives the fill value for a chunk that is missing, without a word."""
-        if not self._is_there(name, chunk):
-            raise self._damaged(name, block, f"chunk {chunk} is missing")
-
-    def _is_there(self, name: str, chunk: int) -> bool:
-        array = self._array(name)
-        key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
-        return (self.path / name / key).is_file()
-
-    def _damaged(self, name: str, block: int | None, why: str) -> UserError:
-        rows = self.pairs_in(block) if block is not None else None
-        where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
-        return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)

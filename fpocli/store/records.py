@@ -1,4 +1,4 @@
-"""Rows of a store in memory: tokens, reference, features of b pairs.
+"""What a store holds of b pairs, in memory: token ids and reference values.
 
 Shapes: b pairs, K kept features, m features of a site. Column 0 is chosen, column 1 rejected.
 """
@@ -14,11 +14,11 @@ from fpocli.features.top_features import Array, TopFeatures
 
 @dataclass(frozen=True)
 class FeatureTotals:
-    """Sums over the 2b responses of a block, from which mean and frequency are made.
+    """Sums over the 2b responses of a block, from which mean and frequency are computed.
 
     Args:
         value: float64 [m], sum of the pooled vectors.
-        frequency: int64 [2, m], how many chosen / rejected responses have the feature > 0.
+        frequency: int64 [2, m], number of chosen / rejected responses with the feature > 0.
     """
 
     value: np.ndarray
@@ -27,7 +27,7 @@ class FeatureTotals:
 
 @dataclass(frozen=True)
 class ReferenceValues(Generic[Array]):
-    """What the reference says of b pairs: arrays of a block, or tensors of a packed sequence.
+    """The reference's values of b pairs: arrays of a block, or tensors of a packed sequence.
 
     Args:
         logp: float32 [b, 2], S_ref in nats.
@@ -42,7 +42,7 @@ class ReferenceValues(Generic[Array]):
 
 @dataclass(frozen=True)
 class TokenPairs:
-    """The token runs of b pairs.
+    """The token ids of b pairs.
 
     Args:
         ids: uint32, pair after pair: prompt, chosen, rejected.
@@ -58,7 +58,7 @@ class TokenPairs:
         return len(self.spans)
 
     def pair(self, number: int) -> TokenPair:
-        """One of the b pairs."""
+        """The token ids of one of the b pairs."""
         a, b, c, d = self.spans[number].tolist()
         ids = self.ids
         return TokenPair(ids[a:b], ids[b:c], ids[c:d], int(self.source_row[number]))

@@ -1,4 +1,4 @@
-"""Reads a store back and says what of it is damaged, block by block."""
+"""Reads a store back and lists what is damaged, block by block."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,17 +11,17 @@ from fpocli.system.errors import UserError
 
 
 class Damage(NamedTuple):
-    """What is wrong, and with which block; None is what was made of all blocks."""
+    """A message, and the block it is about; None for what is computed from all blocks."""
 
     block: int | None
     told: str
 
 
 def find_damage(store: Store) -> list[Damage]:
-    """Check every chunk, every block's record, and what was made of all blocks.
+    """Check every chunk, every block's digest, and what is computed from all blocks.
 
     Args:
-        store: open, so its documents are whole.
+        store: open, so its metadata is valid.
     """
     found: list[Damage] = []
 
@@ -42,7 +42,7 @@ def find_damage(store: Store) -> list[Damage]:
             if scored and store.has_totals:
                 check(block, store.totals, block)
             if complete and scored is False:
-                found.append(Damage(block, f"block {block} of {store.path} has no record"))
+                found.append(Damage(block, f"block {block} of {store.path} has no digest"))
             bar.advance()
     made = store.sum_totals() if complete and store.has_totals and not found else {}
     for site in store.sites if complete else ():
@@ -52,8 +52,6 @@ def find_damage(store: Store) -> list[Damage]:
         }
         for (name, value), total in zip(stored.items(), made.get(site, ()), strict=False):
             if value is not None and not np.array_equal(value, total):
-                told = (
-                    f"the array features/{site}/{name} of {store.path} is not what its blocks give"
-                )
+                told = f"the array features/{site}/{name} of {store.path} does not match its blocks"
                 found.append(Damage(None, told))
     return found

@@ -1,7 +1,6 @@
-"""A store that is being written: laid out, filled block by block, finished, mended.
+"""Writes a store: created, filled block by block, finished, repaired.
 
-docs/format.md has the order of writing. With store.py the only importer of zarr.
-Shapes: N pairs, b pairs of one block.
+The order of writing is in docs/format.md. Shapes: N pairs, b pairs of one block.
 """
 
 from datetime import UTC, datetime
@@ -24,22 +23,22 @@ from fpocli.system.files import is_empty, remove_folder
 
 
 class StoreWriter(Store):
-    """An open store that may be written. Make one with `create` or `open`."""
+    """A store opened for writing; see `create` and `open`."""
 
     _mode: Literal["r", "r+"] = "r+"
 
     @classmethod
     def create(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
-        """Write the token runs and lay out the rest, filled with gaps.
+        """Write the token ids, and create all other arrays filled with missing values.
 
         Args:
-            path: a folder that is empty or not there yet.
-            about: the attributes of docs/format.md but those that are made here (format, version,
-                state, tokens, fingerprint, documents, checksum, and created if it lacks it).
-            tokens: all pairs; spans count from the first token of the store.
+            path: a folder that is empty or does not exist.
+            about: the attributes of docs/format.md except those made here (format, version, state,
+                tokens, fingerprint, documents, checksum, and created if it is missing).
+            tokens: all pairs; spans are offsets from the first token of the store.
         """
         path.mkdir(parents=True, exist_ok=True)
-        # A store that says no more was stopped on the way here and starts over.
+        # A store with no other attributes was interrupted here and starts over.
         write_root(path, {"format": FORMAT})
         meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
         meta |= {
@@ -50,7 +49,7 @@ class StoreWriter(Store):
             "fingerprint": fingerprint(about),
         }
         store = cls(path, meta)
-        # Here too, so that blocks are known when the root's document is lost.
+        # Stored here too, so that blocks can be identified if the root's metadata is lost.
         store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
         for name, array in layout(meta).items():
             store._group.create_array(
@@ -69,21 +68,21 @@ class StoreWriter(Store):
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Open a store to go on with it.
+        """Open a store to continue writing it.
 
         Raises:
-            UserError: as `Store.open`, or an earlier version began it.
+            UserError: as `Store.open`, or an earlier version of fpo began it.
         """
         store = super().open(path)
         if not store.has_totals and store.meta["state"] != "complete":
             raise UserError(
                 f"{path} was begun by an earlier version of fpo",
-                "complete it with that version, or give --overwrite",
+                "complete it with that version, or use --overwrite",
             )
         return store
 
     def missing_values(self, b: int) -> ReferenceValues:
-        """Rows of b pairs to be filled, which hold gaps."""
+        """Reference values of b pairs, all missing, to be filled."""
         arrays = layout(self.meta)
 
         def rows(name: str) -> np.ndarray:
@@ -101,7 +100,7 @@ class StoreWriter(Store):
     def write_block(
         self, block: int, reference: ReferenceValues, totals: dict[str, FeatureTotals]
     ) -> None:
-        """Write the reference rows of a block, whole, and its record last."""
+        """Write the reference values of a block, and its digest last."""
         if self.require_same()["state"] == "tokenised":
             self._set_state("partial")
         rows = self.pairs_in(block)
@@ -116,11 +115,11 @@ class StoreWriter(Store):
         self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
 
     def record_allowed(self, model: dict[str, Any]) -> None:
-        """Keep in the store that the blocks to come are made with another dtype or kernel, which
-        --allow lets differ.
+        """Record in the store that further blocks are made with another dtype or kernel, which
+        --allow permits.
 
         Args:
-            model: attributes of the model as it is now.
+            model: attributes of the model in use now.
         """
         noted = dict(self.meta.get("allowed", {}))
         for name in MAY_DIFFER.values():
@@ -132,16 +131,16 @@ class StoreWriter(Store):
             write_root(self.path, self.meta)
 
     def forget_block(self, block: int) -> None:
-        """Take a block's record away, so that it is scored anew."""
+        """Remove a block's digest, so that it is scored again."""
         self._array("blocks/digest")[block] = 0
         self._done.discard(block)
 
     def finish(self) -> None:
-        """Read every block back, make mean and frequency of their totals, and mark the store
+        """Read every block back, compute mean and frequency from their totals, and mark the store
         complete.
 
         Raises:
-            UserError: a block is missing or damaged, or no pair has numbers.
+            UserError: a block is missing or damaged, or all values are non-finite.
         """
         non_finite: list[int] = []
         with progress("Checking", self.blocks) as bar:
@@ -153,7 +152,7 @@ class StoreWriter(Store):
                 bar.advance()
         if len(non_finite) == self.pairs:
             raise UserError(
-                f"no pair of {self.path} has finite numbers", "try --dtype float32, or another SAE"
+                f"all values of {self.path} are non-finite", "try --dtype float32, or another SAE"
             )
         if non_finite:
             self.meta["pairs"]["not_finite"] = non_finite
@@ -161,7 +160,7 @@ class StoreWriter(Store):
             self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
-        # What kills left of chunks; nobody else writes any more.
+        # Parts of chunks that crashes left; no other process writes any more.
         for left in self.path.rglob("*.partial"):
             left.unlink()
 
@@ -171,8 +170,8 @@ class StoreWriter(Store):
 
     @classmethod
     def rewrite_metadata(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
-        """Write a store's documents and tokens anew and keep the blocks' rows, which may belong to
-        them or not. The store is then partial.
+        """Write a store's metadata and token ids again and keep the blocks, whether they match or
+        not. The state is then partial.
 
         Args:
             path: of the store.
@@ -181,7 +180,7 @@ class StoreWriter(Store):
         fresh = path.with_name(f".{path.name}.fpo-repair")
         remove_folder(fresh)
         meta = cls.create(fresh, about, tokens).meta
-        # The root's document last.
+        # The root's metadata last.
         for file in sorted(file for file in fresh.rglob("*") if file.is_file()):
             there = path / file.relative_to(fresh)
             there.parent.mkdir(parents=True, exist_ok=True)
@@ -193,25 +192,25 @@ class StoreWriter(Store):
 
     @staticmethod
     def fingerprint_of_blocks(path: Path) -> str | None:
-        """What the blocks of a store belong to, where the root's document is lost."""
+        """The fingerprint that the blocks of a store carry, if the root's metadata is lost."""
         return array_document(path, "blocks").get("attributes", {}).get("fingerprint")
 
     # -- the folder, before it is opened ----------------------------------------------------
 
     @staticmethod
     def require_replaceable(path: Path) -> None:
-        """Refuse a path that holds anything but a store, the beginning of one, or nothing."""
+        """Refuse a path with anything other than a store, a begun store, or an empty folder."""
         known = attributes(path).get("format") == FORMAT or StoreWriter.fingerprint_of_blocks(path)
         if path.exists() and not (known or is_empty(path)):
-            raise UserError(f"{path} exists and is not an fpo store", "give another --out")
+            raise UserError(f"{path} exists and is not an fpo store", "choose another --out")
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Delete a store, or what an interrupted `create` left; never anything else."""
+        """Delete a store, or the remains of an interrupted `create`; never anything else."""
         StoreWriter.require_replaceable(path)
         remove_folder(path)
 
     @staticmethod
     def unfinished(path: Path) -> bool:
-        """Whether `path` is an empty folder or what an interrupted `create` left."""
+        """Whether `path` is an empty folder or the remains of an interrupted `create`."""
         return is_empty(path) or is_begun(attributes(path))

@@ -17,8 +17,8 @@ _LONGEST = 1000
 class UserError(Exception):
     """A mistake of the user, or a condition outside the program, in one sentence.
 
-    The sentence may quote files of other people. It is limited to a readable length and to printable
-    characters, so that nothing in it can control a terminal.
+    The sentence may quote files of other people. It is limited to a readable length and to
+    printable characters, so that nothing in it can control a terminal.
 
     Args:
         message: what is wrong, naming the file, flag or value.

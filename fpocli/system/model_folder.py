@@ -132,7 +132,7 @@ def _check_names(source: str, path: Path) -> None:
         named += files.values()
     if outside := [name for name in named if not is_file_name(name)]:
         raise UserError(
-            f"the files of {source} refer to {outside[0]!r}, which is not directly inside its folder",
+            f"the files of {source} refer to {outside[0]!r}, which is not directly inside it",
             "use a folder as transformers' save_pretrained writes it",
         )
 

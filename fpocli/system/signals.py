@@ -76,7 +76,7 @@ def on_end(callback: Callable[[], object]) -> Iterator[None]:
 
 
 def mute() -> None:
-    """Print nothing more: the program has reported why it ends, and a launcher may send a signal."""
+    """Print nothing more: why the program ends is reported, and a launcher may send a signal."""
     _told.set()
 
 

@@ -276,7 +276,7 @@ def data_with_nan(path, rows):
 
 def test_numbers_that_are_not_finite_name_the_row(material, tmp_path, nan_model):
     data = data_with_nan(tmp_path / "pairs.jsonl", [9])
-    with pytest.raises(UserError, match="row 9 is not finite"):
+    with pytest.raises(UserError, match="row 9 is non-finite"):
         cache(cache_config(material, tmp_path / "ref.zarr", model=nan_model, data=data))
 
 

@@ -191,7 +191,7 @@ def test_tables_hold_what_eval_and_metrics_say(finished):
         assert row["Accuracy (%)"] == pytest.approx(100 * result["accuracy"]["share"])
         assert row["KL rejected (nats)"] == pytest.approx(result["kl"]["rejected"])
         assert row["D chosen"] == pytest.approx(result["distance"]["layer_3.resid_post"]["chosen"])
-        assert row["Entropy (nats)"] == pytest.approx(result["generation"][0]["entropy"])
+        assert row["Entropy at T = 0.7 (nats)"] == pytest.approx(result["generation"][0]["entropy"])
         seconds = [line["seconds"] for line in lines if line["split"] == "train"]
         assert row["Time (s)"] == pytest.approx(sum(seconds))
         assert "Peak (GB)" not in frame, "the reference was in memory for both"

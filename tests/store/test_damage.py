@@ -100,7 +100,7 @@ def sweep(path: Path, positions, rng: random.Random) -> Counter:
             told = verify(path)
             assert told, f"{name} {kind}"
             array = name.split("/c/")[0].removesuffix("/zarr.json")
-            named = (array if array != name else str(path), "has no record")
+            named = (array if array != name else str(path), "has no digest")
             assert any(part in line for part in named for line in told), (name, told)
             if "/c/" in name and not name.endswith(("mean/c/0", "frequency/c/0/0")):
                 assert any("block " in line for line in told), (name, told)

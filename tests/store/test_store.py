@@ -116,7 +116,7 @@ def test_only_a_complete_store_of_this_version_is_used(store):
     [
         ({"block": 2**40}, "a chunk of spans would take"),
         ({"block": 0}, "cannot be of"),
-        ({"block": True}, "block is missing or of the wrong kind"),
+        ({"block": True}, "block is missing or of the wrong type"),
         ({"tokens": 3}, "21 pairs in blocks of 8 cannot be of 3 tokens"),
         ({"tokens": 2**60}, "the array tokens .* has 1 of 4,398,046,511,104 chunks"),
         ({"pairs": {"read": 9, "kept": 2**50, "dropped": {}}, "tokens": 2**60}, "of .* chunks"),

@@ -80,7 +80,7 @@ def test_what_a_killed_process_held_is_cleared_at_the_next_start_alone(path, hol
         assert writers.claim("block-3")
         assert writers.owner("block-3").process == os.getpid()
     told = capsys.readouterr().err
-    assert f"process {process.pid} on" in told and "with block-3, without an end" in told
+    assert f"process {process.pid} on" in told and ", with block-3," in told
     assert not path.with_name("store.writers").exists()
 
 
@@ -125,7 +125,7 @@ def test_a_writer_that_was_taken_for_dead_writes_no_more(path):
     with WriterLock(path) as writers:
         assert writers.claim("block-1")
         (path.with_name("store.writers") / "block-1").unlink()
-        with pytest.raises(UserError, match="took this one for dead"):
+        with pytest.raises(UserError, match="considered this one exited"):
             writers.require("block-1")
 
 
