@@ -16,7 +16,7 @@ from common import machine, measure_parser, middle, real_rows, write_page
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from fpocli.model.attention import BY_SEQUENCE, attend_by_sequence, mask
+from fpocli.model.attention import BY_SEQUENCE, attend_by_sequence, attention_mask
 from fpocli.model.language_model import load_model
 from fpocli.model.packing import default_packed_length
 from fpocli.system.model_folder import find_model
@@ -88,7 +88,7 @@ def attention_ratio(config: Any, batches: list[Any]) -> str:
 
     ratios = []
     for batch in [batches[0], *batches]:
-        band = mask(batch, None, BY_SEQUENCE, torch.bfloat16)
+        band = attention_mask(batch, None, BY_SEQUENCE, torch.bfloat16)
         shapes = [(1, len(batch.ids), count, width) for count in (heads, keys, keys)]
         inputs = [torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
         views = [part.transpose(1, 2) for part in inputs]

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 BATCH = 4  # pairs of an optimiser step, here and at the peers
-RESULTS = Path(__file__).parent / "results"
+# benchmarks/smoke.py writes elsewhere.
+RESULTS = Path(os.environ.get("FPO_BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 _PACKAGES = ("torch", "transformers", "deepspeed", "sae-lens", "zarr", "trl")
 
 
 class Contestant:
-    """A process that does one round of work whenever it is told to.
+    """A process that does one round of work when it is asked to.
 
-    Only one of several contestants works at a time, so they share the machine's weather, and each
-    has its own peak of memory.
+    Only one of several contestants works at a time, so all see the same machine load, and each has
+    its own peak of memory.
 
     Args:
         words: arguments of the benchmark that make it `serve`.
@@ -39,7 +40,7 @@ class Contestant:
         self.answer()
 
     def round(self, number: int) -> dict[str, Any]:
-        """Let it work; its figures."""
+        """One round of work; its measurements."""
         assert self._process.stdin
         print(number, file=self._process.stdin, flush=True)
         return self.answer()
@@ -58,7 +59,7 @@ class Contestant:
 
 
 def take_turns(names: list[str], words: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Figures of every contestant, a warm-up and then `rounds`, each round in the other order.
+    """Measurements of every contestant over a warm-up and `rounds`, in alternating order.
 
     Args:
         names: of the contestants, as the benchmark's --contestant takes them.
@@ -78,21 +79,21 @@ def take_turns(names: list[str], words: list[str], rounds: int) -> dict[str, lis
 
 
 def take_stdout() -> Any:
-    """A contestant's line to its parent. Whatever libraries print goes to stderr from now on."""
+    """The contestant's pipe to its parent; what libraries print goes to stderr from now on."""
     line = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return line
 
 
 def serve(line: Any, work: Callable[[int], dict[str, Any]]) -> None:
-    """Be a contestant: a round of work for every number on stdin."""
+    """Act as a contestant: one round of work for every number on stdin."""
     print("{}", file=line, flush=True)
     for number in sys.stdin:
         print(json.dumps(work(int(number))), file=line, flush=True)
 
 
 def middle(values: Iterable[float], form: str = ".2f") -> str:
-    """Median, least and largest as text."""
+    """Median, minimum and maximum as text."""
     values = list(values)
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
@@ -100,7 +101,7 @@ def middle(values: Iterable[float], form: str = ".2f") -> str:
 def by_turns(
     names: Iterable[str], rows: list[Any], work: Callable[[str, Any], None]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Do the same work in several ways, row by row in turn, in this process.
+    """Do the same work in several ways, alternating for every packed sequence, in this process.
 
     Args:
         names: of the ways.
@@ -150,10 +151,11 @@ def machine() -> str:
 
 
 def write_page(name: str, text: str) -> None:
-    """Write a result as a dated Markdown page, and print it."""
-    path = RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+    """Write a result as a dated Markdown page in place of the last one, and print it."""
+    RESULTS.mkdir(exist_ok=True)
+    for old in RESULTS.glob(f"????-??-??-{name}.md"):
+        old.unlink()
+    (RESULTS / f"{datetime.now(UTC):%Y-%m-%d}-{name}.md").write_text(text)
     print(text)
 
 
@@ -179,7 +181,7 @@ def random_sae(folder: str, width: int, features: int) -> str:
 
 
 def measure_parser(description: str) -> argparse.ArgumentParser:
-    """Arguments of every benchmark on a real model and real pairs."""
+    """Arguments of all benchmarks on a real model and real pairs."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     parser.add_argument("--model", default="demo/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default="examples/preferences.jsonl")
@@ -230,7 +232,7 @@ def make_store(arguments: argparse.Namespace, folder: str, pairs: int, **changes
 
 
 def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:
-    """Packed rows of the first pairs, for a CPU: how many tokens they have, and the batches."""
+    """Packed sequences of the first pairs, for a CPU; and how many tokens they have."""
     import torch
 
     from fpocli.data.dropped import DroppedRows

@@ -6,6 +6,7 @@ A small Llama of random weights (6 layers, 384 wide) in bfloat16, forward and ba
 fpo and simpo in turn. One size changes at a time; nothing needs to be downloaded.
 """
 
+import argparse
 import statistics
 import tempfile
 from datetime import UTC, datetime
@@ -28,10 +29,15 @@ WIDTH, ROUNDS = 384, 3
 
 def main() -> None:
     """Change one size after the other and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tiny", action="store_true", help="one small size, to see that it runs")
+    tiny = parser.parse_args().tiny
+    base = dict.fromkeys(BASE, 8) | {"m": 512, "vocabulary": 300, "pairs": 1} if tiny else BASE
+    sizes_of = {"K": (16,)} if tiny else SIZES
     rows = []
-    for name, sizes in SIZES.items():
+    for name, sizes in sizes_of.items():
         for size in sizes:
-            times = measure(**(BASE | {name: size}))
+            times = measure(**(base | {name: size}))
             fpo, simpo = (statistics.median(times[method]) for method in ("fpo", "simpo"))
             ratio = statistics.median(
                 a / b for a, b in zip(times["fpo"], times["simpo"], strict=True)

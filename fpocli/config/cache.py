@@ -14,7 +14,7 @@ from fpocli.system.errors import UserError
 class CacheConfig:
     """Run the frozen reference model and its SAE once and write the store that training reads.
 
-    The same command given again goes on where a stopped run ended. For several processes:
+    Run the same command again to resume. For several processes:
     torchrun --nproc-per-node N -m fpocli cache ..., or the command on any host with --join.
     """
 
@@ -23,27 +23,30 @@ class CacheConfig:
         Option(help="Reference model: gemma-2-2b, gemma-2-9b, a hub id or a local folder."),
     ]
     layer: Annotated[
-        list[int], Option(help="Decoder layer of the site, from 0. Repeat for several sites.")
+        list[int], Option(help="Decoder layer of the hook point, from 0. Repeat for several.")
     ]
     site: Annotated[
         list[str],
-        Option(help="resid_post (the layer's output) or mlp_out. One for all layers, or one each."),
+        Option(help="resid_post (the layer's output) or mlp_out. Once, or once for each layer."),
     ] = field(default_factory=lambda: ["resid_post"])
     sae: Annotated[
         list[str],
         Option(
-            help="SAE of each layer: sae-lens release/id, a sae-lens folder, or a Gemma Scope "
-            "params.npz. For Gemma-2 the default is Gemma Scope's canonical one of width 16k.",
+            help="SAE of each layer: a sae-lens release/id, a sae-lens folder, or a Gemma Scope "
+            "params.npz. Default for Gemma-2: Gemma Scope's canonical SAE of width 16k.",
         ),
     ] = field(default_factory=list)
     data: Annotated[
-        str, Option(help="Preference pairs: hub id, JSON, JSONL, Parquet or a saved data set.")
+        str,
+        Option(
+            help="Preference pairs: a hub id, a JSON, JSONL or Parquet file, or a saved data set."
+        ),
     ] = DEFAULT_DATA
     split: Annotated[
         str | None,
         Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
     ] = None
-    limit: Annotated[int | None, Option(min=1, help="Read only the first so many rows.")] = None
+    limit: Annotated[int | None, Option(min=1, help="Read only this many rows.")] = None
     strict: Annotated[
         bool, Option("--strict", help="Stop at the first row of the data that cannot be used.")
     ] = False
@@ -55,68 +58,70 @@ class CacheConfig:
         ),
     ] = None
     top_k: Annotated[
-        str, Option(help="How many of the largest pooled features to keep per response, or all.")
+        str, Option(help="Number of largest pooled features to store per response, or all.")
     ] = "256"
     value_dtype: Annotated[
-        Literal["float32", "float16"], Option(help="How feature values are stored.")
+        Literal["float32", "float16"], Option(help="Dtype of stored feature values.")
     ] = "float32"
     max_length: Annotated[
-        int, Option(min=2, help="Tokens of prompt plus response; longer responses are cut.")
+        int, Option(min=2, help="Tokens of prompt plus response; longer responses are truncated.")
     ] = 2048
     max_prompt_length: Annotated[
         int, Option(min=1, help="Pairs with a longer prompt are dropped and counted.")
     ] = 1024
     dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"], Option(help="Dtype the model runs in.")
+        Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
     ] = "bfloat16"
     device: Annotated[
-        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
     ] = None
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     block: Annotated[
-        int, Option(min=1, help="Pairs per block: the unit of work and of what a crash can lose.")
+        int,
+        Option(min=1, help="Pairs per block, the unit of work and the most that a crash can lose."),
     ] = 1024
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     allow: Annotated[
-        list[str], Option(help="Go on with a store although this differs: dtype, kernel.")
+        list[str], Option(help="Continue a store although this differs: dtype, kernel.")
     ] = field(default_factory=list)
     drop_non_finite: Annotated[
         bool,
-        Option("--drop-non-finite", help="Leave pairs out whose numbers are NaN or infinite."),
+        Option(
+            "--drop-non-finite",
+            help="Leave out pairs whose scores or features are NaN or infinite.",
+        ),
     ] = False
     join: Annotated[
-        bool, Option("--join", help="Take blocks of a store that other commands write, too.")
+        bool, Option("--join", help="Score blocks of a store that other commands are writing, too.")
     ] = False
     repair: Annotated[
-        bool, Option("--repair", help="Find what is damaged in the store and score it anew.")
+        bool, Option("--repair", help="Find damage in the store and score those blocks again.")
     ] = False
     out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace a store that is there.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing store.")] = False
 
     def __post_init__(self) -> None:
         check_values(self)
         if self.repair and self.overwrite:
-            raise UserError(
-                "--repair keeps what --overwrite would throw away", "give one of the two"
-            )
+            raise UserError("--repair keeps what --overwrite would delete", "use one of the two")
         if not self.layer:
-            raise UserError("no layer is given", "name the site's decoder layer, --layer 25")
+            raise UserError("no layer is named", "name a decoder layer, such as --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
-            raise UserError(f"--site {unknown[0]} is unknown", "take resid_post or mlp_out")
+            raise UserError(f"--site {unknown[0]} is unknown", "use resid_post or mlp_out")
         if len(self.site) not in (1, len(self.layer)):
             raise UserError(
-                f"{len(self.site)} sites are given for {len(self.layer)} layers",
-                "give --site once for all layers, or once for each",
+                f"--site is used {len(self.site)} times for {len(self.layer)} layers",
+                "use --site once for all layers, or once for each",
             )
         if self.sae and len(self.sae) != len(self.layer):
             raise UserError(
-                f"{len(self.sae)} SAEs are given for {len(self.layer)} layers",
-                "give one --sae for each --layer, in the same order",
+                f"--sae is used {len(self.sae)} times for {len(self.layer)} layers",
+                "use --sae once for each --layer, in the same order",
             )
         if self.top_k != "all" and not (self.top_k.isdecimal() and int(self.top_k) > 0):
             raise UserError(
                 f"--top-k {self.top_k} is neither a positive number nor 'all'",
-                "256 is the default; all makes the feature distance exact",
+                "the default is 256; all makes the feature distance exact",
             )
 
     @property

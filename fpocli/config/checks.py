@@ -1,61 +1,67 @@
-"""Holds a config made in Python, or from a grid's YAML, to what its flags would accept."""
+"""Checks that a config made in Python or from YAML has values that its flags would accept."""
 
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fpocli.system.errors import UserError
 
-# What may differ from a store without making its numbers wrong, only noisy: --allow's name of it,
-# and the store's.
+# What may differ from the store's model with no effect but rounding: the name in --allow, and that
+# of the store's attribute.
 MAY_DIFFER = {"dtype": "dtype", "kernel": "attention"}
 
 
 def check_values(config: Any) -> None:
-    """Hold a config made in Python, or from a grid's YAML, to what its flags would accept."""
+    """Convert and check every value of a config.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range; it names the flag.
+    """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
-            # Of KIND | None, or filled in later.
+            # The type is KIND | None, or the value is set later.
             if NoneType in get_args(kind) or getattr(type(config), name, ...) is None:
                 continue
-            raise UserError(f"--{name.replace('_', '-')} has no value", "give one, or leave it out")
+            raise UserError(f"--{name.replace('_', '-')} has no value", "set one, or leave it out")
         if NoneType in get_args(kind):
             kind = get_args(kind)[0]  # of KIND | None
         flag = "--" + name.replace("_", "-")
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
-                raise UserError(f"{flag} {value} is unknown", f"take {', '.join(get_args(kind))}")
+                raise UserError(f"{flag} {value} is unknown", f"use {', '.join(get_args(kind))}")
             continue
         if get_origin(kind) is list:
             if not isinstance(value, (list, tuple)):
                 raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
             value = [_convert(flag, item, get_args(kind)[0]) for item in value]
             if name == "allow" and (wrong := [item for item in value if item not in MAY_DIFFER]):
-                raise UserError(f"--allow {wrong[0]} is unknown", f"take {' or '.join(MAY_DIFFER)}")
+                raise UserError(f"--allow {wrong[0]} is unknown", f"use {' or '.join(MAY_DIFFER)}")
         else:
             value = _convert(flag, value, kind)
         object.__setattr__(config, name, value)
         for bound in flags:
             low, high = bound.min, bound.max
-            # Written so that nan is out of every range.
+            # Written so that nan fails the comparison.
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 raise UserError(f"{flag} {value} is out of range", f"see `fpo --help` for {flag}")
 
 
 def _convert(flag: str, value: Any, kind: type) -> Any:
-    """The value as its type; YAML reads 2e-5 as a text, and 3 where 3.0 is meant."""
+    """The value converted to its type; YAML reads 2e-5 as text, and 3 where 3.0 is meant."""
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
     elif isinstance(value, str) and "\0" in value:
-        raise UserError(f"{flag} holds a null character", "write a plain text")
+        raise UserError(f"{flag} contains a null character", "write plain text")
     elif isinstance(value, (str, int, float)):
         try:
             converted = kind(value)
         except (ValueError, OverflowError):
             pass
         else:
-            # 2.5 is no whole number.
+            # 2.5 is not an integer.
             if kind is not int or isinstance(value, str) or converted == value:
                 return converted
-    raise UserError(f"{flag} {value} is no {kind.__name__}", f"see `fpo --help` for {flag}")
+    raise UserError(
+        f"{flag} {value} is not of type {kind.__name__}", f"see `fpo --help` for {flag}"
+    )

@@ -10,12 +10,12 @@ from typer import Argument, Option
 class CompareConfig:
     """Cache, train and evaluate a grid of runs, and write the paper's tables and figures.
 
-    What is done is not done anew, so the same command goes on where it was stopped.
+    Finished steps are not repeated, so the same command resumes.
     """
 
     config_file: Annotated[
         str, Argument(metavar="CONFIG.yaml", help="The grid; examples/paper has some.")
     ]
     plan: Annotated[
-        bool, Option("--plan", help="Only list the commands, and which of them are done.")
+        bool, Option("--plan", help="Only list the commands and whether they are done.")
     ] = False

@@ -13,7 +13,7 @@ from fpocli.system.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Measure a policy on the pairs of a store, beside its reference, and sample answers.
+    """Measure a policy on the pairs of a store against its reference, and sample answers.
 
     Writes eval.json, pairs.jsonl, charts and answer files, and prints a table.
     """
@@ -22,19 +22,21 @@ class EvalConfig:
     cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
     split: Annotated[
         Literal["eval", "train", "all"] | None,
-        Option(help="Which pairs. Default: the held-out ones where there are any, else all."),
+        Option(help="Which pairs. Default: the held-out ones if there are any, else all."),
     ] = None
     eval_fraction: Annotated[
         float,
-        Option(min=0, max=0.9, help="Share held out, for a model that is no run of fpo train."),
+        Option(
+            min=0, max=0.9, help="Share held out, for a model that was not trained by fpo train."
+        ),
     ] = 0.0
     reference: Annotated[
         str | None,
-        Option(help="The store's reference model; with it the sequential KL is measured."),
+        Option(help="The store's reference model, to measure the sequential KL."),
     ] = None
     sae: Annotated[
         list[str],
-        Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
+        Option(help="Where the SAEs are now, in the store's order. Default: their places then."),
     ] = field(default_factory=list)
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     k: Annotated[
@@ -49,25 +51,27 @@ class EvalConfig:
         ),
     ] = None
     temperature: Annotated[
-        list[float], Option(help="Of the sampling; repeat for several. 0 takes the likeliest.")
+        list[float], Option(help="Sampling temperature; repeat for several. 0 is greedy.")
     ] = field(default_factory=lambda: [0.7])
-    top_p: Annotated[float, Option(min=0, max=1, help="Of the sampling; 1 is all tokens.")] = 1.0
-    max_new_tokens: Annotated[int, Option(min=1, help="The longest answer.")] = 512
+    top_p: Annotated[float, Option(min=0, max=1, help="Nucleus sampling; 1 keeps all tokens.")] = (
+        1.0
+    )
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512
     batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
-    seed: Annotated[int, Option(help="Of the sampling.")] = 0
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     device: Annotated[
-        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda when there is one.")
+        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
     ] = None
     out: Annotated[
         str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Sample anew.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Sample again.")] = False
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False
 
     def __post_init__(self) -> None:
         check_values(self)
         if not self.temperature or not all(0 <= t < math.inf for t in self.temperature):
-            raise UserError("--temperature needs numbers from 0 up", "try --temperature 0.7")
+            raise UserError("--temperature must be at least 0", "try --temperature 0.7")
         if len(set(self.temperature)) < len(self.temperature):
-            raise UserError("a --temperature is given twice", "give each once")
+            raise UserError("a --temperature is repeated", "use each once")

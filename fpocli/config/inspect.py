@@ -12,13 +12,13 @@ class InspectConfig:
 
     store: Annotated[str, Argument(help="The store.")]
     pair: Annotated[
-        int | None, Option(min=0, help="Show one pair: text, numbers, top features.")
+        int | None, Option(min=0, help="Show one pair: texts, scores, largest features.")
     ] = None
     model: Annotated[
         str | None,
         Option(help="Where the store's model is now, for the texts of --pair. Default: its place."),
     ] = None
     verify: Annotated[
-        bool, Option("--verify", help="Read everything back and check every sum.")
+        bool, Option("--verify", help="Read everything and check every checksum.")
     ] = False
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False

@@ -15,9 +15,9 @@ Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl"
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train the policy alone against a store. Only tdpo1, tdpo2 and simpo_kl, which need the
-    reference's whole distribution, load the reference beside it.
+    reference's whole distribution, load the reference as well.
 
-    The same command given again goes on from the newest checkpoint in --out. For several
+    Run the same command again to resume from the newest checkpoint in --out. For several
     processes: torchrun --nproc-per-node N -m fpocli train ...
     """
 
@@ -33,66 +33,69 @@ class TrainConfig:
     gamma: Annotated[float, Option(min=0, help="Target margin of simpo and simpo_kl.")] = 0.5
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
     stop_gradient: Annotated[
-        bool, Option(help="Let the constraint push the rejected response only.")
+        bool, Option(help="Let the constraint act on the rejected response only.")
     ] = True
     feature_weights: Annotated[
         str | None,
-        Option(help="YAML or JSON with weights of single features in the distance, by site."),
+        Option(help="YAML or JSON file with weights of single features in the distance, by site."),
     ] = None
     model: Annotated[
         str | None,
-        Option(help="Start from other weights of the same tokeniser. Default: the reference."),
+        Option(help="Start from other weights with the same tokeniser. Default: the reference."),
     ] = None
     reference: Annotated[
         str | None,
-        Option(help="Where the reference model is now, if no longer where the store says."),
+        Option(
+            help="Where the reference model is now. Default: its place when the store was made."
+        ),
     ] = None
     sae: Annotated[
         list[str],
-        Option(help="Where the SAEs are now, in the store's order, if no longer where it says."),
+        Option(help="Where the SAEs are now, in the store's order. Default: their places then."),
     ] = field(default_factory=list)
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     optimizer: Annotated[
-        Literal["adamw", "rmsprop"], Option(help="AdamW without decay is the paper's Adam.")
+        Literal["adamw", "rmsprop"], Option(help="AdamW with weight decay 0 is the paper's Adam.")
     ] = "adamw"
     lr: Annotated[float, Option(min=0, help="Peak learning rate.")] = 5e-7
-    weight_decay: Annotated[float, Option(min=0, help="Decoupled for adamw.")] = 0.0
+    weight_decay: Annotated[float, Option(min=0, help="Weight decay, decoupled for adamw.")] = 0.0
     schedule: Annotated[
-        Literal["constant", "cosine", "linear"], Option(help="After the warm-up.")
+        Literal["constant", "cosine", "linear"], Option(help="Learning rate after the warm-up.")
     ] = "constant"
     warmup: Annotated[
         float, Option(min=0, help="Steps of linear warm-up; below 1, a share of all steps.")
     ] = 150.0
     epochs: Annotated[int, Option(min=1, help="Passes over the training pairs.")] = 1
-    batch_size: Annotated[int, Option(min=1, help="Pairs per optimiser step, all ranks.")] = 32
+    batch_size: Annotated[int, Option(min=1, help="Pairs per optimiser step, over all ranks.")] = 32
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
-    grad_clip: Annotated[float, Option(min=0, help="Largest gradient norm; 0 is off.")] = 10.0
-    seed: Annotated[int, Option(help="Of the order of the pairs.")] = 0
+    grad_clip: Annotated[float, Option(min=0, help="Gradient norm to clip to; 0 is off.")] = 10.0
+    seed: Annotated[int, Option(help="Seed of the order of the pairs.")] = 0
     bf16: Annotated[
-        bool, Option(help="bfloat16 weights with float32 master weights; else float32.")
+        bool, Option(help="bfloat16 weights with float32 master weights, or float32 throughout.")
     ] = True
     activation_checkpointing: Annotated[
         bool, Option(help="Recompute activations in the backward pass.")
     ] = True
     zero: Annotated[int, Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2
     deepspeed: Annotated[
-        str | None, Option(help="DeepSpeed JSON, merged over what the flags give.")
+        str | None, Option(help="DeepSpeed JSON file, which overrides the flags.")
     ] = None
-    device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda when there is one.")] = (
-        None
-    )
+    device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
     eval_fraction: Annotated[
-        float, Option(min=0, max=0.9, help="Share of the pairs held out and scored at both ends.")
+        float,
+        Option(
+            min=0, max=0.9, help="Share of the pairs to hold out, scored before and after training."
+        ),
     ] = 0.0
     eval_every: Annotated[
-        int | None, Option(min=1, help="Score the held-out pairs after every so many steps, too.")
+        int | None, Option(min=1, help="Also score the held-out pairs every so many steps.")
     ] = None
     measure_kl: Annotated[
         bool,
         Option(
             "--measure-kl",
-            help="Load the reference, whatever the method, and measure the sequential KL of "
-            "held-out pairs.",
+            help="Load the reference with any method, and measure the sequential KL of held-out "
+            "pairs.",
         ),
     ] = False
     allow: Annotated[
@@ -100,10 +103,12 @@ class TrainConfig:
     ] = field(default_factory=list)
     save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 500
     keep_checkpoints: Annotated[
-        int, Option(min=1, help="How many of the newest checkpoints stay.")
+        int, Option(min=1, help="Number of newest checkpoints to keep.")
     ] = 1
-    out: Annotated[str, Option(help="Folder for config, metrics, checkpoints and final/.")] = "run"
-    overwrite: Annotated[bool, Option("--overwrite", help="Start the run anew.")] = False
+    out: Annotated[str, Option(help="Folder of the run: config, metrics, checkpoints, final/.")] = (
+        "run"
+    )
+    overwrite: Annotated[bool, Option("--overwrite", help="Start the run over.")] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -111,18 +116,17 @@ class TrainConfig:
             object.__setattr__(self, "beta", 2.0 if self.method.startswith("simpo") else 0.1)
         if (self.measure_kl or self.eval_every) and not self.eval_fraction:
             raise UserError(
-                "--measure-kl and --eval-every measure held-out pairs, and none are held out",
-                "give --eval-fraction, such as 0.05",
+                "--measure-kl and --eval-every need held-out pairs, and none are held out",
+                "set --eval-fraction, such as 0.05",
             )
         if self.feature_weights and self.method != "fpo":
             raise UserError(
-                f"{self.method} compares no features, so --feature-weights would do nothing",
-                "leave it out, or take --method fpo",
+                f"{self.method} compares no features, so --feature-weights would have no effect",
+                "leave it out, or use --method fpo",
             )
 
 
-# The paper's settings (its section 4, section 5.3 and Table 5). Where it is silent, the defaults
-# hold.
+# The paper's settings (section 4, section 5.3 and Table 5); where it is silent, the defaults.
 _PAPER: dict[str, Any] = {"alpha": 0.5, "lr": 5e-7, "batch_size": 32, "epochs": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper-2b": _PAPER | {"optimizer": "adamw", "schedule": "constant", "warmup": 150.0},
