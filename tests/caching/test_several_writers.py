@@ -145,4 +145,4 @@ def test_overwrite_and_repair_are_for_one(start):
     for flag in ("overwrite", "repair"):
         command = start(**{flag: True})
         assert command.wait(60) == 2
-        assert "are for one process" in command.printed()
+        assert "need a process of their own" in command.printed()

@@ -73,7 +73,7 @@ def test_runs_of_the_same_cache_settings_share_a_store(tmp_path):
     assert found.runs[4].settings["layer"] == [0, 12]
     content["runs"][3]["sae"] = ["a"]
     file.write_text(yaml.safe_dump(content, sort_keys=False))
-    with pytest.raises(UserError, match="1 SAEs are given for 2 layers"):
+    with pytest.raises(UserError, match="--sae is used 1 times for 2 layers"):
         read_grid(str(file), REPORTS)
 
 
@@ -98,30 +98,30 @@ def test_a_cache_without_a_model_is_told(tmp_path):
         ({"runs": []}, "has no `runs`"),
         ({"runs": [{"methd": "fpo"}]}, "sets methd"),
         ({"runs": [{"method": "fpp"}]}, "--method fpp is unknown"),
-        ({"runs": ["fpo"]}, "no set of flags"),
-        ({"runs": [{"method": "fpo"}, {"method": "fpo"}]}, "means the run method-fpo twice"),
-        ({"runs": [{"layer": [[7]]}]}, "the store has settled"),
+        ({"runs": ["fpo"]}, "not a mapping of settings"),
+        ({"runs": [{"method": "fpo"}, {"method": "fpo"}]}, "has the run method-fpo twice"),
+        ({"runs": [{"layer": [[7]]}]}, "but names a finished store"),
         ({"cache": {"model": "m"}}, "either `store` or `cache`"),
-        ({"train": {"preset": "paper"}}, "preset paper is not known"),
+        ({"train": {"preset": "paper"}}, "preset paper is unknown"),
         ({"train": {"rate": 1}}, "sets rate"),
         ({"eval": {"generation": "x"}}, "sets generation"),
-        ({"reports": ["table1"]}, "table1, which is not known"),
-        ({"seeds": 3}, "a section seeds"),
-        ({"runs": "all"}, "runs in .* is no list"),
-        ({"train": {"lr": "fast"}}, "--lr fast is no float"),
-        ({"train": {"epochs": 1.5}}, "--epochs 1.5 is no int"),
-        ({"train": {"bf16": "yes"}}, "--bf16 yes is no bool"),
+        ({"reports": ["table1"]}, "unknown report table1"),
+        ({"seeds": 3}, "unknown section seeds"),
+        ({"runs": "all"}, "runs in .* is not of type list"),
+        ({"train": {"lr": "fast"}}, "--lr fast is not of type float"),
+        ({"train": {"epochs": 1.5}}, "--epochs 1.5 is not of type int"),
+        ({"train": {"bf16": "yes"}}, "--bf16 yes is not of type bool"),
         ({"train": {"out": "x"}}, "sets out"),
-        ({"train": {"preset": ["paper-2b"]}}, "is not known"),
+        ({"train": {"preset": ["paper-2b"]}}, "is unknown"),
         ({"train": {"measure_kl": True}}, "none are held out"),
         ({"eval": {"out": "x"}}, "sets out"),
         ({"eval": {"preset": "paper-2b"}}, "sets preset"),
-        ({"eval": {"temperature": ["hot"]}}, "--temperature hot is no float"),
+        ({"eval": {"temperature": ["hot"]}}, "--temperature hot is not of type float"),
         ({"eval": {"temperature": [float("nan")]}}, "--temperature"),
-        ({"eval": {"temperature": [0.7, 0.7]}}, "given twice"),
-        ({"runs": [{"seed": "abc"}]}, "--seed abc is no int"),
+        ({"eval": {"temperature": [0.7, 0.7]}}, "is repeated"),
+        ({"runs": [{"seed": "abc"}]}, "--seed abc is not of type int"),
         ({"runs": [{"cache": "x"}]}, "sets cache"),
-        ({"launch": "torchrun 'x"}, "no command line"),
+        ({"launch": "torchrun 'x"}, "not a command line"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
@@ -264,14 +264,19 @@ def test_a_step_that_fails_stops_the_comparison(finished, tmp_path):
     done = fpo("compare", tmp_path / "grid.yaml")
     assert done.returncode == 2
     assert "--k 80 compares more features" in done.stderr
-    assert "train.method-fpo_k-80 stopped with exit code 2" in done.stderr
+    assert "train.method-fpo_k-80 failed with exit code 2" in done.stderr
 
 
 def row(share, **settings):
     return {
         "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1]}
         | settings,
-        "eval": {"accuracy": {"share": share}, "split": "eval", "pairs": 20},
+        "eval": {
+            "accuracy": {"share": share},
+            "reward_accuracy": {"share": share},
+            "split": "eval",
+            "pairs": 20,
+        },
     }
 
 
@@ -282,7 +287,8 @@ def test_means_and_deviations_over_seeds():
         row(0.25, method="simpo", seed=0),
     ]
     text, frame = make_table(TABLES["table2"], rows)
-    assert "| fpo | 2 | 60.0 ± 14.1 |" in text and "| simpo | 1 | 25.0 |" in text
+    assert "| fpo | 2 | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
+    assert "| simpo | 1 | 25.0 | 25.0 |" in text
     assert frame["runs"].tolist() == [2, 1]
     assert frame["Accuracy (%), std"][0] == pytest.approx(14.142, abs=1e-3)
     assert "Entropy" not in text, "a column that nothing was measured for"

@@ -299,8 +299,8 @@ def test_prompt_files(tmp_path, text, turns):
         ('{"turns": []}', "record 1 of"),
         ('{"turns": ["a", "b"]}', "several turns and no question_id"),
         ("{", "neither JSON nor JSONL"),
-        ("[]", "holds no prompt"),
-        ("", "holds no prompt"),
+        ("[]", "has no prompts"),
+        ("", "has no prompts"),
     ],
 )
 def test_prompts_that_are_wrong_are_told(tmp_path, text, message):

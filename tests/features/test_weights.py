@@ -51,7 +51,7 @@ def test_a_missing_default_is_1(tmp_path):
         ("default: 1", "does not hold weights by site"),
         ("- 1", "does not hold weights by site"),
         ("", "does not hold weights by site"),
-        ("a: [", "cannot be read"),
+        ("a: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_weights_file_is_refused_with_the_reason(tmp_path, text, message):

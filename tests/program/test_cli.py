@@ -166,18 +166,18 @@ def test_flags_win_over_file_and_file_over_preset(resolve, flags):
 @pytest.mark.parametrize(
     ("file", "sentence"),
     [
-        ("cache: s\nlearning_rate: 1", "c.yaml sets learning_rate, which is no flag"),
-        ("cache: [", "c.yaml cannot be read as YAML"),
-        ("\xff", "c.yaml cannot be read as YAML"),
+        ("cache: s\nlearning_rate: 1", "c.yaml sets learning_rate, which is not a flag"),
+        ("cache: [", "c.yaml is not valid YAML"),
+        ("\xff", "c.yaml is not valid YAML"),
         ("- cache", "c.yaml must hold one flag per line, name: value"),
         ("cache: s\nbatch_size: many", "'--batch-size': Input should be a valid integer"),
         ("cache: s\nbatch_size: 2.5", "'--batch-size': Input should be a valid integer"),
         ("cache: s\nbf16: many", "'--bf16': Input should be a valid boolean"),
-        ("cache: s\nlr: [1, 2]", "'--lr' more than one value"),
+        ("cache: s\nlr: [1, 2]", "sets '--lr' to more than one value"),
         ("cache: s\nout: [a, b]", "'--out'"),
         ("cache: s\nzero: 4", "'--zero': Input should be less than or equal to 3"),
         ("cache: s\nmethod: ppo", "'ppo' is not one of"),
-        ("cache: s\npreset: paper", "paper is none of paper-2b, paper-9b, paper-control"),
+        ("cache: s\npreset: paper", "paper is not one of paper-2b, paper-9b, paper-control"),
         ("lr: 1", "Missing option '--cache'"),
     ],
 )
@@ -255,20 +255,20 @@ def error(*arguments):
     [
         ({"model": "./none"}, "the model ./none is neither a local path nor on the hub"),
         ({"layer": 4}, "layer 4 is out of range: the model has layers 0 to 3"),
-        ({"layer": [2, 2], "sae": ["sae", "sae"]}, "a site is given twice"),
+        ({"layer": [2, 2], "sae": ["sae", "sae"]}, "a site is named twice"),
         ({"sae": "none.npz"}, "the SAE none.npz does not exist"),
         ({"sae": "none"}, "the SAE none is neither a file, a folder nor a sae-lens release/id"),
         ({"sae": "notes"}, "the SAE notes cannot be loaded"),
         ({"sae": []}, "no SAE is known for model"),
         ({"sae": "narrow"}, "reads states of width 24, the model's are 32 wide"),
-        ({"sae": "elsewhere"}, "trained at blocks.1.hook_resid_post, not at layer_2.resid_post"),
+        ({"sae": "elsewhere"}, "trained at blocks.1.hook_resid_post, which is not the hook point layer_2.resid_post"),
         ({"data": "none.jsonl"}, "the data file none.jsonl does not exist"),
-        ({"data": "equal.jsonl"}, "no pair is left of 1: 1 equal responses"),
+        ({"data": "equal.jsonl"}, "no pair is left of 1 rows: 1 equal responses"),
         ({"site": "attention"}, "--site attention is unknown"),
-        ({"site": ["mlp_out"] * 2}, "2 sites are given for 1 layers"),
+        ({"site": ["mlp_out"] * 2}, "--site is used 2 times for 1 layers"),
         ({"top_k": 0}, "--top-k 0 is neither a positive number nor 'all'"),
         ({"top_k": "some"}, "--top-k some is neither"),
-        ({"layer": [1, 2]}, "1 SAEs are given for 2 layers"),
+        ({"layer": [1, 2]}, "--sae is used 1 times for 2 layers"),
         ({"chat_template": "none.jinja"}, "--chat-template none.jinja is neither"),
         ({"out": "ref.zarr"}, "ref.zarr was made with other settings: "),
     ],
@@ -287,8 +287,8 @@ def test_a_wrong_row_is_dropped_and_listed_or_refused(work, data, reason):
     assert not (work / "new.zarr").exists()
     result = run(*command)
     assert result.exit_code == 0, result.output
-    assert f"1 pairs of 2 read, 1 {reason}" in result.stderr
-    assert "the dropped rows are listed in new.zarr.dropped.jsonl" in result.stderr
+    assert f"1 pairs of 2 rows; dropped 1: {reason}" in result.stderr
+    assert "dropped rows are listed in new.zarr.dropped.jsonl" in result.stderr
     (row,) = map(json.loads, (work / "new.zarr.dropped.jsonl").read_text().splitlines())
     assert (row["row"], row["place"], row["reason"]) == (1, f"{data}, line 2", reason)
     shown = json.loads(run("inspect", "new.zarr", "--json").stdout)
@@ -318,17 +318,17 @@ def test_a_store_that_cannot_be_read_is_told(work, command):
 def test_train_wants_a_complete_store(work):
     set_attributes(Path("ref.zarr"), state="partial")
     zarr.open_array("ref.zarr/blocks/digest")[2] = 0
-    assert error("train", "--cache", "ref.zarr") == "ref.zarr is partial: 2 of 3 blocks are done"
+    assert error("train", "--cache", "ref.zarr") == "ref.zarr is partial: 2 of 3 blocks are scored"
 
 
 def test_train_wants_as_many_features_as_it_compares(work):
     sentence = error("train", "--cache", "ref.zarr", "--k", 17)
-    assert "--k 17 compares more features than the 16 that ref.zarr holds" in sentence
+    assert "--k 17 compares more features than ref.zarr has" in sentence
 
 
 def test_train_wants_the_tokeniser_of_the_store(work):
     command = "train --cache ref.zarr --k 16 --model other --device cpu --no-bf16"
-    assert "the tokeniser of other is not the one ref.zarr was made with" in error(*command.split())
+    assert "the tokeniser of other is not the one that ref.zarr was made with" in error(*command.split())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -70,8 +70,8 @@ def stop(process: subprocess.Popen, number: int, moment: Callable[[], object]) -
 
 
 def printed(stderr: str) -> list[str]:
-    assert stderr.count("go on from what was last saved with") == 1, stderr[-3000:]
-    after = stderr.partition("go on from what was last saved with\n")[2]
+    assert stderr.count("resume from what was last saved with") == 1, stderr[-3000:]
+    after = stderr.partition("resume from what was last saved with\n")[2]
     return shlex.split(after.splitlines()[0])
 
 
@@ -211,11 +211,11 @@ def test_a_lost_process_is_noticed_and_the_run_goes_on(unbroken, material, store
         return [stderr, told]
 
     told, reason = lose(1, 0, None)
-    assert "another process of this run is gone" in told
+    assert "another process of this run was lost" in told
     assert "partial-1 cannot be written" in reason
-    assert "another process of this run is gone" in lose(1, 3, signal.SIGKILL)[0]
-    assert "another process of this run is gone" in lose(0, 4, signal.SIGKILL)[0]
-    assert "is gone: 0 was not heard of for" in lose(0, 5, signal.SIGSTOP)[0]
+    assert "another process of this run was lost" in lose(1, 3, signal.SIGKILL)[0]
+    assert "another process of this run was lost" in lose(0, 4, signal.SIGKILL)[0]
+    assert "was lost: no heartbeat of rank 0 for" in lose(0, 5, signal.SIGSTOP)[0]
     run(material, out, "--no-bf16", processes=2, **SETTINGS)
     equal(out, unbroken, 0)
 
@@ -232,7 +232,7 @@ def test_a_cache_that_is_stopped_or_finds_the_disk_full_goes_on(material, tmp_pa
     wait_for((store / "zarr.json").exists, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
-    assert process.returncode == 130 and f"taking overwrite out of {config}" in stderr
+    assert process.returncode == 130 and f"removing overwrite from {config}" in stderr
     config.write_text("{}")
     words = printed(stderr)
     begun = store / "blocks/digest/c/3"

@@ -124,7 +124,9 @@ def test_parameters_in_many_groups_train_alike(baseline, material, tmp_path, zer
     """Real models have more parameters than the optimiser updates at once; here it takes 2,000."""
     out, script = tmp_path / "run", tmp_path / "grouped.py"
     script.write_text(
-        "import fpocli.cli, fpocli.engine\nfpocli.engine._GROUP_SIZE = 2000\nfpocli.cli.main()\n"
+        "import fpocli.cli, fpocli.training.engine\n"
+        "fpocli.training.engine._GROUP_SIZE = 2000\n"
+        "fpocli.cli.main()\n"
     )
     words = command(material, out, "--no-bf16", processes=processes, zero=zero)
     place = words.index("fpocli")
@@ -290,7 +292,8 @@ def test_changed_weights_under_the_same_name_are_noticed(material, store_path, t
     folder = shutil.copytree(material, tmp_path / "material")
     shutil.copytree(folder / "policy", folder / "model", dirs_exist_ok=True)
     store = folder / "ref.zarr"
-    set_attributes(store, model=attributes(store)["model"] | {"source": str(folder / "model")})
+    about = attributes(store)["model"] | {"source": str(folder / "model")}
+    set_attributes(store, model=about, paths={})
     words = command(folder, tmp_path / "run", "--no-bf16")
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
