@@ -122,7 +122,7 @@ def test_a_checkpoint_is_data(store_path, tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     # One file of a checkpoint without ZeRO, two with it.
     assert len(told) == 7
-    assert all("is damaged, or holds code, which is not run" in message for message in told)
+    assert all("is damaged, or contains code, which is not run" in message for message in told)
 
 
 CODE = """

@@ -17,6 +17,9 @@ from fpocli import __main__ as program
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["processes", "preloaded"])
+# The server that processes fork from imports these by name, and passes over what it does not find.
+_HERE = str(Path(__file__).parent)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
 
 
 class Command:
@@ -63,6 +66,10 @@ class Command:
     def data(self) -> str:
         """What it wrote to stdout."""
         return (self._folder / "stdout").read_text()
+
+    def messages(self) -> str:
+        """What it wrote to stderr."""
+        return (self._folder / "stderr").read_text(errors="replace")
 
     def close(self) -> None:
         """End it and remove what it left."""

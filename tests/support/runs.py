@@ -1,6 +1,7 @@
 """Runs of fpo train on the tests' material."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def run(*arguments, processes: int = 1, **settings) -> list[dict]:
         assert process.data() == ""
         process.close()
     return read(arguments[1])
+
+
+def finish(words: list[str]) -> subprocess.CompletedProcess:
+    """Run a command of one process, as subprocess.run does."""
+    _, _, _, *rest = words
+    process = Command(*rest)
+    code = process.wait(300)
+    done = subprocess.CompletedProcess(words, code, process.data(), process.messages())
+    process.close()
+    return done
 
 
 def read(out: Path) -> list[dict]:

@@ -1,10 +1,8 @@
 """A run that would compare numbers that were not made alike is refused before its first step."""
 
-import subprocess
-
 import numpy as np
 import pytest
-from runs import command, read
+from runs import command, finish, read
 from stores import cache_config, set_attributes
 
 from fpocli import UserError, cache
@@ -15,7 +13,7 @@ from fpocli.store.metadata import attributes
 
 def train(material, out, *flags, **settings):
     words = command(material, out, *flags, **settings)
-    return subprocess.run(words, capture_output=True, text=True)
+    return finish(words)
 
 
 def without(words, flag):
@@ -25,7 +23,7 @@ def without(words, flag):
 
 def test_another_dtype_is_refused_unless_it_is_allowed(material, store_path, tmp_path):
     words = without(command(material, tmp_path / "run"), "--allow")
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = finish(words)
     assert done.returncode == 2
     assert "dtype float32 in the store, bfloat16 here" in done.stderr
     assert "--allow dtype" in done.stderr

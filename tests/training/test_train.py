@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from runs import command, read, run, same
+from runs import command, finish, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, make_stream, set_attributes
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -201,7 +201,7 @@ def test_config_yaml_of_a_run_makes_the_same_run(baseline, material, tmp_path):
     config = yaml.safe_load((baseline / "config.yaml").read_text()) | {"out": str(tmp_path / "run")}
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
     words = [sys.executable, "-m", "fpocli", "train", "--config", str(tmp_path / "again.yaml")]
-    subprocess.run(words, check=True, capture_output=True)
+    assert finish(words).returncode == 0
     same(read(tmp_path / "run"), read(baseline), 1e-6)
 
 
@@ -272,7 +272,7 @@ def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, sto
     run(material, tmp_path / "run", "--no-bf16", deepspeed=file)
     file.write_text(json.dumps({"gradient_clipping": 1}))
     words = command(material, tmp_path / "other", "--no-bf16", deepspeed=file)
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = finish(words)
     assert done.returncode == 2
     assert "contradicts the flags about gradient_clipping" in done.stderr
 
@@ -295,7 +295,7 @@ def test_changed_weights_under_the_same_name_are_noticed(material, store_path, t
     about = attributes(store)["model"] | {"source": str(folder / "model")}
     set_attributes(store, model=about, paths={})
     words = command(folder, tmp_path / "run", "--no-bf16")
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = finish(words)
     assert done.returncode == 2
     assert "are not those" in done.stderr
 
@@ -413,7 +413,7 @@ def test_feature_weights_scale_the_distance(baseline, material, tmp_path):
     assert [x["loss"] for x in free] == pytest.approx([x["loss"] for x in plain], abs=1e-7)
     file.write_text(f"{SITE}:\n  96: 0\n")
     words = command(material, tmp_path / "wrong", "--no-bf16", feature_weights=file)
-    done = subprocess.run(words, capture_output=True, text=True)
+    done = finish(words)
     assert done.returncode == 2 and "has a weight for feature 96" in done.stderr
 
 
@@ -484,7 +484,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
             time.sleep(0.01)
         for flags in ((), ("--overwrite",)):
             again = command(material, out, "--no-bf16", *flags, epochs=50)
-            done = subprocess.run(again, capture_output=True, text=True)
+            done = finish(again)
             assert done.returncode == 2
             assert f"another process is writing {out}: process {first.pid}" in done.stderr
     finally:
