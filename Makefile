@@ -2,15 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint compare compare-short bench clean
+.PHONY: demo test check lint compare compare-short bench bench-smoke wheel-check families clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
 
+# On all cores. The sweeps that take hours: .venv/bin/python -m pytest -m long
 test: .venv/dev
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
-check: lint test compare-short
+# What CI runs.
+check: lint test bench-smoke wheel-check compare-short
 
 # Every method of the paper on SmolLM2, compared in one table; over an hour on two cores.
 compare: demo/sae/cfg.json
@@ -23,7 +25,15 @@ compare-short: demo/sae/cfg.json
 demo/sae/cfg.json: .venv/demo
 	$(BIN)/python examples/demo.py --prepare
 
-# On a CPU, with the demo's model and this repository's pairs; about 40 minutes. A quiet machine.
+# One tiny round of every benchmark, to see that each still runs.
+bench-smoke: .venv/dev
+	$(BIN)/python benchmarks/smoke.py
+
+# Builds the wheel, installs it beside the dependencies of .venv, and caches the demo's first pairs.
+wheel-check: .venv/dev demo/sae/cfg.json
+	$(BIN)/python examples/wheel_check.py
+
+# On a CPU, with the demo's model and this repository's pairs; about 40 minutes on an idle machine.
 bench: .venv/bench demo/sae/cfg.json
 	for name in cache train constraint kl noise breakdown growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
@@ -31,6 +41,11 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# docs/families.md, from tiny random models of each family.
+families: .venv/dev
+	PYTHONPATH=tests/support $(BIN)/python tests/support/families.py > docs/families.md
 
 # torch goes first and pinned: a range would fetch the newest build with its CUDA packages.
 .venv/installed: pyproject.toml constraints.txt

@@ -263,7 +263,7 @@ def error(*arguments):
         ({"sae": "narrow"}, "reads states of width 24, the model's are 32 wide"),
         (
             {"sae": "elsewhere"},
-            "trained at blocks.1.hook_resid_post, which is not the hook point layer_2.resid_post",
+            "which is not the hook point layer_2.resid_post",
         ),
         ({"data": "none.jsonl"}, "the data file none.jsonl does not exist"),
         ({"data": "equal.jsonl"}, "no pair is left of 1 rows: 1 equal responses"),
@@ -331,9 +331,8 @@ def test_train_wants_as_many_features_as_it_compares(work):
 
 def test_train_wants_the_tokeniser_of_the_store(work):
     command = "train --cache ref.zarr --k 16 --model other --device cpu --no-bf16"
-    assert "the tokeniser of other is not the one that ref.zarr was made with" in error(
-        *command.split()
-    )
+    told = error(*command.split())
+    assert "the tokeniser of other is not the one that ref.zarr was made with" in told
 
 
 @pytest.mark.parametrize("name", COMMANDS)
