@@ -3,16 +3,35 @@
     fpocli.cache(fpocli.CacheConfig(model="gemma-2-2b", layer=[25]))
     fpocli.train(fpocli.TrainConfig(cache="ref.zarr"))
 
-The command line calls the same functions. Nothing heavy is loaded before one is used.
+The public API, which the command line uses as well:
+
+    cache(CacheConfig)        runs the reference and its SAEs, writes a store, returns it
+    train(TrainConfig)        trains a policy against a store, returns the folder of the model
+    evaluate(EvalConfig)      measures a policy on a store's pairs, returns the content of eval.json
+    compare(CompareConfig)    runs a grid of methods, returns a record for each run
+    inspect(InspectConfig)    describes a store, returns what it prints
+    Store.open(path)          opens a store for reading
+    UserError                 what all of them raise for a mistake; it has a message and a hint
+
+A config is a frozen dataclass with one field for each flag of its command. Nothing heavy is
+imported before one of the functions is used.
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fpocli.config import CacheConfig, CompareConfig, EvalConfig, InspectConfig, TrainConfig
 from fpocli.system.errors import UserError
 
-_HOME = {
+if TYPE_CHECKING:
+    from fpocli.caching.cache import cache
+    from fpocli.comparison.compare import compare
+    from fpocli.evaluation.evaluate import evaluate
+    from fpocli.report.inspect import inspect
+    from fpocli.store.reader import Store
+    from fpocli.training.train import train
+
+_MODULES = {
     "cache": "fpocli.caching.cache",
     "train": "fpocli.training.train",
     "evaluate": "fpocli.evaluation.evaluate",
@@ -26,13 +45,22 @@ __all__ = [
     "CompareConfig",
     "EvalConfig",
     "InspectConfig",
+    "Store",
     "TrainConfig",
     "UserError",
-    *_HOME,
+    "cache",
+    "compare",
+    "evaluate",
+    "inspect",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,6 +17,11 @@ def encode_text(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def encode(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
+    """Ids of texts.
+
+    Raises:
+        UserError: the tokeniser cannot encode one of them.
+    """
     try:
         return tokenizer(texts, **how).input_ids
     except Exception as error:  # tokenizers raises no other class, such as at an unknown character
@@ -53,6 +58,7 @@ def render_prompt(tokenizer: Any, messages: list[Message]) -> list[str]:
 
 
 def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:
+    """Ids of what `render_prompt` gives, with one BOS token if there is one."""
     ids: list[int] = []
     for number, part in enumerate(parts):
         if part and number % 2:

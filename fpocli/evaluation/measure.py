@@ -118,6 +118,7 @@ def _operator_norms(config: EvalConfig, store: Store, policy: LanguageModel) -> 
 
 
 def write_pairs(path: Path, values: Values) -> None:
+    """Write the measurements as JSON lines, one per pair."""
     lines = []
     for row in range(len(values["pair"])):
         record: dict[str, Any] = {"pair": int(values["pair"][row])}

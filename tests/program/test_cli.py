@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -377,3 +378,44 @@ def test_version():
 def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         kind(**settings)
+
+
+# -- what is printed -----------------------------------------------------------------------------
+
+
+def test_libraries_print_nothing_among_the_messages(work):
+    """Notices of DeepSpeed, warnings of torch, bars of transformers."""
+    words = [sys.executable, "-m", "fpocli"]
+    flags = "--cache ref.zarr --k 16 --batch-size 1 --no-bf16 --out quiet --device cpu"
+    for command in ([*map(str, cache_command(out="quiet.zarr"))], ["train", *flags.split()]):
+        done = subprocess.run([*words, *command], capture_output=True, text=True, cwd=work)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        for sign in ("WARNING", "Warning", "it/s]", "DeepSpeed", "[20"):
+            assert sign not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("fpo ca", "cache"), ("fpo train --eval-f", "--eval-fraction")]
+)
+def test_a_shell_completes_commands_and_flags(typed, offered):
+    """As bash asks for it; without loading anything heavy, for a person waits."""
+    words = typed.split()
+    environment = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", COMPLETE],
+        env=os.environ | environment | {"_FPO_COMPLETE": "complete_bash"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == offered.split()
+    assert not HEAVY & {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_the_completion_script_is_printed():
+    done = subprocess.run(
+        [sys.executable, "-m", "fpocli", "--show-completion", "bash"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "_COMPLETE=complete_bash" in done.stdout

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fpocli import cache
 from fpocli.store.metadata import attributes
 from fpocli.store.reader import Store
+from fpocli.training.run_folder import read_run
 
 SITE = "layer_3.resid_post"
 STEPS = 5
@@ -509,3 +510,25 @@ def test_a_checkpoint_that_is_not_whole_is_not_used(baseline, material, tmp_path
     lines = run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
     same(lines, read(baseline), 1e-6)
     assert not (out / "checkpoints/partial-4").exists()
+
+
+def test_a_run_of_an_earlier_version_is_read_and_resumed(baseline, material, tmp_path):
+    """Version 0.1 called packed_length tokens_per_row, and had fewer settings."""
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=2)
+    shutil.rmtree(out / "final")
+    about = json.loads((out / "run.json").read_text())
+    about["tokens_per_row"] = about.pop("packed_length")
+    del about["measure_kl"]
+    (out / "run.json").write_text(json.dumps(about))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["tokens_per_row"] = config.pop("packed_length")
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_run(out)[1].packed_length == 300
+    lines = run(material, out, "--no-bf16", save_every=2)
+    same(lines, read(baseline), 1e-6)
+    about["lr"] = 2e-3
+    (out / "run.json").write_text(json.dumps(about))
+    shutil.rmtree(out / "final")
+    done = finish(command(material, out, "--no-bf16", save_every=2))
+    assert "lr is 0.002 there, 0.001 here" in done.stderr
