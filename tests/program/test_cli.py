@@ -382,6 +382,8 @@ def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sente
 
 # -- what is printed -----------------------------------------------------------------------------
 
+COMPLETE = "import sys; sys.argv = ['fpo']; from fpocli.__main__ import main; main()"
+
 
 def test_libraries_print_nothing_among_the_messages(work):
     """Notices of DeepSpeed, warnings of torch, bars of transformers."""
