@@ -70,7 +70,7 @@ def test_stored_numbers_equal_plain_transformers_and_sae_lens(store_path):
     assert (np.abs(arrays[f"features/{SITE}/frequency"] - frequency) <= 1).all()
 
 
-def test_cached_scores_equal_scores_online(store_path, material):
+def test_cached_scores_equal_scores_computed_again(store_path, material):
     """method.md 5, whatever the grouping."""
     store = Store.open(store_path)
     folder = find_model(str(material / "model"))
@@ -87,7 +87,7 @@ def test_cached_scores_equal_scores_online(store_path, material):
             np.testing.assert_allclose(rows.features[SITE].value[pair], pooled, atol=1e-4)
 
 
-def test_content_is_the_same_for_any_block_and_row_size(material, tmp_path):
+def test_content_is_the_same_for_any_block_and_packed_length(material, tmp_path):
     results = []
     for number, (block, tokens) in enumerate(((8, 8192), (21, 8192), (4, 300), (1, 1))):
         path = tmp_path / f"{number}.zarr"
@@ -101,7 +101,7 @@ def test_content_is_the_same_for_any_block_and_row_size(material, tmp_path):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 2])
-def test_a_stopped_run_goes_on_with_the_same_command(
+def test_interrupted_caching_resumes_with_the_same_command(
     material, tmp_path, store_path, stop_after, monkeypatch
 ):
     """Content equal to the bit, and the blocks that were done are not scored again."""
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(
         np.testing.assert_array_equal(resumed[name], values, err_msg=name)
 
 
-def test_a_run_stopped_while_it_writes_tokens_starts_over(material, tmp_path, monkeypatch):
+def test_caching_interrupted_while_it_writes_tokens_starts_over(material, tmp_path, monkeypatch):
     path = tmp_path / "ref.zarr"
     import zarr
 
@@ -147,7 +147,7 @@ def test_a_run_stopped_while_it_writes_tokens_starts_over(material, tmp_path, mo
     assert cache(cache_config(material, path)).meta["state"] == "complete"
 
 
-def test_kill_9_loses_at_most_the_block_in_work(material, tmp_path, store_path):
+def test_kill_9_loses_at_most_the_block_in_progress(material, tmp_path, store_path):
     """A real process, killed without warning in the middle of its blocks."""
     write_pairs(tmp_path / "many.jsonl", 400, seed=1)
     config = cache_config(material, tmp_path / "ref.zarr", data=str(tmp_path / "many.jsonl"))
@@ -274,13 +274,13 @@ def data_with_nan(path, rows):
     return str(path)
 
 
-def test_numbers_that_are_not_finite_name_the_row(material, tmp_path, nan_model):
+def test_non_finite_values_name_the_row(material, tmp_path, nan_model):
     data = data_with_nan(tmp_path / "pairs.jsonl", [9])
     with pytest.raises(UserError, match="row 9 is non-finite"):
         cache(cache_config(material, tmp_path / "ref.zarr", model=nan_model, data=data))
 
 
-def test_pairs_that_are_not_finite_are_left_out(material, tmp_path, nan_model):
+def test_pairs_with_non_finite_values_are_left_out(material, tmp_path, nan_model):
     """Their rows stay gaps, the others are as if they were alone, and training passes them over."""
     rows = [0, 9, 10, 20]
     data = data_with_nan(tmp_path / "pairs.jsonl", rows)
@@ -346,7 +346,7 @@ def test_a_model_that_fails_the_start_up_check_is_not_cached(material, tmp_path,
         cache(cache_config(material, tmp_path / "ref.zarr"))
 
 
-def test_a_store_larger_than_the_free_disk_is_not_begun(material, tmp_path, monkeypatch):
+def test_a_store_larger_than_the_free_disk_is_not_started(material, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="are free"):
@@ -369,7 +369,7 @@ def test_dropped_pairs_are_counted_and_rows_keep_their_numbers(material, tmp_pat
     assert contents(store.path)["source_row"].tolist() == [0, 2, 4]
 
 
-def test_a_link_is_the_folder_it_leads_to(material, tmp_path):
+def test_a_link_is_treated_as_the_folder_it_points_to(material, tmp_path):
     (tmp_path / "scratch").mkdir()
     link = tmp_path / "link.zarr"
     link.symlink_to("scratch")
@@ -380,7 +380,7 @@ def test_a_link_is_the_folder_it_leads_to(material, tmp_path):
     assert link.is_symlink() and Store.open(tmp_path / "scratch").pairs == 3
 
 
-def test_what_allow_lets_differ_is_kept_in_the_store(material, tmp_path):
+def test_what_allow_permits_is_recorded_in_the_store(material, tmp_path):
     path = tmp_path / "ref.zarr"
     cache(cache_config(material, path))
     (path / "blocks/digest/c/1").unlink()

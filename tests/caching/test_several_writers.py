@@ -42,7 +42,7 @@ def start(material, many, tmp_path):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_the_content_is_the_same_for_any_number_of_writers(start, many, tmp_path, count):
+def test_the_content_is_the_same_for_any_number_of_processes(start, many, tmp_path, count):
     commands = [start() for _ in range(count)]
     for command in commands:
         assert command.wait(120) == 0, command.printed()
@@ -76,7 +76,7 @@ def stop_at_work(commands, path):
     raise AssertionError("none ever held a block")
 
 
-def test_when_one_of_four_dies_the_others_finish_all_but_its_blocks(start, many, tmp_path):
+def test_when_one_of_four_is_killed_the_others_finish_all_but_its_blocks(start, many, tmp_path):
     path = tmp_path / "ref.zarr"
     commands = [start() for _ in range(4)]
     lost, held = stop_at_work(commands, path)
@@ -96,7 +96,7 @@ def test_when_one_of_four_dies_the_others_finish_all_but_its_blocks(start, many,
     assert_equal(path, many[1])
 
 
-def test_a_slow_writer_stops_nobody(start, many, tmp_path):
+def test_a_slow_process_does_not_stop_the_others(start, many, tmp_path):
     """The others do all the rest and wait; when it goes on, all end well."""
     path = tmp_path / "ref.zarr"
     commands = [start() for _ in range(3)]
@@ -112,7 +112,7 @@ def test_a_slow_writer_stops_nobody(start, many, tmp_path):
     assert_equal(path, many[1])
 
 
-def test_any_number_goes_on_with_what_any_other_began(start, many, tmp_path):
+def test_any_number_of_processes_resumes_what_any_other_number_began(start, many, tmp_path):
     """Four are killed, then two, then one completes it."""
     path = tmp_path / "ref.zarr"
     records = path / "blocks" / "digest" / "c"
@@ -129,7 +129,7 @@ def test_any_number_goes_on_with_what_any_other_began(start, many, tmp_path):
     assert_equal(path, many[1])
 
 
-def test_torchrun_starts_writers_that_belong_together(material, many, tmp_path):
+def test_torchrun_starts_processes_of_one_run(material, many, tmp_path):
     path = tmp_path / "ref.zarr"
     config = cache_config(material, path, data=many[0])
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -141,7 +141,7 @@ def test_torchrun_starts_writers_that_belong_together(material, many, tmp_path):
     assert_equal(path, many[1])
 
 
-def test_overwrite_and_repair_are_for_one(start):
+def test_overwrite_and_repair_need_a_process_of_their_own(start):
     for flag in ("overwrite", "repair"):
         command = start(**{flag: True})
         assert command.wait(60) == 2

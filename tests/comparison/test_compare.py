@@ -85,7 +85,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert run.settings["lr"] == 2e-5 and run.settings["alpha"] == 0.1
 
 
-def test_a_cache_without_a_model_is_told(tmp_path):
+def test_a_hub_cache_without_the_model_is_reported(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("cache: {layer: [3]}\nruns: [{method: fpo}]")
     with pytest.raises(UserError, match="lacks model"):
@@ -124,7 +124,7 @@ def test_a_cache_without_a_model_is_told(tmp_path):
         ({"launch": "torchrun 'x"}, "not a command line"),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_runs(tmp_path, content, message):
+def test_mistakes_in_a_grid_are_reported_before_anything_runs(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, **content)
 
@@ -178,7 +178,7 @@ def finished(material, tmp_path_factory):
     return folder, done
 
 
-def test_tables_hold_what_eval_and_metrics_say(finished):
+def test_tables_contain_what_eval_and_metrics_contain(finished):
     folder, done = finished
     out = folder / "out"
     frame = pd.read_csv(out / "all.csv", index_col="method")
@@ -210,7 +210,7 @@ def test_tables_hold_what_eval_and_metrics_say(finished):
     ]
 
 
-def test_what_is_done_is_not_done_anew(finished):
+def test_finished_steps_are_not_repeated(finished):
     folder, first = finished
     final = folder / "out/runs/method-fpo/final/model.safetensors"
     before = final.stat().st_mtime_ns
@@ -226,7 +226,7 @@ def test_what_is_done_is_not_done_anew(finished):
     assert again.stdout == first.stdout
 
 
-def test_what_lies_upstream_counts(finished, tmp_path):
+def test_changes_upstream_repeat_a_step(finished, tmp_path):
     """Other prompts, another store: what was made of the old ones is to be made anew."""
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy")
@@ -256,7 +256,7 @@ def test_what_lies_upstream_counts(finished, tmp_path):
     assert plan() == ["cache", "train", "eval", "train", "eval"]
 
 
-def test_a_step_that_fails_stops_the_comparison(finished, tmp_path):
+def test_a_failing_step_stops_the_comparison(finished, tmp_path):
     folder, _ = finished
     content = yaml.safe_load((folder / "grid.yaml").read_text())
     content |= {"out": str(tmp_path / "out"), "runs": [{"method": "fpo", "k": 80}]}

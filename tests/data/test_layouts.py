@@ -164,7 +164,7 @@ def test_identity(tmp_path, write):
 
 
 @pytest.mark.parametrize("write", [write_json, write_jsonl, write_parquet])
-def test_a_file_is_known_by_its_bytes_and_has_no_split(tmp_path, write):
+def test_a_file_is_identified_by_its_bytes_and_has_no_split(tmp_path, write):
     one, same = (write(tmp_path / name, texts("a")) for name in ("one", "same"))
     assert identity(one)["fingerprint"] == identity(same)["fingerprint"]
     assert identity(one, "test")["split"] is None
@@ -207,7 +207,7 @@ WRONG_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "reason", "detail"), WRONG_ROWS)
-def test_a_wrong_row_is_dropped_or_told_with_its_place(tmp_path, row, reason, detail):
+def test_a_wrong_row_is_dropped_or_reported_with_its_place(tmp_path, row, reason, detail):
     rows = [*texts("a"), row, *texts("b")]
     lines, listed = write_jsonl(tmp_path / "data", rows), write_json(tmp_path / "data", rows)
     for path, place in ((lines, "line 4"), (listed, "row 1")):
@@ -270,7 +270,7 @@ def test_at_most_a_thousand_rows_are_listed_for_each_reason(tmp_path):
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_dataset, write_splits])
-def test_a_wrong_row_of_a_table_is_told_with_its_number(tmp_path, write):
+def test_a_wrong_row_of_a_table_is_reported_with_its_number(tmp_path, write):
     path = write(tmp_path / "data", [*texts("a"), {"prompt": "q", "chosen": "a", "rejected": None}])
     assert refusal(path).startswith(f"{path}, row 1: null field, rejected")
 
@@ -296,19 +296,19 @@ WRONG_FILES = [
 
 
 @pytest.mark.parametrize(("name", "content", "said"), WRONG_FILES)
-def test_a_wrong_file(tmp_path, name, content, said):
+def test_a_data_file_that_cannot_be_read_is_refused_with_its_place(tmp_path, name, content, said):
     path = tmp_path / name
     path.write_bytes(content)
     assert refusal(path).startswith(f"{path}{said}")
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_a_missing_file(tmp_path, suffix):
+def test_a_missing_data_file_is_refused(tmp_path, suffix):
     path = tmp_path / f"gone.{suffix}"
     assert refusal(path) == f"the data file {path} does not exist"
 
 
-def test_an_unknown_split(tmp_path):
+def test_an_unknown_split_is_refused(tmp_path):
     path = write_splits(tmp_path / "data", texts("a"))
     with pytest.raises(UserError, match="has no split validation") as caught:
         read(path, "validation")
@@ -316,7 +316,7 @@ def test_an_unknown_split(tmp_path):
     assert caught.value.hint == "it has train, test"
 
 
-def test_a_folder_that_is_no_data_set(tmp_path):
+def test_a_folder_without_a_data_set_is_refused(tmp_path):
     write_jsonl(tmp_path / "data", texts("a"))
     assert refusal(tmp_path).startswith(f"the folder {tmp_path} is not a data set")
 
@@ -415,7 +415,7 @@ def test_a_row_with_tool_calls_is_dropped_for_that_reason(tmp_path, change):
     assert dropped.counts == {"tool calls": 1}
 
 
-def test_empty_tool_fields_are_none(tmp_path):
+def test_empty_tool_fields_are_ignored(tmp_path):
     row = {
         "prompt": [{"role": "user", "content": "q", "tool_calls": None}],
         "chosen": [{"role": "assistant", "content": "a", "tool_calls": []}],

@@ -122,7 +122,7 @@ def test_end_of_turn_is_one_id_where_the_tokeniser_has_the_token(tmp_path):
     assert load(tmp_path, "chatml", tokenizer=tokenizer).end_of_turn == [len(tokenizer) - 1]
 
 
-def test_a_turn_that_nothing_ends_is_refused(tmp_path):
+def test_a_template_without_an_end_of_turn_is_refused(tmp_path):
     tokenizer = tiny.tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="end-of-turn"):
@@ -169,7 +169,7 @@ def test_lengths(plain, template, rows, max_length, max_prompt_length):
             assert ids.count(end) == (len(whole) < room)
 
 
-def test_a_response_is_cut_only_when_it_must_be(plain):
+def test_a_response_is_truncated_only_if_it_is_too_long(plain):
     (whole,) = load(plain, "gemma")([pair("abcd", "xyz")])
     limit = len(whole.prompt) + len(whole.chosen)
     assert list(load(plain, "gemma", limit)([pair("abcd", "xyz")])) == [whole]
@@ -223,7 +223,7 @@ def test_the_tokenisers_own_template_comes_before_the_default(tmp_path, plain):
     ("template", "said"),
     [("alpaca", "--chat-template alpaca is neither"), ("{% for", r"template\.jinja cannot render")],
 )
-def test_a_template_that_is_none(plain, template, said):
+def test_an_invalid_template_is_refused(plain, template, said):
     with pytest.raises(UserError, match=said):
         load(plain, template)
 

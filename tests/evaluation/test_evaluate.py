@@ -120,14 +120,14 @@ def test_splits_of_a_model_make_the_whole(material, store_path, tmp_path):
         ({"sae": ["a", "b"]}, "--sae is used 2 times"),
     ],
 )
-def test_what_is_wrong_is_told(material, store_path, tmp_path, changes, message):
+def test_mistakes_are_reported(material, store_path, tmp_path, changes, message):
     if "reference" in changes:
         changes["reference"] = str(material / changes["reference"])
     with pytest.raises(UserError, match=message):
         evaluate(config(material, tmp_path, **changes))
 
 
-def test_an_unfinished_run_is_told(material, store_path, tmp_path):
+def test_an_unfinished_run_is_refused(material, store_path, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text("{}")
@@ -135,7 +135,7 @@ def test_an_unfinished_run_is_told(material, store_path, tmp_path):
         evaluate(config(material, tmp_path, model=str(run)))
 
 
-def test_a_run_of_another_store_is_told(material, store_path, tmp_path):
+def test_a_run_of_another_store_is_refused(material, store_path, tmp_path):
     run = tmp_path / "run"
     (run / "final").mkdir(parents=True)
     (run / "run.json").write_text('{"store": "another"}')
@@ -145,7 +145,7 @@ def test_a_run_of_another_store_is_told(material, store_path, tmp_path):
             evaluate(config(material, tmp_path, model=str(model)))
 
 
-def test_another_tokeniser_is_told(material, store_path, tmp_path):
+def test_another_tokeniser_is_refused(material, store_path, tmp_path):
     folder = shutil.copytree(material / "policy", tmp_path / "policy")
     file = folder / "tokenizer.json"
     file.write_text(
@@ -225,7 +225,7 @@ def test_correlations_are_scipys(seed):
     assert found["kl"]["margin"] == pytest.approx(abs(kl[:, 0] - kl[:, 1]).mean())
 
 
-def test_each_of_several_sites_has_its_figures(material, tmp_path):
+def test_each_of_several_sites_is_reported(material, tmp_path):
     store = cache(
         cache_config(
             material,

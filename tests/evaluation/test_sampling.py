@@ -111,7 +111,7 @@ def test_same_seed_same_answers_and_another_seed_others(material, store_path, tm
     ]
 
 
-def test_stopped_sampling_goes_on_and_ends_alike(material, store_path, tmp_path, prompts):
+def test_interrupted_sampling_resumes_to_the_same_answers(material, store_path, tmp_path, prompts):
     settings = config(material, prompts, tmp_path / "out", temperature=[0.7, 1.0])
     whole = evaluate(settings)
     file = tmp_path / "out/samples.jsonl"
@@ -141,7 +141,7 @@ def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tm
     assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0))
 
 
-def test_a_models_own_penalties_do_not_count(material, store_path, tmp_path, prompts):
+def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path, prompts):
     folder = shutil.copytree(material / "policy", tmp_path / "policy")
     about = {"repetition_penalty": 1.8, "do_sample": True, "temperature": 0.1}
     (folder / "generation_config.json").write_text(json.dumps(about))
@@ -153,7 +153,7 @@ def test_a_models_own_penalties_do_not_count(material, store_path, tmp_path, pro
     assert one == other
 
 
-def test_samples_of_another_template_are_not_taken(material, store_path, tmp_path, prompts):
+def test_samples_of_another_template_are_not_reused(material, store_path, tmp_path, prompts):
     evaluate(config(material, prompts, tmp_path / "out"))
     store = cache(cache_config(material, tmp_path / "chatml.zarr", chat_template="chatml"))
     with pytest.raises(UserError, match="template is"):
@@ -303,7 +303,7 @@ def test_prompt_files(tmp_path, text, turns):
         ("", "has no prompts"),
     ],
 )
-def test_prompts_that_are_wrong_are_told(tmp_path, text, message):
+def test_invalid_prompts_are_reported(tmp_path, text, message):
     file = tmp_path / "prompts"
     file.write_text(text)
     with pytest.raises(UserError, match=message):

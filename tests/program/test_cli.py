@@ -125,7 +125,7 @@ def test_flags(resolve):
         CacheConfig(model="m", layer=[3, 1], site=["mlp_out", "resid_post"], limit=5, top_k="7"),
     ],
 )
-def test_a_saved_config_gives_itself_back(resolve, config):
+def test_a_saved_config_reproduces_itself(resolve, config):
     (name,) = (name for name, kind in COMMANDS.items() if kind is type(config))
     word = "run " if name == "eval" else ""
     assert resolve(f"{name} {word}--config c.yaml", dataclasses.asdict(config)) == config
@@ -182,7 +182,7 @@ def test_flags_win_over_file_and_file_over_preset(resolve, flags):
         ("lr: 1", "Missing option '--cache'"),
     ],
 )
-def test_a_wrong_file_is_told(tmp_path, monkeypatch, file, sentence):
+def test_an_invalid_config_file_is_reported(tmp_path, monkeypatch, file, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_bytes(file.encode("latin-1"))
     result = run("train", "--config", "c.yaml")
@@ -277,7 +277,7 @@ def error(*arguments):
         ({"out": "ref.zarr"}, "ref.zarr was made with other settings: "),
     ],
 )
-def test_cache_tells_a_mistake(work, changes, sentence):
+def test_cache_reports_a_mistake(work, changes, sentence):
     assert sentence in error(*cache_command(**changes))
     assert not (work / "new.zarr").exists()
 
@@ -301,14 +301,14 @@ def test_a_wrong_row_is_dropped_and_listed_or_refused(work, data, reason):
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 @pytest.mark.parametrize("out", ["notes", "notes/precious.txt"])
-def test_cache_leaves_a_folder_that_is_no_store(work, out, overwrite):
+def test_cache_does_not_touch_a_folder_that_is_not_a_store(work, out, overwrite):
     assert out in error(*cache_command(out=out), *overwrite)
     assert (work / "notes" / "precious.txt").read_text() == "keep me"
     assert [path.name for path in (work / "notes").iterdir()] == ["precious.txt"]
 
 
 @pytest.mark.parametrize("command", ["train --cache", "inspect"])
-def test_a_store_that_cannot_be_read_is_told(work, command):
+def test_an_unreadable_store_is_reported(work, command):
     command = command.split()
     assert error(*command, "none.zarr") == "none.zarr does not exist"
     assert "notes" in error(*command, "notes")
@@ -337,7 +337,7 @@ def test_train_wants_the_tokeniser_of_the_store(work):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_full_disk_is_told(monkeypatch, name):
+def test_a_full_disk_is_reported(monkeypatch, name):
     def full(config):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -348,11 +348,11 @@ def test_a_full_disk_is_told(monkeypatch, name):
 @pytest.mark.parametrize(
     "command", ["train --cache ref.zarr --k 16 --allow dtype --feature-weights", "compare"]
 )
-def test_a_file_that_is_not_there_is_told(work, command):
+def test_a_missing_file_of_the_grid_is_reported(work, command):
     assert error(*command.split(), "none.yaml") == "none.yaml: No such file or directory"
 
 
-def test_eval_tells_a_mistake(work):
+def test_eval_reports_a_mistake(work):
     assert error("eval", "./none", "--cache", "ref.zarr").startswith("the model ./none is neither")
     assert "--k 50 compares more" in error("eval", "model", "--cache", "ref.zarr")
     assert error("eval", "model", "--cache", "none.zarr") == "none.zarr does not exist"
@@ -375,7 +375,7 @@ def test_version():
         (TrainConfig, {"cache": "s", "allow": ["weights"]}, "--allow weights is unknown"),
     ],
 )
-def test_python_settings_are_held_to_what_the_flags_accept(kind, settings, sentence):
+def test_python_settings_are_checked_like_flags(kind, settings, sentence):
     with pytest.raises(UserError, match=sentence):
         kind(**settings)
 

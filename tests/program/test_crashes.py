@@ -140,19 +140,19 @@ def die_everywhere(job, same, folder: Path, numbers) -> None:
             return
 
 
-def test_a_cache_that_is_killed_ends_as_an_unbroken_one(caching, tmp_path):
+def test_killed_caching_ends_with_the_store_of_an_uninterrupted_one(caching, tmp_path):
     kill_often(caching, same_store, tmp_path, KILLS, seed=random.randrange(10**6))
 
 
-def test_a_training_that_is_killed_ends_as_an_unbroken_one(training, tmp_path):
+def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(training, tmp_path):
     kill_often(training, same_run, tmp_path, KILLS, seed=random.randrange(10**6))
 
 
-def test_a_cache_that_dies_at_a_change_of_its_files_goes_on(caching, tmp_path):
+def test_caching_killed_at_a_file_operation_resumes_to_the_same_store(caching, tmp_path):
     die_everywhere(caching, same_store, tmp_path, random.sample(range(120), 3))
 
 
-def test_a_training_that_dies_at_a_change_of_its_files_goes_on(training, tmp_path):
+def test_training_killed_at_a_file_operation_resumes_to_the_same_weights(training, tmp_path):
     # Where the first file of a run gets its name, and anywhere.
     die_everywhere(training, same_run, tmp_path, [11, random.randrange(60)])
 
@@ -167,6 +167,6 @@ def test_two_hundred_kills(caching, training, tmp_path):
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("job", ["caching", "training"])
-def test_death_at_every_change_of_the_files(job, request, tmp_path):
+def test_death_at_every_file_operation(job, request, tmp_path):
     same = {"caching": same_store, "training": same_run}[job]
     die_everywhere(request.getfixturevalue(job), same, tmp_path, range(10**4))

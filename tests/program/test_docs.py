@@ -9,7 +9,7 @@ TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("page", ["reliability.md", "security.md"])
-def test_every_promise_names_tests_that_are_there(page):
+def test_every_promise_names_tests_that_exist(page):
     text = (TESTS.parent / "docs" / page).read_text()
     files = {file.name: file.read_text() for file in TESTS.rglob("test_*.py")}
     named = set(re.findall(r"\btest_\w+(?!\w|\.py)", text.replace(".py", ".py ")))

@@ -96,7 +96,7 @@ def equal(out: Path, unbroken: Path, tolerance: float) -> None:
         assert torch.allclose(one[name], other[name], rtol=0, atol=tolerance), name
 
 
-def test_a_run_that_is_stopped_in_every_way_ends_as_if_it_were_not(
+def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
     unbroken, material, store_path, tmp_path
 ):
     out = tmp_path / "run"
@@ -133,7 +133,7 @@ def files(checkpoints: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in checkpoints.glob("step-*/*")}
 
 
-def test_torchrun_is_in_the_command_that_goes_on(unbroken, material, store_path, tmp_path):
+def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", processes=2, **SETTINGS)
     process = start(words)
@@ -174,7 +174,9 @@ main()
 """
 
 
-def test_a_lost_process_is_noticed_and_the_run_goes_on(unbroken, material, store_path, tmp_path):
+def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
+    unbroken, material, store_path, tmp_path
+):
     """Without torchrun, which would end the others itself."""
     out, script = tmp_path / "run", tmp_path / "paused.py"
     script.write_text(PAUSED)
@@ -220,7 +222,7 @@ def test_a_lost_process_is_noticed_and_the_run_goes_on(unbroken, material, store
     equal(out, unbroken, 0)
 
 
-def test_a_cache_that_is_stopped_or_finds_the_disk_full_goes_on(material, tmp_path):
+def test_interrupted_caching_resumes_also_after_a_full_disk(material, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 60)
     store = tmp_path / "ref.zarr"
     words = [sys.executable, "-m", "fpocli", "cache", "--model", str(material / "model")]

@@ -147,7 +147,7 @@ def with_code(model: Path, mark: Path) -> None:
     )
 
 
-def test_code_of_a_model_is_run_when_asked_for_only(model, tmp_path, monkeypatch):
+def test_code_of_a_model_is_run_only_with_the_flag(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     mark = tmp_path / "mark"
     with_code(model, mark)
@@ -178,7 +178,7 @@ def test_the_flag_reaches_the_model(model, material, tmp_path):
     assert mark.exists()
 
 
-def test_no_file_turns_code_on(model, material, store_path, tmp_path, monkeypatch):
+def test_no_file_can_enable_remote_code(model, material, store_path, tmp_path, monkeypatch):
     """Not a YAML file of flags, not a run's config.yaml, not a grid, not a store."""
     taken = []
     monkeypatch.setattr("fpocli.train", taken.append)
@@ -207,7 +207,7 @@ def test_no_file_turns_code_on(model, material, store_path, tmp_path, monkeypatc
     assert not policy.trust_remote_code
 
 
-def test_a_kernel_that_a_configuration_names_is_not_fetched(model):
+def test_a_kernel_that_a_configuration_names_is_not_downloaded(model):
     edit(model / "config.json", attn_implementation="somebody/kernel")
     assert (
         load_network(find_model(str(model)), torch.float32).config._attn_implementation == "eager"
@@ -263,7 +263,7 @@ def test_a_data_set_is_not_a_script(tmp_path):
 @pytest.mark.parametrize(
     "tag", ["!!python/object/apply:os.system ['touch mark']", "!!python/name:os"]
 )
-def test_yaml_makes_no_objects(tmp_path, monkeypatch, tag):
+def test_yaml_creates_no_objects(tmp_path, monkeypatch, tag):
     monkeypatch.chdir(tmp_path)
     Path("x.yaml").write_text(f"cache: {tag}\nruns: [{{}}]\n")
     assert "is not valid YAML" in refusal(read_grid, "x.yaml", REPORTS).message
@@ -407,7 +407,7 @@ def test_runs_of_a_grid_stay_in_its_folder(tmp_path):
         {"num_attention_heads": 10**12},
     ],
 )
-def test_a_configuration_of_absurd_sizes_takes_no_memory(model, change):
+def test_a_configuration_of_absurd_sizes_allocates_no_memory(model, change):
     """In 6 GB above what is taken already, which no array of those sizes fits into."""
     edit(model / "config.json", **change)
     with memory(6e9):
@@ -424,7 +424,7 @@ def test_headers_of_weights_are_checked(model):
             assert "are damaged" in refusal(load, model).message
 
 
-def test_weights_that_are_not_whole_are_refused(model):
+def test_incomplete_weights_are_refused(model):
     """transformers would fill them with random numbers."""
     file = model / "model.safetensors"
     state = load_file(file)
@@ -442,7 +442,7 @@ def test_weights_that_are_not_whole_are_refused(model):
     load(model)
 
 
-def test_cfg_of_a_sae_is_held_to_its_weights(tmp_path):
+def test_cfg_json_of_an_sae_is_checked_against_its_weights(tmp_path):
     folder = tiny.sae_folder(tmp_path / "sae")
     for change in ({"d_sae": 10**12}, {"d_in": 10**9}, {"d_sae": None}, {"d_in": "32"}):
         spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt", dirs_exist_ok=True))
@@ -467,7 +467,7 @@ def header(shape: tuple[int, ...]) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
 
 
-def test_an_npz_is_held_to_its_headers(tmp_path):
+def test_an_npz_is_checked_against_its_headers(tmp_path):
     file = tmp_path / "params.npz"
     write_scope(file, tiny.WIDTH, tiny.FEATURES, np.float32, threshold=1)
     load_encoder(str(file), CPU)
@@ -486,7 +486,7 @@ def test_an_npz_that_expands_without_end_is_refused(tmp_path):
         assert "bytes expand to 400,000," in refusal(load_encoder, str(file), CPU).message
 
 
-def test_yaml_that_multiplies_itself_is_refused(tmp_path):
+def test_yaml_that_expands_without_bound_is_refused(tmp_path):
     file = tmp_path / "grid.yaml"
     rows = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     for one, other in zip("abcdefgh", "bcdefghi", strict=True):
@@ -500,7 +500,7 @@ def test_yaml_that_multiplies_itself_is_refused(tmp_path):
 # -- messages --------------------------------------------------------------------------------------
 
 
-def test_a_message_cannot_command_a_terminal():
+def test_a_message_cannot_control_a_terminal():
     error = UserError("a\x1b[2J\n\tb\u202ec" + "\ud800", "x" * 9999)
     assert error.message == "a\ufffd[2J b\ufffdc\ufffd"
     assert len(error.hint) < 1100

@@ -30,7 +30,7 @@ def test_two_sums_of_the_same_numbers_are_a_tie_in_any_order(seed, count):
 
 
 @arrays
-def test_a_difference_of_a_thousandth_of_a_nat_is_no_tie(make):
+def test_a_difference_of_a_thousandth_of_a_nat_is_not_a_tie(make):
     """Between rewards made of four sums of 100 nats; a step of training changes more."""
     found = wins(make([0.001]), make([0.0]), make([4 * 100.0]))
     assert found.value.tolist() == [1]

@@ -193,7 +193,7 @@ def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, wha
     assert not path.with_name("ref.zarr.repair").exists()
 
 
-def test_totals_of_another_block_are_found_and_mended(spoiled, small):
+def test_totals_of_another_block_are_found_and_repaired(spoiled, small):
     """Whole, with a right checksum, and they would make a wrong mean."""
     config, path = spoiled
     sums = path / f"blocks/{SITE}/sum/c"

@@ -66,7 +66,7 @@ def test_layout_is_the_documented_one(store_path):
     }
 
 
-def test_rows_keep_the_rules_of_the_format(store_path):
+def test_stored_values_follow_the_rules_of_the_format(store_path):
     arrays = contents(store_path)
     index, value = arrays[f"features/{SITE}/index"], arrays[f"features/{SITE}/value"]
     used = value > 0
@@ -82,7 +82,7 @@ def test_rows_keep_the_rules_of_the_format(store_path):
 
 
 @pytest.mark.parametrize(("m", "dtype"), [(65_535, "uint16"), (65_536, "uint32")])
-def test_the_sentinel_stays_free(m, dtype):
+def test_the_fill_value_of_indices_is_never_a_feature(m, dtype):
     assert index_dtype(m) == dtype
 
 
@@ -129,7 +129,7 @@ def test_only_a_complete_store_of_this_version_is_used(store):
         ({"documents": {"ref": 1}}, "documents are no sums"),
     ],
 )
-def test_attributes_that_cannot_be_are_refused_before_memory_is_taken(store, change_of, told):
+def test_invalid_attributes_are_refused_before_memory_is_allocated(store, change_of, told):
     """They are held to each other, although their sum is right."""
     change(store, **change_of)
     if "fingerprint" not in change_of:
@@ -309,7 +309,7 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
     np.testing.assert_array_equal(first[f"features/{SITE}/frequency"], (pooled > 0).sum(0))
 
 
-def test_a_store_with_gaps_or_damage_is_not_finished(tmp_path):
+def test_a_store_with_missing_or_damaged_blocks_is_not_completed(tmp_path):
     tokens, vectors = made_up(5, 2)
     path = tmp_path / "s.zarr"
     store = StoreWriter.create(path, attributes_of(5, 2), tokens)
@@ -327,7 +327,7 @@ def test_a_store_with_gaps_or_damage_is_not_finished(tmp_path):
     Store.open(path).require_complete()
 
 
-def test_a_store_that_is_replaced_is_not_read_on(store, tmp_path):
+def test_a_store_that_is_replaced_is_not_read_any_further(store, tmp_path):
     """Blocks of the new one would be whole, and of another model."""
     reading = Store.open(store)
     tokens = reading.tokens(0)
@@ -340,7 +340,7 @@ def test_a_store_that_is_replaced_is_not_read_on(store, tmp_path):
         reading.reference(0, tokens)
 
 
-def test_gaps_are_not_numbers(tmp_path):
+def test_missing_values_are_not_valid_numbers(tmp_path):
     tokens, _ = made_up(5, 2)
     meta = attributes_of(5, 2)
     StoreWriter.create(tmp_path / "s.zarr", meta, tokens)

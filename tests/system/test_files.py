@@ -5,7 +5,7 @@ from pathlib import Path
 from fpocli.system.files import as_typed, remove_folder, replace_text
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_a_file_is_replaced_atomically(tmp_path):
     file = tmp_path / "file"
     replace_text(file, "one")
     replace_text(file, "zwei ü")
@@ -22,7 +22,7 @@ def test_a_removed_folder_takes_what_an_earlier_removal_left(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_path_stays_as_typed_but_for_links_and_dots(tmp_path, monkeypatch):
+def test_a_path_stays_as_typed_except_links_and_dots(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert as_typed("ref.zarr") == Path("ref.zarr")
     (tmp_path / "scratch").mkdir()

@@ -161,7 +161,7 @@ def test_local_gemma_scope_file(folder):
         ("--model model --sae sae", "the data set HuggingFaceH4/ultrafeedback_binarized"),
     ],
 )
-def test_what_is_not_here_is_told_offline(folder, names, what):
+def test_what_is_missing_offline_is_reported(folder, names, what):
     done = fpo(folder, f"cache --layer 2 --device cpu --out none.zarr {names}", hub="empty")
     assert done.returncode == 2, done.stderr
     told = done.stderr[done.stderr.index("error: ") :]

@@ -48,7 +48,7 @@ def holder(path):
         process.communicate()
 
 
-def test_a_second_run_is_refused_and_told_who_the_first_is(path, holder):
+def test_a_second_run_is_refused_with_the_process_of_the_first(path, holder):
     process = holder()
     with pytest.raises(UserError, match="another process is writing") as caught, WriterLock(path):
         pass
@@ -67,7 +67,7 @@ def test_processes_of_one_run_share_and_others_may_join(path, holder):
         pass
 
 
-def test_what_a_killed_process_held_is_cleared_at_the_next_start_alone(path, holder, capsys):
+def test_claims_of_a_killed_process_are_removed_at_the_next_start_only(path, holder, capsys):
     """Until then its block is nobody's, for what killed it could kill the others in turn."""
     process = holder("job 1")
     with WriterLock(path, "job 1") as writers:
@@ -84,7 +84,7 @@ def test_what_a_killed_process_held_is_cleared_at_the_next_start_alone(path, hol
     assert not path.with_name("store.writers").exists()
 
 
-def test_an_error_leaves_its_claims_to_the_next_start_if_others_write_on(path):
+def test_claims_of_a_failed_process_stay_until_the_next_start(path):
     with WriterLock(path, "job") as other:
         with pytest.raises(ValueError), WriterLock(path, "job") as failing:
             failing.claim("block-1")
@@ -98,7 +98,7 @@ def test_an_error_leaves_its_claims_to_the_next_start_if_others_write_on(path):
         assert later.claim("block-1") and later.claim("block-2")
 
 
-def test_a_writer_on_another_host_is_dead_when_it_stops_touching_its_file(path):
+def test_a_process_on_another_host_counts_as_exited_when_its_file_is_not_touched(path):
     folder = path.with_name("store.writers")
     folder.mkdir()
     about = {"host": "elsewhere", "process": 7, "since": "2026-01-01T00:00:00+00:00", "run": "x"}
@@ -112,7 +112,7 @@ def test_a_writer_on_another_host_is_dead_when_it_stops_touching_its_file(path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 1}', "\x00"])
-def test_a_file_that_says_nothing_is_of_the_dead(path, text):
+def test_a_lock_file_without_content_counts_as_released(path, text):
     folder = path.with_name("store.writers")
     folder.mkdir()
     (folder / "writer-1").write_text(text)
@@ -121,7 +121,7 @@ def test_a_file_that_says_nothing_is_of_the_dead(path, text):
     assert not folder.exists()
 
 
-def test_a_writer_that_was_taken_for_dead_writes_no_more(path):
+def test_a_process_whose_claims_were_taken_over_writes_no_more(path):
     with WriterLock(path) as writers:
         assert writers.claim("block-1")
         (path.with_name("store.writers") / "block-1").unlink()
@@ -129,7 +129,7 @@ def test_a_writer_that_was_taken_for_dead_writes_no_more(path):
             writers.require("block-1")
 
 
-def test_who_begins_anew_holds_what_comes_first_before_anybody_joins(path):
+def test_no_process_joins_before_overwriting_has_removed_the_store(path):
     """Else one that joins would go on with the store that is about to be replaced."""
     order = []
 
@@ -147,7 +147,7 @@ def test_who_begins_anew_holds_what_comes_first_before_anybody_joins(path):
     assert order == ["begun", "joined"]
 
 
-def test_of_many_one_takes_a_name_and_all_have_it_alone_in_turn(path):
+def test_of_many_processes_one_claims_a_name_and_all_hold_it_in_turn(path):
     """Sixteen writers at once: every block has one, and no two are inside together."""
     taken, inside, most = [], [], []
 

@@ -70,7 +70,7 @@ def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path,
     assert not read(tmp_path / "run"), "no step was taken"
 
 
-def test_other_starting_weights_are_told_their_distance(material, store_path, tmp_path):
+def test_the_distance_of_other_starting_weights_is_printed(material, store_path, tmp_path):
     done = train(material, tmp_path / "run", "--no-bf16", model=material / "policy")
     assert done.returncode == 0, done.stderr[-2000:]
     (told,) = (line for line in done.stderr.splitlines() if "starting weights are not" in line)

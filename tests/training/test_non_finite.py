@@ -144,14 +144,14 @@ def check(out: Path, lines: list[str]) -> None:
 
 
 @pytest.mark.parametrize("stages", ["01", "23"])
-def test_no_step_is_taken_with_numbers_that_are_none(store_path, tmp_path, stages):
+def test_no_weights_are_updated_with_non_finite_values(store_path, tmp_path, stages):
     """Weights and optimiser are as they were, to the bit; a gradient of 0 is as any other."""
     (lines,) = spoil(tmp_path, store_path, stages)
     assert len(lines) == {"01": 14, "23": 12}[stages]
     check(tmp_path, lines)
 
 
-def test_both_processes_stop_and_one_says_why(store_path, tmp_path):
+def test_all_ranks_stop_and_one_reports_why(store_path, tmp_path):
     first, second = spoil(tmp_path, store_path, "2", world=2)
     check(tmp_path, first)
     assert len(first) == 6 and all(line.endswith("exit 2") for line in second)

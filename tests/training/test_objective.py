@@ -56,7 +56,7 @@ def first_step(stream):
 
 
 @pytest.mark.parametrize("packed_length", [1, 300, 5000])
-def test_step_0_whatever_row_order_and_ranks(stage, packed_length):
+def test_step_0_for_any_packing_order_and_ranks(stage, packed_length):
     store, model, encoders = stage
     settings = TrainConfig(cache="unused")
     seen = 0
@@ -103,7 +103,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
     assert results[0]["kl_margin"] > 1.05 * abs(difference)
 
 
-def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
+def test_every_pair_once_per_epoch_and_as_many_packed_sequences_on_every_rank(store_path):
     store = Store.open(store_path)
     for world, packed_length, batch_size in ((1, 200, 4), (2, 200, 5), (3, 400, 4), (4, 900, 32)):
         ranks = [
@@ -130,7 +130,7 @@ def test_every_pair_once_per_epoch_and_as_many_rows_on_every_rank(store_path):
         assert second[0] != ranks[0].pairs(0).tolist(), "another order in the second epoch"
 
 
-def test_the_stream_hands_over_what_the_store_holds(store_path):
+def test_the_loader_gives_what_the_store_holds(store_path):
     """Ids, reference log-probabilities and features of each pair of a step, in its order."""
     store = Store.open(store_path)
     seen = []

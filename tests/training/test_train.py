@@ -121,7 +121,9 @@ def test_same_curve_for_every_zero_stage_and_number_of_processes(
 
 
 @pytest.mark.parametrize(("zero", "processes"), [(0, 1), (1, 1), (2, 2), (3, 2)])
-def test_parameters_in_many_groups_train_alike(baseline, material, tmp_path, zero, processes):
+def test_parameters_in_many_groups_train_in_the_same_way(
+    baseline, material, tmp_path, zero, processes
+):
     """Real models have more parameters than the optimiser updates at once; here it takes 2,000."""
     out, script = tmp_path / "run", tmp_path / "grouped.py"
     script.write_text(
@@ -149,13 +151,13 @@ def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, t
     same(three, two, 1e-4)
 
 
-def test_rows_and_recomputation_change_nothing(baseline, material, tmp_path):
+def test_packing_and_recomputation_change_nothing(baseline, material, tmp_path):
     flags = ("--no-bf16", "--no-activation-checkpointing")
     lines = run(material, tmp_path / "run", *flags, packed_length=1)
     same(lines, read(baseline), 2e-5)
 
 
-def test_a_killed_run_goes_on_with_the_same_command(baseline, material, tmp_path):
+def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path):
     """SIGKILL after a checkpoint: the curve and the weights are those of an unbroken run."""
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", save_every=2)
@@ -381,7 +383,7 @@ def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, t
     assert whole[-1]["kl_chosen"] > 1e-4
 
 
-def test_bfloat16_reference_beside_the_policy(material, store_path, tmp_path):
+def test_a_bfloat16_reference_alongside_the_policy(material, store_path, tmp_path):
     settings = {"method": "tdpo1", "model": material / "policy"}
     one = run(material, tmp_path / "one", **settings)
     three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
@@ -472,9 +474,7 @@ def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
 # -- crashes ---------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
-    material, store_path, tmp_path
-):
+def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, store_path, tmp_path):
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", epochs=50)
     first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
@@ -493,14 +493,14 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_lives(
         first.wait()
 
 
-def test_as_many_checkpoints_stay_as_asked_for(material, store_path, tmp_path):
+def test_the_requested_number_of_checkpoints_is_kept(material, store_path, tmp_path):
     out = tmp_path / "run"
     run(material, out, "--no-bf16", save_every=1, keep_checkpoints=2)
     names = sorted(path.name for path in (out / "checkpoints").glob("*-*"))
     assert names == ["step-3", "step-4"]
 
 
-def test_a_checkpoint_that_is_not_whole_is_not_used(baseline, material, tmp_path):
+def test_an_incomplete_checkpoint_is_not_used(baseline, material, tmp_path):
     """The one before it is."""
     out = tmp_path / "run"
     run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
