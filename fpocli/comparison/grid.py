@@ -110,43 +110,43 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     Raises:
         UserError: it cannot be read, or has a setting that no command accepts.
     """
-    given = _read(path)
-    unknown = [name for name in given.get("reports", []) if name not in known_reports]
+    content = _read(path)
+    unknown = [name for name in content.get("reports", []) if name not in known_reports]
     if unknown:
         raise UserError(
             f"{path} asks for the unknown report {unknown[0]}",
             f"known: {', '.join(known_reports)}",
         )
-    out = Path(given.get("out", Path(path).stem))
+    out = Path(content.get("out", Path(path).stem))
     base = {
-        "cache": given.get("cache", {}),
-        "train": _with_preset(given.get("train", {})),
-        "eval": given.get("eval", {}),
+        "cache": content.get("cache", {}),
+        "train": _with_preset(content.get("train", {})),
+        "eval": content.get("eval", {}),
     }
-    if ("store" in given) == bool(base["cache"]):
+    if ("store" in content) == bool(base["cache"]):
         raise UserError(
             f"{path} must have either `store` or `cache`",
             "name a finished store, or the settings of fpo cache",
         )
     stores: dict[str, Step] = {}
     runs: dict[str, Run] = {}
-    for entry in given["runs"]:
+    for entry in content["runs"]:
         for choice in _multiply(entry, path):
             cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
-            if cached and "store" in given:
+            if cached and "store" in content:
                 raise UserError(
                     f"{path} varies {', '.join(cached)}, but names a finished store",
                     "replace `store` by `cache` with the settings of fpo cache",
                 )
             step = None
-            if "store" not in given:
+            if "store" not in content:
                 step = _store(out, base["cache"] | cached, path)
                 step = stores.setdefault(step.name, step)
-            run = _run(out, given, base, choice, step, path)
+            run = _run(out, content, base, choice, step, path)
             if run.name in runs:
                 raise UserError(f"{path} has the run {run.name} twice", "list it once in `runs`")
             runs[run.name] = run
-    return Grid(out, list(stores.values()), list(runs.values()), given.get("reports", ["all"]))
+    return Grid(out, list(stores.values()), list(runs.values()), content.get("reports", ["all"]))
 
 
 def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
@@ -164,7 +164,7 @@ def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
 
 def _run(
     out: Path,
-    given: dict[str, Any],
+    content: dict[str, Any],
     base: dict[str, dict[str, Any]],
     choice: dict[str, Any],
     store: Step | None,
@@ -177,7 +177,7 @@ def _run(
             "put a long list of values, or one with unusual characters, into `train`",
         )
     folder = out / "runs" / name
-    cache = store.settings["out"] if store else given["store"]
+    cache = store.settings["out"] if store else content["store"]
     trained = {key: value for key, value in choice.items() if key not in _fields(CacheConfig)}
     settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
     evaluation = base["eval"] | {
@@ -187,7 +187,7 @@ def _run(
     _make(EvalConfig, evaluation, f"`eval` in {path}")
     sites = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     try:
-        launch = tuple(shlex.split(given.get("launch", ""))) or _PROGRAM
+        launch = tuple(shlex.split(content.get("launch", ""))) or _PROGRAM
     except ValueError as error:
         raise UserError(
             f"`launch` in {path} is not a command line: {error}", "check its quotes"
@@ -223,10 +223,10 @@ def _make(config: type, settings: dict[str, Any], where: str) -> Any:
 
 
 def _read(path: str) -> dict[str, Any]:
-    given = read_yaml(path)
-    if not isinstance(given, dict) or not given.get("runs"):
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not content.get("runs"):
         raise UserError(f"{path} has no `runs`", "list them: runs: [{method: [dpo, fpo]}]")
-    for name, value in given.items():
+    for name, value in content.items():
         kind = _SECTIONS.get(name)
         if kind is None:
             raise UserError(
@@ -238,8 +238,8 @@ def _read(path: str) -> dict[str, Any]:
             )
     for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
         known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())
-        _check_names(given.get(section, {}), known, f"`{section}` in {path}")
-    return given
+        _check_names(content.get(section, {}), known, f"`{section}` in {path}")
+    return content
 
 
 def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
@@ -269,8 +269,8 @@ def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
     return [dict(choice) for choice in product(*choices)]
 
 
-def _check_names(given: dict[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(str(name) for name in given if name not in known):
+def _check_names(content: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(name) for name in content if name not in known):
         raise UserError(
             f"{where} sets {', '.join(unknown)}, which is unknown or set by fpo compare itself",
             "see fpo --help",

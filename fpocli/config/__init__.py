@@ -1,4 +1,4 @@
-"""The settings of every command: one flat frozen dataclass each, a help text beside each field.
+"""The settings of every command: one flat frozen dataclass each, each field with its help text.
 
 The command line makes its flags from these fields and the Python API takes the same objects, so
 nothing is listed twice. A field's type is what the flag accepts.

@@ -58,7 +58,7 @@ def open_source(data: str, split: str | None, limit: int | None) -> Source:
         with path.open("rb") as stream:
             fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
     elif path.suffix in _READ and not path.is_dir():
-        raise UserError(f"the data file {data} does not exist", "check the path given to --data")
+        raise UserError(f"the data file {data} does not exist", "check the path of --data")
     else:
         split = split or ("train_prefs" if data == DEFAULT_DATA else "train")
         table = _load_dataset(data, path, split)

@@ -49,10 +49,10 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def _turns(row: Any, path: str, number: int) -> tuple[str, ...]:
-    given: Any = None
+    content: Any = None
     if isinstance(row, dict):
-        given = row.get("turns") or row.get("instruction") or row.get("prompt")
-    texts = given if isinstance(given, list) else [given]
+        content = row.get("turns") or row.get("instruction") or row.get("prompt")
+    texts = content if isinstance(content, list) else [content]
     if len(texts) > 1 and "question_id" not in row:
         raise UserError(
             f"record {number} of {path} has several turns and no question_id",

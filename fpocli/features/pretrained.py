@@ -60,7 +60,7 @@ def _load(source: str, device: torch.device) -> Any:
             sae = SAE.load_from_disk(source, device=name, dtype="float32")
         elif path.suffix == ".npz":
             if not path.is_file():
-                raise UserError(f"the SAE {source} does not exist", "check the path given to --sae")
+                raise UserError(f"the SAE {source} does not exist", "check the path of --sae")
             check_npz(path)
             sae = SAE.load_from_disk(source, device=name, dtype="float32", converter=read_npz)
         else:

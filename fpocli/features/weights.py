@@ -32,14 +32,14 @@ def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[st
         UserError: the file cannot be read, names a site or feature that the store does not have,
             or a weight is not a finite number of at least 0.
     """
-    given = read_yaml(path)
-    if not isinstance(given, dict) or not all(isinstance(v, dict) for v in given.values()):
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(
             f"{path} does not hold weights by site",
             f"write '{next(iter(sites))}:' and below it 'default: 1.0' and 'INDEX: WEIGHT'",
         )
     weights = {}
-    for site, values in given.items():
+    for site, values in content.items():
         if site not in sites:
             raise UserError(
                 f"{path} has weights for {site}, which is not a site of the store",

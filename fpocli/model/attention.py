@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fpocli.model.packing import PackedSequence
 from fpocli.system.errors import UserError
 
-# What a model is told that cannot be used.
+# The hint for a model that cannot be used.
 SUPPORTED = "docs/families.md lists the model families that were checked"
 # Our own, registered with transformers: dense attention, one sequence at a time.
 BY_SEQUENCE = "fpo_by_sequence"

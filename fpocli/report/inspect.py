@@ -37,7 +37,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             damaged = [one._asdict() for one in damage]
             print(json.dumps({"path": str(store.path), "damaged": damaged}, indent=2))
         for one in damage:
-            console.print(one.told)
+            console.print(one.message)
         raise UserError(f"{store.path} is damaged, as listed above", REPAIR)
     if config.pair is not None:
         shown = describe_pair(store, config.pair, config.model)

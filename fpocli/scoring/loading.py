@@ -76,7 +76,7 @@ def find_local(store: Store, name: str, source: str, flag: str, *, was_local: bo
         its path, or the source if that was not a path.
 
     Raises:
-        UserError: it was a path and nothing is there now.
+        UserError: it was a path and no longer exists.
     """
     known = store.meta.get("paths", {}).get(name)
     if known is None and not was_local:
@@ -142,13 +142,13 @@ def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
     return tokenizer
 
 
-def sae_sources(store: Store, given: list[str]) -> dict[str, str]:
+def sae_sources(store: Store, named: list[str]) -> dict[str, str]:
     """Where the SAE of each site of a store is: as named, in the store's order, or where it was.
 
     Raises:
         UserError: a local SAE is not found, or too few or too many are named.
     """
-    sources = given or [
+    sources = named or [
         find_local(store, site, about["sae"]["source"], "--sae")
         for site, about in store.sites.items()
     ]
@@ -161,13 +161,13 @@ def sae_sources(store: Store, given: list[str]) -> dict[str, str]:
 
 
 def load_encoders(
-    store: Store, given: list[str], width: int, device: torch.device
+    store: Store, named: list[str], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
     """The SAE of each site of a store.
 
     Args:
         store: the store.
-        given: where the SAEs are now, in the store's order; empty is where they were.
+        named: where the SAEs are now, in the store's order; empty is where they were.
         width: d of the model.
         device: where they run.
 
@@ -175,7 +175,7 @@ def load_encoders(
         UserError: one is missing, or is not the one that the store was made with.
     """
     encoders = {}
-    for site, source in sae_sources(store, given).items():
+    for site, source in sae_sources(store, named).items():
         encoder = load_encoder(source, device)
         check_encoder(encoder, source, Site.parse(site), width)
         about = store.sites[site]["sae"]

@@ -2,7 +2,7 @@
 
 Model families are many, and a kernel that drops attention sinks, a soft-cap or a sliding window
 makes every number wrong without an error. So before a model scores anything, a pair is scored in
-two ways on the device in use: packed beside another pair, by fpo's kernels, and one sequence at a
+two ways on the device in use: packed with another pair, by fpo's kernels, and one sequence at a
 time by transformers' own eager attention and head. Both must agree.
 
 Shapes: M scored tokens, L tokens of the packed sequence, d model width.

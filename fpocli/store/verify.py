@@ -14,7 +14,7 @@ class Damage(NamedTuple):
     """A message, and the block it is about; None for what is computed from all blocks."""
 
     block: int | None
-    told: str
+    message: str
 
 
 def find_damage(store: Store) -> list[Damage]:
@@ -52,6 +52,8 @@ def find_damage(store: Store) -> list[Damage]:
         }
         for (name, value), total in zip(stored.items(), made.get(site, ()), strict=False):
             if value is not None and not np.array_equal(value, total):
-                told = f"the array features/{site}/{name} of {store.path} does not match its blocks"
-                found.append(Damage(None, told))
+                message = (
+                    f"the array features/{site}/{name} of {store.path} does not match its blocks"
+                )
+                found.append(Damage(None, message))
     return found

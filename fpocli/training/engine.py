@@ -152,10 +152,10 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
     }
     if settings.deepspeed is None:
         return config
-    given = read_json(settings.deepspeed)
-    if not isinstance(given, dict):
+    content = read_json(settings.deepspeed)
+    if not isinstance(content, dict):
         raise UserError(f"{settings.deepspeed} is not a JSON object", 'write {"name": value, ...}')
-    merged = _merge(config, given)
+    merged = _merge(config, content)
     # Otherwise config.yaml would not describe the run.
     own = config.keys() - {"zero_optimization"}
     decided = (*own, "optimizer", "scheduler", "train_batch_size", "fp16")

@@ -100,7 +100,7 @@ def _train(
     )
     run = RunFolder(settings, store.meta["fingerprint"])
     if run.finished:
-        say(f"{run.final} is complete; --overwrite trains it anew")
+        say(f"{run.final} is complete; --overwrite trains it again")
         return run.final
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------

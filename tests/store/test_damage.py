@@ -53,7 +53,7 @@ def files_of(path: Path) -> list[Path]:
 def verify(path: Path) -> list[str]:
     """What `fpo inspect --verify` says is wrong."""
     try:
-        return [damage.told for damage in find_damage(Store.open(path))]
+        return [damage.message for damage in find_damage(Store.open(path))]
     except UserError as error:
         return [str(error)]
 
