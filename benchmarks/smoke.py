@@ -31,11 +31,11 @@ def main() -> None:
         count = ["--pairs", "2", "--max-length", "256"]
         results = {"FPO_BENCHMARK_RESULTS": f"{folder}/results"}
         benchmarks = {
-            # Of fpo's methods one is enough.
-            "train": [*pairs, *site, *rounds, "--without", "dpo_norm", "simpo", "dpo"],
+            # The page needs these two of fpo's methods.
+            "train": [*pairs, *site, *rounds, "--without", "dpo_norm", "dpo"],
             "cache": [*pairs, *site, *rounds],
             "breakdown": [*pairs, *count],
-            "constraint": [*pairs, *count, "--layer", "3"],
+            "constraint": [*pairs, "--max-length", "256", "--layer", "3"],
             "kl": [*pairs, *count],
             "noise": [*pairs, *count, *site],
             "growth": ["--tiny"],
