@@ -69,7 +69,7 @@ def main() -> None:
 
 def attention_ratio(config: Any, batches: list[Any]) -> str:
     """Time of attention by sequence over that of torch's fused kernel on the same sequences,
-    forward and backward, batch by batch in turn."""
+    forward and backward, alternating batch by batch."""
     heads, keys = config.num_attention_heads, config.num_key_value_heads
     width = config.hidden_size // heads
 
@@ -138,8 +138,8 @@ def report(
         f"""# Where the time goes, {datetime.now(UTC):%Y-%m-%d}
 
 {arguments.pairs} real pairs of at most {arguments.max_length} tokens a sequence, {tokens:,} tokens,
-bfloat16, rows of {default_packed_length(torch.device("cpu")):,}; activation checkpointing on in
-training. Shares of the processor's time, without the optimiser.
+bfloat16, sequences of {default_packed_length(torch.device("cpu")):,} tokens; activation
+checkpointing on in training. Shares of the processor's time, without the optimiser.
 
 {machine()}
 Command: `python benchmarks/breakdown.py --data PAIRS.jsonl`.

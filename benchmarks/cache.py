@@ -175,7 +175,7 @@ def report(
     lengths = spans[:, 3] - spans[:, 0]
     write_page(
         arguments.page,
-        f"""# Caching beside TRL, {datetime.now(UTC):%Y-%m-%d}
+        f"""# Caching compared with TRL, {datetime.now(UTC):%Y-%m-%d}
 
 {store.meta["model"]["architecture"]}, bfloat16, at most {arguments.max_length} tokens a sequence,
 blocks of {BLOCK} pairs in turn, {arguments.rounds} rounds after a warm-up. {store.pairs} real

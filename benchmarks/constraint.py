@@ -1,8 +1,8 @@
-"""What the feature constraint costs: forward and backward of fpo beside simpo on the same rows.
+"""What the feature constraint costs: forward and backward of fpo and of simpo.
 
     .venv/bin/python benchmarks/constraint.py --data PAIRS.jsonl
 
-Both methods take turns on the same packed rows in one process, so their ratio holds when the
+Both methods alternate on the same packed sequences in one process, so their ratio holds when the
 machine's speed drifts. A step's memory is the most the process held during it, which Linux tells
 when it is asked to forget the earlier peak. A random SAE of 16,384 features stands in for a real
 one. The default model is the demo's (run `make demo` first), the pairs are this repository's.
@@ -85,17 +85,17 @@ def report(
         f"""# The cost of the constraint, {datetime.now(UTC):%Y-%m-%d}
 
 Forward and backward of {PAIRS} real pairs of at most {arguments.max_length} tokens a sequence, in
-{len(seconds["fpo"])} packed rows of fpo's own size, bfloat16, activation checkpointing on, without
-the optimiser. m = {FEATURES:,}, K = 256, k = 50. The methods in turn, row by row.
+{len(seconds["fpo"])} packed sequences of the default length, bfloat16, activation
+checkpointing on, without the optimiser. m = {FEATURES:,}, K = 256, k = 50. The methods alternate sequence by sequence.
 
 {machine()}
 Command: `python benchmarks/constraint.py --data PAIRS.jsonl`.
 
-| method | seconds, all rows | peak GB, median row |
+| method | seconds in all | peak GB, median |
 |---|---|---|
 {rows}
 
-fpo / simpo, row by row: time {ratio(seconds)}, of all rows
+fpo / simpo, sequence by sequence: time {ratio(seconds)}, in all
 {sum(seconds["fpo"]) / sum(seconds["simpo"]):.3f}; peak memory {ratio(peaks)}. The weights of the
 SAE are in memory for both, {FEATURES * model_width(arguments.model) * 4 / 1e6:.0f} MB of them.
 """,

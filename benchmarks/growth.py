@@ -1,9 +1,9 @@
-"""How the cost of a training row grows with K, m, vocabulary, length and number of pairs.
+"""How the cost of a packed sequence grows with K, m, vocabulary, length and number of pairs.
 
     .venv/bin/python benchmarks/growth.py
 
 A small Llama of random weights (6 layers, 384 wide) in bfloat16, forward and backward of one row,
-fpo and simpo in turn. One size changes at a time; nothing needs to be downloaded.
+fpo and simpo alternate. One size changes at a time; nothing needs to be downloaded.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[str, list[float]]:
-    """Seconds of a row by method, rounds in turn.
+    """Seconds by method, alternating.
 
     Args:
         K: features in the store.
@@ -120,9 +120,9 @@ def report(rows: list[str]) -> None:
         "growth",
         f"""# How cost grows, {datetime.now(UTC):%Y-%m-%d}
 
-Forward and backward of one packed row, bfloat16, a Llama of random weights (6 layers, {WIDTH}
-wide). Responses of `length` tokens, prompts of a quarter of it. Where nothing else is said: {base};
-k = 50. Median of {ROUNDS} rounds, the methods in turn.
+Forward and backward of one packed sequence, bfloat16, a Llama of random weights (6 layers, {WIDTH}
+wide). Responses of `length` tokens, prompts of a quarter of it. Unless stated otherwise: {base};
+k = 50. Median of {ROUNDS} rounds, the methods alternating.
 
 {machine()}
 Command: `python benchmarks/growth.py`.
@@ -131,7 +131,7 @@ Command: `python benchmarks/growth.py`.
 |---|---|---|---|---|
 {table}
 
-The model is small, so the SAE weighs more here than it does beside a large one: the encoder costs
+The model is small, so the SAE weighs more here than in a large one: the encoder costs
 2 d m operations a position, the model 2 a weight and token.
 """,
     )

@@ -1,10 +1,10 @@
-"""Memory and time of the sequential KL, chunk by chunk, beside the whole logits of both models.
+"""Memory and time of the sequential KL, chunk by chunk, and with the whole logits of both models.
 
     .venv/bin/python benchmarks/kl.py --data PAIRS.jsonl
 
-Forward and backward of tdpo2's terms on packed rows of real pairs, the reference beside the policy,
-both ways in turn in one process. The default model is the demo's (run `make demo` first), the pairs
-are this repository's.
+Forward and backward of tdpo2's terms on packed sequences of real pairs, with the reference in
+memory, both ways alternating in one process. The default model is the demo's (run `make demo`
+first), the pairs are this repository's.
 """
 
 import argparse
@@ -81,14 +81,14 @@ def report(
         "kl",
         f"""# The sequential KL, {datetime.now(UTC):%Y-%m-%d}
 
-Forward and backward of log-probabilities and KL, bfloat16, reference beside the policy, {pairs}
-real pairs of at most {arguments.max_length} tokens a sequence in {len(batches)} packed rows, which
-score {scored:,.0f} tokens each on average; both ways in turn, row by row.
+Forward and backward of log-probabilities and KL, bfloat16, reference in memory, {pairs}
+real pairs of at most {arguments.max_length} tokens a sequence in {len(batches)} packed sequences,
+which score {scored:,.0f} tokens each on average; both ways alternate sequence by sequence.
 
 {machine()}
 Command: `python benchmarks/kl.py --data PAIRS.jsonl`.
 
-| | peak GB of the process, by row | seconds, all rows |
+| | peak GB of the process, by sequence | seconds in all |
 |---|---|---|
 {rows}
 

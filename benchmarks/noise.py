@@ -1,10 +1,10 @@
-"""What bfloat16 does to u and D at step 0, where both should be 0, beside TRL.
+"""What bfloat16 does to u and D at step 0, where both should be 0, in fpo and TRL.
 
     .venv/bin/python benchmarks/noise.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
 The policy is the reference, in bfloat16. References are computed once in the data's order; then the
-same pairs are scored again, shuffled, in other rows (fpo) or other padded batches (TRL). Defaults
-are the demo's model and SAE (run `make demo` first) and this repository's pairs.
+same pairs are scored again, shuffled, in other packed sequences (fpo) or other padded batches (TRL).
+Defaults are the demo's model and SAE (run `make demo` first) and this repository's pairs.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def report(
 
     table = "\n".join(
         [
-            row("fpo, shuffled, rows of the store's size", own[0]),
-            row("fpo, shuffled, rows of 512 tokens", own[1]),
+            row("fpo, shuffled, sequences of the default length", own[0]),
+            row("fpo, shuffled, sequences of 512 tokens", own[1]),
             row("TRL, shuffled, batches of 4", other),
         ]
     )
@@ -127,8 +127,8 @@ Command: `python benchmarks/noise.py --data PAIRS.jsonl --pairs {arguments.pairs
 |---|---|---|---|---|
 {table}
 
-On a CPU fpo's arithmetic of a pair has no part that depends on its row: attention runs sequence by
-sequence, sums run response by response, and what is left works slot by slot. D is not exactly 0
+On a CPU no part of a pair's arithmetic in fpo depends on its packed sequence: attention runs
+sequence by sequence, sums run response by response, and the rest works token by token. D is not exactly 0
 where the store's value and the policy's were summed by different products (`sparse.py: pool`,
 `columns`).
 """,

@@ -175,8 +175,8 @@ def write(rows: list[tuple[float, ...]]) -> None:
 
 Made-up content in the real layout: one site with {D_SAE:,} features, K = {K}, float32, blocks of
 {BLOCK:,}, about 720 tokens a pair. Streaming is one epoch of `Stream.steps`, the first window
-included: steps of {BATCH_SIZE} pairs, rows of {TOKENS_PER_ROW:,} tokens, one rank. The page cache
-forgot the store before it was read; what the disk itself caches may be warm.
+included: steps of {BATCH_SIZE} pairs, sequences of {TOKENS_PER_ROW:,} tokens, one rank. The page
+cache was emptied of the store before reading; the disk's own cache may be warm.
 
 {machine()}
 Command: `python benchmarks/store.py {" ".join(sys.argv[1:])}`.

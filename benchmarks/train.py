@@ -1,4 +1,4 @@
-"""Training beside TRL: pairs per second and peak memory, one optimiser step of each in turn.
+"""Training compared with TRL: pairs per second and peak memory, alternating step by step.
 
     .venv/bin/python benchmarks/train.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
@@ -37,7 +37,7 @@ TITLES = {
     "trl_dpo_master": "TRL DPO, float32 weights, bf16 autocast",
     "trl_simpo": "TRL SimPO, bf16 weights and optimiser",
 }
-PRECISION = """fpo keeps float32 master weights and float32 moments beside bfloat16 weights, and
+PRECISION = """fpo keeps float32 master weights and float32 moments besides bfloat16 weights, and
 so does TRL with float32 weights under autocast. With bfloat16 weights TRL has no master weights and
 bfloat16 moments: 8 bytes a weight less, and steps of a small learning rate are lost.
 """
@@ -187,11 +187,11 @@ def report(
     chart = draw(arguments.page, memory)
     write_page(
         arguments.page,
-        f"""# Training beside TRL, {datetime.now(UTC):%Y-%m-%d}
+        f"""# Training compared with TRL, {datetime.now(UTC):%Y-%m-%d}
 
 {store.meta["model"]["architecture"]}, bfloat16, batches of {BATCH} pairs, at most
 {arguments.max_length} tokens a sequence, activation checkpointing on; one optimiser step of each
-contestant in turn, {arguments.rounds} rounds after a warm-up. {store.pairs} real pairs of
+contestant, alternating, {arguments.rounds} rounds after a warm-up. {store.pairs} real pairs of
 {lengths.min()} to {lengths.max()} tokens, the prompt once ({lengths.mean():.0f} on average). One
 site with {features["d_sae"]:,} features, K = {features["k"]}, k = 50.
 
