@@ -86,7 +86,8 @@ def report(
 
 Forward and backward of {PAIRS} real pairs of at most {arguments.max_length} tokens a sequence, in
 {len(seconds["fpo"])} packed sequences of the default length, bfloat16, activation
-checkpointing on, without the optimiser. m = {FEATURES:,}, K = 256, k = 50. The methods alternate sequence by sequence.
+checkpointing on, without the optimiser. m = {FEATURES:,}, K = 256, k = 50. The
+methods alternate sequence by sequence.
 
 {machine()}
 Command: `python benchmarks/constraint.py --data PAIRS.jsonl`.

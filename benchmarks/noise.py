@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/noise.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
 The policy is the reference, in bfloat16. References are computed once in the data's order; then the
-same pairs are scored again, shuffled, in other packed sequences (fpo) or other padded batches (TRL).
+same pairs are scored again, shuffled, in other packed sequences (fpo) or padded batches (TRL).
 Defaults are the demo's model and SAE (run `make demo` first) and this repository's pairs.
 """
 
@@ -128,9 +128,9 @@ Command: `python benchmarks/noise.py --data PAIRS.jsonl --pairs {arguments.pairs
 {table}
 
 On a CPU no part of a pair's arithmetic in fpo depends on its packed sequence: attention runs
-sequence by sequence, sums run response by response, and the rest works token by token. D is not exactly 0
-where the store's value and the policy's were summed by different products (`sparse.py: pool`,
-`columns`).
+sequence by sequence, sums run response by response, and the rest works token by token. D is not
+exactly 0 where the store's value and the policy's are sums of different products
+(`features/encoder.py: pool`, `columns`).
 """,
     )
 
