@@ -228,6 +228,8 @@ def draw(page: str, memory: dict[str, float]) -> str:
     axes.margins(x=0.12)
     name = f"{datetime.now(UTC):%Y-%m-%d}-{page}-memory.png"
     RESULTS.mkdir(exist_ok=True)
+    for old in RESULTS.glob(f"????-??-??-{page}-memory.png"):
+        old.unlink()
     figure.savefig(RESULTS / name, dpi=120)
     return name
 

@@ -26,10 +26,12 @@ from fpocli.store.records import TokenPairs
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 
-# Tokens of each response that are compared: transformers' logits of all might not fit.
+# The last tokens of each response are compared; transformers' logits of all might not fit.
 _COMPARED = 256
 # Pairs that are tried until plain transformers gives finite values.
 _TRIED = 8
+# Log-probabilities, float32 [n] in nats, and hidden states of each site, [n, d].
+Scores = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Diff
     most = TOLERANCE[model.network.dtype]
     with progress("Checking the model against transformers", None):
         try:
-            pair, neighbour = _sample(model, tokens)
-            found = difference(model, pair, neighbour)
+            pair, neighbour, plain = _sample(model, tokens)
+            found = _difference(model, pair, neighbour, plain)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -108,40 +110,38 @@ def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Diff
     return found
 
 
-def difference(model: LanguageModel, pair: TokenPair, neighbour: TokenPair) -> Difference:
-    """Compare a pair, packed before its neighbour, with transformers' eager attention."""
-    batch = _packed(model, [pair, neighbour])
-    ours, states = _scores(model, batch)
-    first = 0
-    nats, relative = [], []
-    with _eager(model):
-        for response in (pair.chosen, pair.rejected):
-            theirs, plain = _plain_scores(model, pair.prompt, response)
-            count = len(theirs)
-            nats.append(ours[first : first + count] - theirs)
-            for site, value in plain.items():
-                own = states[site][first : first + count].float()
-                relative.append(((own - value).norm(dim=-1) / value.norm(dim=-1)).mean().item())
-            first += len(response)
-    return Difference(torch.cat(nats).abs().mean().item(), max(relative, default=0.0))
+def _difference(
+    model: LanguageModel, pair: TokenPair, neighbour: TokenPair, plain: list[Scores]
+) -> Difference:
+    """Compare a pair, packed before its neighbour, with its plain scores."""
+    ours, states = _scores(model, _packed(model, [pair, neighbour]))
+    stop, nats, relative = 0, [], [torch.zeros((), device=ours.device)]
+    for response, (theirs, hidden) in zip((pair.chosen, pair.rejected), plain, strict=True):
+        stop += len(response)
+        compared = slice(stop - len(theirs), stop)
+        nats.append(ours[compared] - theirs)
+        for site, value in hidden.items():
+            own = states[site][compared].float()
+            relative.append(((own - value).norm(dim=-1) / value.norm(dim=-1)).mean())
+    return Difference(torch.cat(nats).abs().mean().item(), torch.stack(relative).max().item())
 
 
-def _sample(model: LanguageModel, tokens: TokenPairs) -> tuple[TokenPair, TokenPair]:
-    """A pair, longer than the sliding window if there is one, and another as its neighbour.
+def _sample(model: LanguageModel, tokens: TokenPairs) -> tuple[TokenPair, TokenPair, list[Scores]]:
+    """A pair, longer than the sliding window if there is one, another one as its neighbour, and the
+    plain scores of the pair's two sequences.
 
     A pair for which plain transformers gives NaN as well shows nothing; `fpo cache` names it later.
     """
     window = getattr(model.config, "sliding_window", None) or 0
     lengths = tokens.spans[:, 2] - tokens.spans[:, 0]
     order = np.argsort(lengths <= window, kind="stable")[:_TRIED].tolist()
-    number = order[0]
     with _eager(model):
         for number in order:
             pair = tokens.pair(number)
-            scored = (_plain_scores(model, pair.prompt, y)[0] for y in (pair.chosen, pair.rejected))
-            if all(values.isfinite().all() for values in scored):
+            plain = [_plain_scores(model, pair.prompt, y) for y in (pair.chosen, pair.rejected)]
+            if all(logp.isfinite().all() for logp, _ in plain):
                 break
-    return tokens.pair(number), tokens.pair((number + 1) % len(tokens))
+    return pair, tokens.pair((number + 1) % len(tokens)), plain
 
 
 def _packed(model: LanguageModel, pairs: list[TokenPair]) -> PackedSequence:
@@ -149,18 +149,16 @@ def _packed(model: LanguageModel, pairs: list[TokenPair]) -> PackedSequence:
     return pack(pairs, length_multiple(device)).to(device)
 
 
-def _scores(model: LanguageModel, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
+def _scores(model: LanguageModel, batch: PackedSequence) -> Scores:
     """Log-probabilities, float32 [M] in nats, and hidden states of each site, [M, d]."""
     final, states = model.states(batch)
     return logprobs(model.network, final, batch.targets), states
 
 
-def _plain_scores(
-    model: LanguageModel, prompt: TokenIds, response: TokenIds
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of the first tokens of one sequence, by transformers' own forward pass."""
+def _plain_scores(model: LanguageModel, prompt: TokenIds, response: TokenIds) -> Scores:
+    """The same of the last tokens of one sequence, by transformers' own forward pass."""
     count = min(len(response), _COMPARED)
-    ids = torch.tensor(np.concatenate([prompt, response[:count]]), dtype=torch.long)
+    ids = torch.tensor(np.concatenate([prompt, response]), dtype=torch.long)
     ids = ids.to(model.network.device)[None]
     with model.captured() as captured:
         # The last `count` + 1 positions; the very last predicts what follows.

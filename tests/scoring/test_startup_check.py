@@ -4,15 +4,18 @@ import dataclasses
 from pathlib import Path
 
 import families
+import numpy as np
 import pytest
 import tiny
 import torch
 
+from fpocli.data.pairs import TokenPair
 from fpocli.features.site import Site
 from fpocli.model import attention
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import pack
 from fpocli.scoring.startup_check import check_against_transformers
+from fpocli.store.records import TokenPairs
 from fpocli.system.errors import UserError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,6 +143,27 @@ def test_a_pair_that_gives_nan_in_transformers_too_is_passed_over():
         network.get_input_embeddings().weight[min(alone - used)] = torch.nan
     found = check_against_transformers(LanguageModel(network, []), tokens)
     assert found.nats < 1e-5
+
+
+def test_a_window_is_tried_with_a_pair_that_is_longer(monkeypatch):
+    """Only the second pair is longer than the window, and only at the end of its responses."""
+    real = attention.attention_mask
+    monkeypatch.setattr(
+        "fpocli.model.language_model.attention_mask",
+        lambda batch, window, kernel, dtype: real(batch, None, kernel, dtype),
+    )
+    monkeypatch.setattr("fpocli.scoring.startup_check._COMPARED", 20)
+    ids = np.random.default_rng(0).integers(3, tiny.VOCABULARY, (2, 60))
+    pairs = [TokenPair(i[:5], i[5:n], i[6:n]) for i, n in zip(ids, (20, 60), strict=True)]
+    packed = pack(pairs)
+    tokens = TokenPairs(packed.ids.numpy(), packed.spans, np.arange(2))
+    for window, agrees in ((64, True), (40, False)):
+        model = LanguageModel(tiny.network("gemma2", sliding_window=window), [])
+        if agrees:
+            check_against_transformers(model, tokens)
+        else:
+            with pytest.raises(UserError, match="does not compute what transformers computes"):
+                check_against_transformers(model, tokens)
 
 
 def test_gpt2_agrees_with_transformers():
