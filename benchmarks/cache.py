@@ -190,8 +190,8 @@ Command: `python benchmarks/cache.py --data PAIRS.jsonl --rounds {arguments.roun
 |---|---|---|---|
 {rows}
 
-fpo cache / bare forward pass over the same rows: {against("fpo", "bare")}. Compressing and
-writing took {middle(written, ".1%")} of a block; `fpo cache` does it in a thread beside the next
+fpo cache / bare forward pass over the same sequences: {against("fpo", "bare")}. Compressing and
+writing took {middle(written, ".1%")} of a block; `fpo cache` does it in a thread during the next
 block, here it is added.
 """,
     )
