@@ -32,7 +32,7 @@ from fpocli.model.packing import default_packed_length
 from fpocli.scoring.score import score
 from fpocli.system.model_folder import find_model
 from fpocli.training.objective import objective
-from fpocli.training.stream import MicroBatch, Stream
+from fpocli.training.pair_loader import MicroBatch, PairLoader
 
 FEATURES, PAIRS = 16_384, 24
 
@@ -46,11 +46,11 @@ def main() -> None:
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(arguments, folder, PAIRS)
-        stream = Stream(
+        loader = PairLoader(
             store, batch_size=PAIRS, packed_length=default_packed_length(device),
             eval_fraction=0, seed=0, rank=0, world=1,
         )  # fmt: skip
-        rows = next(iter(stream.steps(0, 1, device)))
+        rows = next(iter(loader.steps(0, 1, device)))
         encoders = load_encoders(store, device)
     sites = [Site.parse(site) for site in store.sites]
     model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).train()

@@ -47,7 +47,7 @@ def ours(arguments: argparse.Namespace, store: Any, packed_length: int) -> dict[
     from fpocli.scoring.score import score
     from fpocli.system.model_folder import find_model
     from fpocli.training.objective import objective
-    from fpocli.training.stream import Stream
+    from fpocli.training.pair_loader import PairLoader
 
     device = choose_device(None)
     config = TrainConfig(cache="unused", alpha=0.0, beta=1.0)
@@ -56,11 +56,11 @@ def ours(arguments: argparse.Namespace, store: Any, packed_length: int) -> dict[
     encoders = load_encoders(store, device)
     margins, distances = [], []
     for seed in range(SEEDS):
-        stream = Stream(
+        loader = PairLoader(
             store, batch_size=store.pairs, packed_length=packed_length, eval_fraction=0,
             seed=seed, rank=0, world=1,
         )  # fmt: skip
-        for row in next(iter(stream.steps(0, 1, device))):
+        for row in next(iter(loader.steps(0, 1, device))):
             scores = score(model, encoders, row.batch)
             _, metrics = objective(scores, row.reference, encoders, config)
             margins.append(metrics["u"].abs())

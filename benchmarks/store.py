@@ -26,7 +26,7 @@ from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress
-from fpocli.training.stream import Stream
+from fpocli.training.pair_loader import PairLoader
 
 SITE, D_SAE, K, BLOCK, VOCABULARY = "layer_12.resid_post", 16_384, 256, 1024, 256_000
 BATCH_SIZE, TOKENS_PER_ROW = 32, 8192
@@ -136,7 +136,7 @@ def read(path: Path) -> tuple[float, ...]:
     drop_pages(path)
     before = memory("VmRSS")
     forget_peak()
-    stream = Stream(
+    loader = PairLoader(
         store,
         batch_size=BATCH_SIZE,
         packed_length=TOKENS_PER_ROW,
@@ -146,7 +146,7 @@ def read(path: Path) -> tuple[float, ...]:
         world=1,
     )
     start = time.perf_counter()
-    steps = stream.steps(0, stream.steps_per_epoch, torch.device("cpu"))
+    steps = loader.steps(0, loader.steps_per_epoch, torch.device("cpu"))
     count = sum(len(row.weights) for step in steps for row in step)
     streamed = count / (time.perf_counter() - start)
     assert count == store.pairs
@@ -174,7 +174,7 @@ def write(rows: list[tuple[float, ...]]) -> None:
         f"""# The store
 
 Made-up content in the real layout: one site with {D_SAE:,} features, K = {K}, float32, blocks of
-{BLOCK:,}, about 720 tokens a pair. Streaming is one epoch of `Stream.steps`, the first window
+{BLOCK:,}, about 720 tokens a pair. Streaming is one epoch of `PairLoader.steps`, the first window
 included: steps of {BATCH_SIZE} pairs, sequences of {TOKENS_PER_ROW:,} tokens, one rank. The page
 cache was emptied of the store before reading; the disk's own cache may be warm.
 

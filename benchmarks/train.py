@@ -86,7 +86,7 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     )
     from fpocli.training.losses import METHODS
     from fpocli.training.objective import objective
-    from fpocli.training.stream import Stream
+    from fpocli.training.pair_loader import PairLoader
     from fpocli.training.train import peak_memory
 
     device = choose_device(None)
@@ -99,11 +99,11 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     constrained = "features" in METHODS[config.method].needs
     encoders = load_encoders(store, device) if constrained else {}
     engine = make_engine(model, config, deepspeed_config(config))
-    stream = Stream(
+    loader = PairLoader(
         store, batch_size=BATCH, packed_length=default_packed_length(device), eval_fraction=0,
         seed=0, rank=0, world=1,
     )  # fmt: skip
-    steps = iter(stream.steps(0, stream.steps_per_epoch, device))
+    steps = iter(loader.steps(0, loader.steps_per_epoch, device))
 
     def step(number: int) -> dict[str, Any]:
         began = time.perf_counter()
@@ -128,7 +128,7 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
 
     from fpocli.model.network import choose_device
     from fpocli.store.reader import Store
-    from fpocli.training.stream import Stream
+    from fpocli.training.pair_loader import PairLoader
     from fpocli.training.train import peak_memory
 
     class Turns(TrainerCallback):
@@ -146,10 +146,10 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
             print(json.dumps(figures), file=line, flush=True)
 
     store = Store.open(arguments.store)
-    stream = Stream(
+    loader = PairLoader(
         store, batch_size=BATCH, packed_length=1, eval_fraction=0, seed=0, rank=0, world=1
     )
-    order = np.concatenate([stream.pairs(step) for step in range(stream.steps_per_epoch)])
+    order = np.concatenate([loader.pairs(step) for step in range(loader.steps_per_epoch)])
     rows = peers.rows_of(store, order.tolist())
     with tempfile.TemporaryDirectory() as out:
         if arguments.contestant == "trl_simpo":

@@ -25,7 +25,7 @@ from fpocli.config import (
 from fpocli.system.console import console
 from fpocli.system.errors import FULL, UserError
 from fpocli.system.json_yaml import read_yaml
-from fpocli.system.signals import add_resume_note, mute
+from fpocli.system.signals import add_resume_note, suppress_stop_message
 
 app = typer.Typer(
     name="fpo",
@@ -162,7 +162,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _fail(message: str, hint: str) -> None:
-    mute()
+    suppress_stop_message()
     console.print(Text.assemble(("error: ", "bold red"), message))
     if hint:
         console.print(Text.assemble(("hint: ", "bold"), hint))

@@ -29,7 +29,7 @@ from fpocli.store.records import FeatureTotals, ReferenceValues
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say
 from fpocli.system.errors import UserError
-from fpocli.system.files import as_typed
+from fpocli.system.files import resolve_last_part
 from fpocli.system.lock import WriterLock
 from fpocli.system.model_folder import ModelFolder, find_model
 
@@ -47,7 +47,7 @@ def cache(config: CacheConfig) -> Store:
         UserError: the model, SAE, data or store cannot be used; see its hint.
     """
     # -- flags, data and configurations, before anything large is read ---------------------------
-    config = replace(config, out=str(as_typed(config.out)))
+    config = replace(config, out=str(resolve_last_part(config.out)))
     several = config.join or int(os.environ.get("WORLD_SIZE", "1")) > 1
     starts_over = config.overwrite or config.repair
     if several and starts_over:
@@ -137,7 +137,7 @@ def _score_blocks(
     """
 
     def write(block: int, scored: tuple[ReferenceValues, dict[str, FeatureTotals]]) -> None:
-        claims.require(block)
+        claims.check_claim(block)
         store.write_block(block, *scored)
         claims.release(block)
 

@@ -53,9 +53,9 @@ class BlockClaims:
             return False
         return True
 
-    def require(self, block: int) -> None:
+    def check_claim(self, block: int) -> None:
         """Refuse to write a block that another process has taken over."""
-        self._lock.require(_name(block))
+        self._lock.check_claim(_name(block))
 
     def release(self, block: int) -> None:
         """Give a block up, because it is scored."""
@@ -72,7 +72,7 @@ class BlockClaims:
             (block, owner)
             for block in unscored
             if (owner := self._lock.owner(_name(block)))
-            and not self._lock.alive(_name(block))
+            and not self._lock.holder_is_running(_name(block))
             and not self._store.is_scored(block)
         ]
         if unscored and len(lost) == len(unscored):

@@ -87,7 +87,7 @@ def _repair(
     for block, message in find_damage(store):
         console.print(message)
         if block is not None:
-            store.forget_block(block)
+            store.mark_unscored(block)
     console.print(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")
     return store
 

@@ -15,7 +15,7 @@ from fpocli.store.reader import Store
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
-from fpocli.system.signals import on_end
+from fpocli.system.signals import run_if_stopped
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def _run(grid: Grid, step: Step) -> None:
         child.terminate()
         child.wait()
 
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as child, on_end(stop):
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as child, run_if_stopped(stop):
         child.wait()
     if child.returncode:
         raise UserError(

@@ -24,8 +24,8 @@ from fpocli.system.console import console
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder, find_model
+from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import read_run
-from fpocli.training.stream import Stream
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     tokenizer = tokenizer_of(store, folder)
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
     check_k(store, k)
-    stream = Stream(
+    loader = PairLoader(
         store,
         batch_size=1,
         packed_length=config.packed_length or default_packed_length(device),
@@ -60,17 +60,17 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         rank=0,
         world=1,
     )
-    split = config.split or ("eval" if stream.held_out_pairs else "all")
+    split = config.split or ("eval" if loader.held_out_pairs else "all")
     if trained and split != "eval":
         console.print(f"note: {config.model} may have been trained on pairs of the split {split}")
-    if not stream.split_size(split):
+    if not loader.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
             "choose another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
     samples = Samples(config, folder, store, out) if config.generate else None
-    values = measure_pairs(config, store, folder, stream, split, k, device)
+    values = measure_pairs(config, store, folder, loader, split, k, device)
     result: dict[str, Any] = {
         "model": folder.source,
         "method": trained.method if trained else None,

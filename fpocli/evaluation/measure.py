@@ -31,7 +31,7 @@ from fpocli.system.console import progress
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
 from fpocli.training.objective import compare_features
-from fpocli.training.stream import MicroBatch, Stream
+from fpocli.training.pair_loader import MicroBatch, PairLoader
 
 # Arrays of one number per pair, or one per response [N, 2].
 Values = dict[str, np.ndarray]
@@ -41,7 +41,7 @@ def measure_pairs(
     config: EvalConfig,
     store: Store,
     folder: ModelFolder,
-    stream: Stream,
+    loader: PairLoader,
     split: str,
     k: int,
     device: torch.device,
@@ -64,9 +64,9 @@ def measure_pairs(
     parts: list[Values] = []
     with (
         torch.inference_mode(),
-        progress("Scoring pairs", stream.split_size(split)) as bar,
+        progress("Scoring pairs", loader.split_size(split)) as bar,
     ):
-        for micro in stream.evaluation(device, split):
+        for micro in loader.evaluation(device, split):
             parts.append(_measure_row(policy, reference, encoders, micro, k, norms))
             bar.advance(len(micro.pairs))
     order = np.argsort(np.concatenate([part["pair"] for part in parts]))

@@ -139,7 +139,7 @@ class Store(StoreArrays):
                 "complete it with the `fpo cache` command that began it",
             )
 
-    def require_same(self) -> dict[str, Any]:
+    def check_not_replaced(self) -> dict[str, Any]:
         """Refuse to go on if the folder holds another store by now.
 
         Returns:
@@ -192,7 +192,7 @@ class Store(StoreArrays):
         )
         if digest_of_block(tokens, reference) != self._record(block):
             raise self._damaged("blocks/digest", block, "the values do not match it")
-        self.require_same()
+        self.check_not_replaced()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:

@@ -101,7 +101,7 @@ class StoreWriter(Store):
         self, block: int, reference: ReferenceValues, totals: dict[str, FeatureTotals]
     ) -> None:
         """Write the reference values of a block, and its digest last."""
-        if self.require_same()["state"] == "tokenised":
+        if self.check_not_replaced()["state"] == "tokenised":
             self._set_state("partial")
         rows = self.pairs_in(block)
         self._array("ref/logp")[rows] = reference.logp
@@ -130,7 +130,7 @@ class StoreWriter(Store):
             self.meta["allowed"] = noted
             write_root(self.path, self.meta)
 
-    def forget_block(self, block: int) -> None:
+    def mark_unscored(self, block: int) -> None:
         """Remove a block's digest, so that it is scored again."""
         self._array("blocks/digest")[block] = 0
         self._done.discard(block)

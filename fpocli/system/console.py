@@ -16,7 +16,7 @@ from rich.progress import (
 )
 
 from fpocli.system.ranks import is_first_rank
-from fpocli.system.signals import on_end
+from fpocli.system.signals import run_if_stopped
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 # Without a terminal, progress is a plain line: the first after so many seconds, then every so many.
@@ -56,7 +56,7 @@ def progress(description: str, total: float | None) -> Iterator["Bar"]:
         bars.stop()
 
     bar = Bar(bars, description, total)
-    with bars, on_end(clear):
+    with bars, run_if_stopped(clear):
         try:
             yield bar
         except BaseException:

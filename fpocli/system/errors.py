@@ -41,7 +41,7 @@ def _readable(text: str) -> str:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
     """Report a file that torch, safetensors or tokenizers cannot write.
 
     Raises:

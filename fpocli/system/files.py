@@ -11,7 +11,7 @@ def replace_text(file: Path, text: str) -> None:
     partial.replace(file)
 
 
-def as_typed(path: str) -> Path:
+def resolve_last_part(path: str) -> Path:
     """A path as it was typed, but with a link or dots at its end resolved: files next to it must
     be the same ones however it was typed."""
     typed = Path(path)

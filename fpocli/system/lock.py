@@ -24,7 +24,7 @@ from typing import TextIO
 
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
-from fpocli.system.signals import on_end
+from fpocli.system.signals import run_if_stopped
 
 # Seconds without a touch after which a process on another host counts as exited.
 _STALE = 120
@@ -89,7 +89,7 @@ class WriterLock:
         except BaseException:
             self._end()
             raise
-        self._signals = on_end(lambda: self._leave(True))
+        self._signals = run_if_stopped(lambda: self._leave(True))
         self._signals.__enter__()
         return self
 
@@ -136,7 +136,7 @@ class WriterLock:
         self._names.discard(name)
         (self._folder / name).unlink(missing_ok=True)
 
-    def require(self, name: str) -> None:
+    def check_claim(self, name: str) -> None:
         """Check that this process still holds a name.
 
         Raises:
@@ -172,7 +172,7 @@ class WriterLock:
         """The process that claimed a name, running or exited; None if the name is free."""
         return _owner(self._folder / name)
 
-    def alive(self, name: str) -> bool:
+    def holder_is_running(self, name: str) -> bool:
         """Whether a name is held by a running process."""
         return self._lives(self._folder / name)
 

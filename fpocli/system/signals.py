@@ -65,7 +65,7 @@ def _wait(read: int) -> None:
 
 
 @contextmanager
-def on_end(callback: Callable[[], object]) -> Iterator[None]:
+def run_if_stopped(callback: Callable[[], object]) -> Iterator[None]:
     """Call `callback` if the process is ended inside this context, which nobody leaves then."""
     _callbacks.append(callback)
     try:
@@ -75,7 +75,7 @@ def on_end(callback: Callable[[], object]) -> Iterator[None]:
             _callbacks.remove(callback)
 
 
-def mute() -> None:
+def suppress_stop_message() -> None:
     """Print nothing more: why the program ends is reported, and a launcher may send a signal."""
     _told.set()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fpocli.system.errors import UserError, writing
+from fpocli.system.errors import UserError, report_write_errors
 from fpocli.training.heartbeat import is_of_a_lost_process
 
 _STEP = "fpo_step"
@@ -30,7 +30,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
         UserError: the disk is full; older checkpoints are unchanged.
     """
     tag = f"partial-{step}"
-    with contextlib.redirect_stdout(sys.stderr), writing(folder / tag):
+    with contextlib.redirect_stdout(sys.stderr), report_write_errors(folder / tag):
         engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:

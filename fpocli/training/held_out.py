@@ -11,7 +11,7 @@ from fpocli.features.encoder import SparseEncoder
 from fpocli.scoring.score import score
 from fpocli.training.means import Means
 from fpocli.training.objective import objective
-from fpocli.training.stream import MicroBatch
+from fpocli.training.pair_loader import MicroBatch
 
 
 @torch.no_grad()

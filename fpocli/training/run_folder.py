@@ -14,7 +14,7 @@ import yaml
 
 from fpocli.config import TrainConfig
 from fpocli.store.reader import Store
-from fpocli.system.errors import UserError, differences, writing
+from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
 from fpocli.system.json_yaml import read_json, read_yaml
 from fpocli.system.lock import WriterLock
@@ -116,7 +116,7 @@ class RunFolder:
         """Write final/ as a plain transformers folder; it appears complete, by rename."""
         partial = self.folder / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        with writing(partial):
+        with report_write_errors(partial):
             network.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(_model_card(self.settings, store))

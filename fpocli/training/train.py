@@ -27,7 +27,7 @@ from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.system.console import console, progress, say
 from fpocli.system.errors import UserError
-from fpocli.system.files import as_typed
+from fpocli.system.files import resolve_last_part
 from fpocli.system.model_folder import find_model
 from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
 from fpocli.training.engine import (
@@ -45,9 +45,9 @@ from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
 from fpocli.training.means import Means
 from fpocli.training.objective import objective
+from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import RunFolder, locked_run_folder
 from fpocli.training.schedule import learning_rate, warmup_steps
-from fpocli.training.stream import Stream
 
 
 def train(settings: TrainConfig) -> Path:
@@ -62,7 +62,7 @@ def train(settings: TrainConfig) -> Path:
     Raises:
         UserError: the store, model, SAE or run folder cannot be used; see its hint.
     """
-    settings = replace(settings, out=str(as_typed(settings.out)))
+    settings = replace(settings, out=str(resolve_last_part(settings.out)))
     store = Store.open(settings.cache)
     check_store_serves(store, settings)
     device = choose_device(settings.device)
@@ -78,7 +78,7 @@ def _train(
 ) -> Path:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
-    stream = Stream(
+    loader = PairLoader(
         store,
         batch_size=settings.batch_size,
         packed_length=settings.packed_length or default_packed_length(device),
@@ -87,7 +87,7 @@ def _train(
         rank=rank,
         world=world,
     )
-    steps = settings.epochs * stream.steps_per_epoch
+    steps = settings.epochs * loader.steps_per_epoch
     if not steps:
         raise UserError("no pairs are left for training", "use a smaller --eval-fraction")
     dtype = "bfloat16" if settings.bf16 else "float32"
@@ -118,9 +118,9 @@ def _train(
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
     say(
-        f"{settings.method} on {stream.training_pairs:,} pairs, {stream.held_out_pairs:,} held "
+        f"{settings.method} on {loader.training_pairs:,} pairs, {loader.held_out_pairs:,} held "
         f"out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
-        f"{stream.packed_length:,} tokens; {world} {device.type} process"
+        f"{loader.packed_length:,} tokens; {world} {device.type} process"
         f"{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
     )
     if warmup_steps(steps, settings) > steps:
@@ -130,21 +130,21 @@ def _train(
         )
 
     def measure(step: int) -> None:
-        if stream.held_out_pairs:
-            pairs = stream.evaluation(device)
+        if loader.held_out_pairs:
+            pairs = loader.evaluation(device)
             where = f"step {step}, held-out pairs"
             means = held_out_means(engine, encoders, pairs, settings, weights, reference, where)
             run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
-        sample = next(iter(stream.steps(0, 1, device)))[0]
+        sample = next(iter(loader.steps(0, 1, device)))[0]
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
     with progress("Training", steps) as bar:
         bar.advance(done)
         began, waited = time.perf_counter(), 0.0
-        prefetched = stream.steps(done, steps, device)
+        prefetched = loader.steps(done, steps, device)
         for step, micro_batches in enumerate(prefetched, done):
             lr = learning_rate(step, steps, settings)
             means = Means()
@@ -162,7 +162,7 @@ def _train(
             line = means.result(f"step {step + 1}")
             norm = take_step(engine, lr, step + 1)
             now = time.perf_counter()
-            tokens = line["tokens"] * stream.size(step)
+            tokens = line["tokens"] * loader.size(step)
             line |= {
                 "gradient_norm": norm,
                 "lr": lr,

@@ -15,7 +15,7 @@ import tiny
 import torch
 import transformers
 from processes import flags
-from stores import cache_config, contents, make_stream, set_attributes, write_pairs
+from stores import cache_config, contents, make_loader, set_attributes, write_pairs
 
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
@@ -316,19 +316,19 @@ def test_pairs_with_non_finite_values_are_left_out(material, tmp_path, nan_model
     seen = []
     for fraction, world in ((0.0, 1), (0.3, 1), (0.3, 2)):
         for rank in range(world):
-            stream = make_stream(store, eval_fraction=fraction, rank=rank, world=world)
-            assert stream.training_pairs + stream.held_out_pairs == len(kept)
+            loader = make_loader(store, eval_fraction=fraction, rank=rank, world=world)
+            assert loader.training_pairs + loader.held_out_pairs == len(kept)
             trained = [
-                pair for step in range(stream.steps_per_epoch) for pair in stream.pairs(step)
+                pair for step in range(loader.steps_per_epoch) for pair in loader.pairs(step)
             ]
             device = torch.device("cpu")
             held_out = [
                 p
-                for micro in stream.evaluation(device)
+                for micro in loader.evaluation(device)
                 for p in micro.pairs[micro.weights.numpy() > 0]
             ]
             seen += [held_out]
-            assert len(trained) == stream.training_pairs
+            assert len(trained) == loader.training_pairs
             if world == 1:
                 assert sorted(trained + held_out) == kept
     assert sorted(seen[1]) == sorted(seen[2] + seen[3])

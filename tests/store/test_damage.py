@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Command
-from stores import assert_equal, cache_config, make_stream
+from stores import assert_equal, cache_config, make_loader
 
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
@@ -64,8 +64,8 @@ def train_on(path: Path) -> list[tuple]:
     try:
         store = Store.open(path)
         store.require_complete()
-        stream = make_stream(store, eval_fraction=0.0)
-        for step in stream.steps(0, stream.steps_per_epoch, torch.device("cpu")):
+        loader = make_loader(store, eval_fraction=0.0)
+        for step in loader.steps(0, loader.steps_per_epoch, torch.device("cpu")):
             for micro in step:
                 rows = micro.reference
                 features = [f for site in rows.features.values() for f in vars(site).values()]

@@ -74,9 +74,9 @@ def set_attributes(path: Path, **values) -> None:
     write_root(path, about | {"fingerprint": fingerprint(about)})
 
 
-def make_stream(store, **changes):
-    """The stream of one process: batches of 4, a fifth held out, unless changed."""
-    from fpocli.training.stream import Stream
+def make_loader(store, **changes):
+    """The loader of one process: batches of 4, a fifth held out, unless changed."""
+    from fpocli.training.pair_loader import PairLoader
 
     settings = {
         "batch_size": 4,
@@ -86,7 +86,7 @@ def make_stream(store, **changes):
         "rank": 0,
         "world": 1,
     }
-    return Stream(store, **(settings | changes))
+    return PairLoader(store, **(settings | changes))
 
 
 def contents(path: Path) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fpocli.system.files import as_typed, remove_folder, replace_text
+from fpocli.system.files import remove_folder, replace_text, resolve_last_part
 
 
 def test_a_file_is_replaced_atomically(tmp_path):
@@ -24,9 +24,9 @@ def test_a_removed_folder_takes_what_an_earlier_removal_left(tmp_path):
 
 def test_a_path_stays_as_typed_except_links_and_dots(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert as_typed("ref.zarr") == Path("ref.zarr")
+    assert resolve_last_part("ref.zarr") == Path("ref.zarr")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to("scratch")
-    assert as_typed("link") == (tmp_path / "scratch").resolve()
-    assert as_typed(".") == tmp_path.resolve()
-    assert as_typed("scratch/..") == tmp_path.resolve()
+    assert resolve_last_part("link") == (tmp_path / "scratch").resolve()
+    assert resolve_last_part(".") == tmp_path.resolve()
+    assert resolve_last_part("scratch/..") == tmp_path.resolve()

@@ -60,9 +60,9 @@ def test_processes_of_one_run_share_and_others_may_join(path, holder):
     for writers in (WriterLock(path, "job 1"), WriterLock(path, join=True)):
         with writers:
             assert not writers.claim("block-3")
-            assert writers.alive("block-3")
+            assert writers.holder_is_running("block-3")
             assert writers.claim("block-4")
-            writers.require("block-4")
+            writers.check_claim("block-4")
     with pytest.raises(UserError, match="another process"), WriterLock(path, "job 2"):
         pass
 
@@ -73,7 +73,7 @@ def test_claims_of_a_killed_process_are_removed_at_the_next_start_only(path, hol
     with WriterLock(path, "job 1") as writers:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert not writers.alive("block-3")
+        assert not writers.holder_is_running("block-3")
         assert not writers.claim("block-3")
         assert writers.owner("block-3").process == process.pid
     with WriterLock(path, "job 2") as writers:
@@ -90,7 +90,7 @@ def test_claims_of_a_failed_process_stay_until_the_next_start(path):
             failing.claim("block-1")
             raise ValueError
         assert not other.claim("block-1")
-        assert not other.alive("block-1")
+        assert not other.holder_is_running("block-1")
     with pytest.raises(ValueError), WriterLock(path) as alone:
         alone.claim("block-2")
         raise ValueError
@@ -126,7 +126,7 @@ def test_a_process_whose_claims_were_taken_over_writes_no_more(path):
         assert writers.claim("block-1")
         (path.with_name("store.writers") / "block-1").unlink()
         with pytest.raises(UserError, match="considered this one exited"):
-            writers.require("block-1")
+            writers.check_claim("block-1")
 
 
 def test_no_process_joins_before_overwriting_has_removed_the_store(path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stores import cache_config, make_stream
+from stores import cache_config, make_loader
 
 from fpocli import cache
 from fpocli.config import TrainConfig
@@ -44,15 +44,15 @@ def stage(request, material, tmp_path):
     return store, model, {name: load_encoder(str(material / "sae"), CPU) for name in store.sites}
 
 
-def stream(store, packed_length: int, **changes):
+def loader(store, packed_length: int, **changes):
     """All 21 pairs in one step, in an order of its own for each size of rows."""
     settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": packed_length}
-    return make_stream(store, **(settings | {"packed_length": packed_length} | changes))
+    return make_loader(store, **(settings | {"packed_length": packed_length} | changes))
 
 
-def first_step(stream):
+def first_step(loader):
     """The rows of the first step."""
-    return next(iter(stream.steps(0, 1, CPU)))
+    return next(iter(loader.steps(0, 1, CPU)))
 
 
 @pytest.mark.parametrize("packed_length", [1, 300, 5000])
@@ -60,7 +60,7 @@ def test_step_0_for_any_packing_order_and_ranks(stage, packed_length):
     store, model, encoders = stage
     settings = TrainConfig(cache="unused")
     seen = 0
-    for micro in first_step(stream(store, packed_length)):
+    for micro in first_step(loader(store, packed_length)):
         with torch.no_grad():
             loss, metrics = objective(
                 score(model, encoders, micro.batch), micro.reference, encoders, settings
@@ -87,7 +87,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
         held_out_means(
             policy,
             encoders,
-            stream(store, size, eval_fraction=0.4).evaluation(CPU),
+            loader(store, size, eval_fraction=0.4).evaluation(CPU),
             settings,
             {},
             FrozenReference(model.network, []),
@@ -107,7 +107,7 @@ def test_every_pair_once_per_epoch_and_as_many_packed_sequences_on_every_rank(st
     store = Store.open(store_path)
     for world, packed_length, batch_size in ((1, 200, 4), (2, 200, 5), (3, 400, 4), (4, 900, 32)):
         ranks = [
-            stream(store, packed_length, batch_size=batch_size, world=world, rank=rank,
+            loader(store, packed_length, batch_size=batch_size, world=world, rank=rank,
                    eval_fraction=0.2, seed=0)
             for rank in range(world)
         ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_the_loader_gives_what_the_store_holds(store_path):
     """Ids, reference log-probabilities and features of each pair of a step, in its order."""
     store = Store.open(store_path)
     seen = []
-    for micro in first_step(stream(store, 500)):
+    for micro in first_step(loader(store, 500)):
         for place, (start, *_, end) in enumerate(micro.batch.spans.tolist()):
             ids = micro.batch.ids[start:end].numpy()
             (pair,) = (
@@ -167,7 +167,7 @@ def test_several_sites_count_as_their_mean(stage):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-        micro = first_step(stream(store, 500))[0]
+        micro = first_step(loader(store, 500))[0]
         scores = score(model, encoders, micro.batch)
         _, both = objective(scores, micro.reference, encoders, settings)
         alone = [
@@ -181,9 +181,9 @@ def test_several_sites_count_as_their_mean(stage):
 
 
 def test_pairs_are_shuffled_inside_a_window_of_blocks(store_path, monkeypatch):
-    monkeypatch.setattr("fpocli.training.stream._WINDOW", 1)
+    monkeypatch.setattr("fpocli.training.pair_loader._WINDOW", 1)
     store = Store.open(store_path)
-    one = stream(store, 1)
+    one = loader(store, 1)
     order = one.pairs(0)
     blocks = order // store.block_size
     changes = (blocks[1:] != blocks[:-1]).sum()
@@ -196,4 +196,4 @@ def test_an_error_of_the_thread_that_reads_reaches_the_loop(store_path, tmp_path
     shutil.copytree(store_path, damaged)
     (damaged / "ref" / "logp" / "c" / "0" / "0").write_bytes(b"nothing")
     with pytest.raises(UserError, match="ref/logp"):
-        list(stream(Store.open(damaged), 500).steps(0, 1, CPU))
+        list(loader(Store.open(damaged), 500).steps(0, 1, CPU))

@@ -16,7 +16,7 @@ import torch
 import yaml
 from runs import command, finish, read, run, same
 from safetensors.torch import load_file
-from stores import cache_config, contents, make_stream, set_attributes
+from stores import cache_config, contents, make_loader, set_attributes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import cache
@@ -39,13 +39,13 @@ def baseline(material, store_path, tmp_path_factory) -> Path:
 def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
     """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
     but the order of the pairs."""
-    stream = make_stream(Store.open(store_path))
+    loader = make_loader(Store.open(store_path))
     arrays = contents(store_path)
     network, sae = tiny.network("gemma2"), tiny.sae().requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
     for line in read(baseline)[1:-1]:
         step = line["step"] - 1
-        pairs = stream.pairs(step)
+        pairs = loader.pairs(step)
         results = [naive_pair(network, sae, arrays, int(pair)) for pair in pairs]
         loss = torch.stack([result[0] for result in results]).mean()
         assert line["loss"] == pytest.approx(loss.item(), abs=2e-6)
@@ -184,9 +184,9 @@ def test_final_is_the_trained_model_in_transformers_format(baseline, store_path)
     network = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32).eval()
     network.set_attn_implementation("eager")
     last = read(baseline)[-1]
-    stream = make_stream(Store.open(store_path))
-    blocks = range(stream.store.blocks)
-    held_out = [pair for block in blocks for pair in stream.held_out(block)]
+    loader = make_loader(Store.open(store_path))
+    blocks = range(loader.store.blocks)
+    held_out = [pair for block in blocks for pair in loader.held_out(block)]
     arrays, sae = contents(store_path), tiny.sae()
     with torch.no_grad():
         results = [naive_pair(network, sae, arrays, int(pair)) for pair in held_out]
@@ -337,7 +337,7 @@ def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_p
 def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
     """Whole logits of both models, each sequence alone; the KL acts from the second step on."""
     lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
-    stream, arrays = make_stream(Store.open(store_path)), contents(store_path)
+    loader, arrays = make_loader(Store.open(store_path)), contents(store_path)
     network, reference = tiny.network("gemma2"), tiny.network("gemma2")
     ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
@@ -361,7 +361,7 @@ def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_pa
         )
 
     for line in lines[1:-1]:
-        loss = torch.stack([naive(int(pair)) for pair in stream.pairs(line["step"] - 1)]).mean()
+        loss = torch.stack([naive(int(pair)) for pair in loader.pairs(line["step"] - 1)]).mean()
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
         optimizer.zero_grad()
         loss.backward()

@@ -75,7 +75,7 @@ class Prefetched:
                 yield item
 
 
-class Stream:
+class PairLoader:
     """Reads a complete store for one rank.
 
     Args:
