@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/cache.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
-Each contestant is a process of its own and takes its turn on the same 16 pairs, in the same dtype:
-TRL in batches of 4, fpo as a block: scored in packed rows, features pooled, the largest taken,
+Each contestant is a separate process and takes its turn on the same 16 pairs, in the same dtype:
+TRL in batches of 4, fpo as a block: scored in packed sequences, features pooled, the largest taken,
 compressed and written. The bare forward pass scores the same rows and keeps nothing. Defaults are
 the demo's model and SAE (run `make demo` first) and this repository's pairs.
 """
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def fpo(arguments: argparse.Namespace, line: Any) -> None:
-    """What fpo cache does for a block."""
+    """What `fpo cache` does for a block."""
     import torch
 
     from fpocli.caching.blocks import score_block
@@ -93,7 +93,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
 
 
 def bare(arguments: argparse.Namespace, line: Any) -> None:
-    """The same rows through the model, and nothing else."""
+    """The same packed sequences through the model, and nothing else."""
     import torch
 
     from fpocli.model.attention import length_multiple

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, a store, contestants in processes of their own, pages."""
+"""What the benchmarks share: arguments, a store, contestants in separate processes, pages."""
 
 import argparse
 import gc
@@ -16,8 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-BATCH = 4  # pairs of an optimiser step, here and at the peers
-# benchmarks/smoke.py writes elsewhere.
+BATCH = 4  # pairs of an optimiser step, here and in the peers' trainers
+# benchmarks/smoke.py writes to another folder.
 RESULTS = Path(os.environ.get("FPO_BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 _PACKAGES = ("torch", "transformers", "deepspeed", "sae-lens", "zarr", "trl")
 
@@ -63,8 +63,8 @@ def take_turns(names: list[str], words: list[str], rounds: int) -> dict[str, lis
 
     Args:
         names: of the contestants, as the benchmark's --contestant takes them.
-        words: what else each of them is given.
-        rounds: that count.
+        words: their other arguments.
+        rounds: how many are counted, after the warm-up.
     """
     figures: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with ExitStack() as stack:
@@ -79,14 +79,14 @@ def take_turns(names: list[str], words: list[str], rounds: int) -> dict[str, lis
 
 
 def take_stdout() -> Any:
-    """The contestant's pipe to its parent; what libraries print goes to stderr from now on."""
+    """The contestant's pipe to its parent. From now on, what libraries print goes to stderr."""
     line = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return line
 
 
 def serve(line: Any, work: Callable[[int], dict[str, Any]]) -> None:
-    """Act as a contestant: one round of work for every number on stdin."""
+    """Act as a contestant: one round of work for every line on stdin."""
     print("{}", file=line, flush=True)
     for number in sys.stdin:
         print(json.dumps(work(int(number))), file=line, flush=True)
@@ -105,11 +105,11 @@ def by_turns(
 
     Args:
         names: of the ways.
-        rows: what is worked on; the first one also warms up.
-        work: does a row in the way of a name.
+        rows: packed sequences; the first one also warms up.
+        work: processes one of them, in the way it is given.
 
     Returns:
-        seconds of each row, and the most GB the process held during it, by name.
+        seconds of each sequence, and the most GB the process held during it, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks: dict[str, list[float]] = {name: [] for name in seconds}
@@ -126,12 +126,12 @@ def by_turns(
 
 
 def forget_peak() -> None:
-    """Let Linux forget the most memory this process has held."""
+    """Reset the peak of this process's memory that Linux keeps."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def memory(field: str) -> float:
-    """MB of this process: VmRSS now, VmHWM at most since the peak was forgotten."""
+    """MB of this process: VmRSS now, VmHWM at most since the peak was reset."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * 1024 / 1e6
 
@@ -165,7 +165,7 @@ def model_width(folder: str) -> int:
 
 
 def random_sae(folder: str, width: int, features: int) -> str:
-    """A SAE of random weights with about 60 active features a position: enough for costs."""
+    """An SAE of random weights with about 60 active features a position: enough for costs."""
     import torch
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 

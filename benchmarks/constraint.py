@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/constraint.py --data PAIRS.jsonl
 
 Both methods alternate on the same packed sequences in one process, so their ratio holds when the
-machine's speed drifts. A step's memory is the most the process held during it, which Linux tells
-when it is asked to forget the earlier peak. A random SAE of 16,384 features stands in for a real
+machine's speed drifts. A step's memory is the most the process held during it, which Linux
+measures after its earlier peak is reset. A random SAE of 16,384 features stands in for a real
 one. The default model is the demo's (run `make demo` first), the pairs are this repository's.
 """
 

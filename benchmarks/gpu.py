@@ -1,12 +1,12 @@
-"""On a GPU, at Gemma-2-2B's shape: is what runs there right, and how fast is it?
+"""On a GPU, at Gemma-2-2B's shape: is the result right, and how fast is it?
 
     python benchmarks/gpu.py              # needs about 60 GB of GPU memory and no downloads
-    python benchmarks/gpu.py --tiny       # the same code at a toy's size, on a CPU too
+    python benchmarks/gpu.py --tiny       # the same code at a tiny size, on a CPU too
 
 Random weights, bfloat16, pairs of UltraFeedback's lengths up to 2,048 tokens. First flex_attention
-and the fused head are held against attention sequence by sequence and the chunked head, scores and
-gradients, in float32 on a small model. Then rows are scored and trained on, and the model's
-operations per second are set against the device's peak for bfloat16 (--peak, in TFLOP/s).
+and the fused head are compared with attention sequence by sequence and the chunked head, in
+scores and gradients, in float32 on a small model. Then rows are scored and trained on, and the
+model's operations per second are compared with the device's peak for bfloat16 (--peak, in TFLOP/s).
 """
 
 import argparse
@@ -141,7 +141,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, fl
 def report(
     arguments: argparse.Namespace, errors: dict[str, float], speeds: dict[str, float]
 ) -> None:
-    """The page; a toy's figures are only printed."""
+    """The page; figures of --tiny are only printed."""
     shape = "a toy's shape" if arguments.tiny else "Gemma-2-2B's shape"
     text = f"""# On a GPU, {datetime.now(UTC):%Y-%m-%d}
 

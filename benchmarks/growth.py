@@ -2,8 +2,9 @@
 
     .venv/bin/python benchmarks/growth.py
 
-A small Llama of random weights (6 layers, 384 wide) in bfloat16, forward and backward of one row,
-fpo and simpo alternate. One size changes at a time; nothing needs to be downloaded.
+A small Llama of random weights (6 layers, 384 wide) in bfloat16, forward and backward of one
+packed sequence; fpo and simpo alternate. One size changes at a time; nothing needs to be
+downloaded.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
         m: features of the SAE.
         vocabulary: of the model.
         length: tokens of a response; the prompt has a quarter of it.
-        pairs: in the row.
+        pairs: in the sequence.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

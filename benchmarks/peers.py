@@ -1,4 +1,4 @@
-"""TRL's trainers on a store's own ids, so that both sides see the same tokens.
+"""TRL's trainers on the token ids of a store, so that both sides see the same tokens.
 
 Shapes: B pairs of a batch.
 """
@@ -36,7 +36,7 @@ def load(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def settings(out: str, **changes: Any) -> dict[str, Any]:
-    """What both of TRL's trainers are given; fpo's runs have the same."""
+    """The settings of both TRL trainers; fpo's runs have the same."""
     return {
         "output_dir": out,
         "per_device_train_batch_size": BATCH,
@@ -57,24 +57,24 @@ def settings(out: str, **changes: Any) -> dict[str, Any]:
 
 
 class InOrder:
-    """A trainer that takes the pairs as they come."""
+    """A trainer that does not shuffle the pairs."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return SequentialSampler(self.train_dataset)
 
 
 class Dpo(InOrder, DPOTrainer):
-    """TRL's DPO, with references precomputed, on ready ids and in their order."""
+    """TRL's DPO, with references precomputed, on token ids, in their order."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset
 
 
 class SimPo(InOrder, CPOTrainer):
-    """TRL's SimPO on ready ids and in their order."""
+    """TRL's SimPO on token ids, in their order."""
 
     def tokenize_row(self, feature: Any, model: Any = None) -> dict[str, Any]:
-        """Ids and labels of both sequences, as the original makes them of text."""
+        """Ids and labels of both sequences, as the original method makes them from text."""
         prompt, row = feature["prompt_ids"], {}
         for side in ("chosen", "rejected"):
             response = feature[f"{side}_ids"]
@@ -104,6 +104,6 @@ def simpo(folder: str, rows: Dataset, out: str, dtype: torch.dtype) -> SimPo:
     """SimPO, which TRL keeps in its CPO trainer."""
     model, tokenizer = load(folder, dtype)
     config = CPOConfig(**settings(out), loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=0.5)
-    # The trainer's own preparation wants texts; tokenize_row overrides what it makes of them.
+    # The trainer prepares texts; tokenize_row replaces the ids that it makes of them.
     rows = rows.map(lambda row: {"prompt": "a", "chosen": "b", "rejected": "c"})
     return SimPo(model=model, args=config, train_dataset=rows, processing_class=tokenizer)

@@ -1,6 +1,6 @@
 """One tiny round of every benchmark, on random models made on the spot: `make bench-smoke`.
 
-It shows that the benchmarks run. Their figures mean nothing here and are thrown away.
+It shows that the benchmarks run. Their figures mean nothing at this size and are thrown away.
 """
 
 import os

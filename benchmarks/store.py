@@ -2,7 +2,7 @@
 
 `.venv/bin/python benchmarks/store.py --pairs 10000 100000 1000000`; a million pairs take about
 5 GB of disk and 4 GB of memory. The content is made up, with the layout of a real store: one site
-of 16,384 features, K = 256, token runs as long as UltraFeedback's. What is read is read in a fresh
+of 16,384 features, K = 256, texts as long as UltraFeedback's. What is read is read in a fresh
 process, after its pages were dropped from the page cache. The result goes to benchmarks/results/
 as Markdown.
 """
@@ -30,7 +30,7 @@ from fpocli.training.pair_loader import PairLoader
 
 SITE, D_SAE, K, BLOCK, VOCABULARY = "layer_12.resid_post", 16_384, 256, 1024, 256_000
 BATCH_SIZE, TOKENS_PER_ROW = 32, 8192
-# Blocks take turns with this many made-up ones; their tokens differ all the same.
+# The content of this many made-up blocks is used in turn; only the tokens of each block differ.
 POOL = 4
 
 
@@ -72,7 +72,7 @@ def make(path: Path, pairs: int) -> float:
 
 
 def attributes(pairs: int) -> dict[str, Any]:
-    """What a store says of itself; nothing made this one."""
+    """The metadata of a store, made up."""
     made = {"source": "random", "revision": None}
     layer, kind = SITE.removeprefix("layer_").split(".")
     sae = {"source": "random", "architecture": "jumprelu", "hash": ""}
@@ -91,7 +91,7 @@ def attributes(pairs: int) -> dict[str, Any]:
 
 
 def make_tokens(rng: np.random.Generator, pairs: int) -> TokenPairs:
-    """Runs with lengths like UltraFeedback's; ids are as frequent as words are."""
+    """Token ids with lengths like UltraFeedback's; ids are distributed as words are."""
     lengths = np.exp(rng.normal(np.log([110, 240, 240]), [0.8, 0.6, 0.6], (pairs, 3)))
     ends = lengths.clip(4, [1024, 2048, 2048]).astype(np.int64).cumsum().reshape(-1, 3)
     # Longer than a chunk, so that none repeats itself.
@@ -117,7 +117,7 @@ def make_block(rng: np.random.Generator) -> tuple[ReferenceValues, FeatureTotals
 
 
 def first(reference: ReferenceValues, rows: int) -> ReferenceValues:
-    """The first rows of a block, for the last one of a store."""
+    """The first pairs of a block, for the shorter last block of a store."""
     all_rows = reference.features[SITE]
     features = TopFeatures(all_rows.index[:rows], all_rows.value[:rows], all_rows.nonzero[:rows])
     return ReferenceValues(reference.logp[:rows], reference.margin[:rows], {SITE: features})
@@ -154,7 +154,7 @@ def read(path: Path) -> tuple[float, ...]:
 
 
 def drop_pages(path: Path) -> None:
-    """Let the page cache forget a store, so that reading it reads the disk."""
+    """Drop a store from the page cache, so that it is read from the disk."""
     os.sync()
     for file in path.rglob("*"):
         if file.is_file():

@@ -29,13 +29,13 @@ MODEL, SAE, STORE, RUN = (
 LAYER, FEATURES, ACTIVE = 24, 2048, 32
 SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
 
-# Says so before DeepSpeed looks for a GPU and complains.
+# Set before DeepSpeed looks for a GPU and warns.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 out = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
-    """Run every step; those whose result is there already are skipped."""
+    """Run every step; steps whose result exists are skipped."""
     began = time.perf_counter()
     torch.manual_seed(0)
     WORK.mkdir(exist_ok=True)

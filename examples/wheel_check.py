@@ -54,7 +54,7 @@ def install(wheel: Path, folder: Path) -> Path:
     """A new environment with the wheel in it; its Python."""
     venv.create(folder, with_pip=False)
     (own,) = folder.glob("lib/python*/site-packages")
-    # Read after the environment's own packages, so that the wheel comes first.
+    # Searched after the environment's own packages, so that the wheel comes first.
     (own / "dependencies.pth").write_text("\n".join(site.getsitepackages()))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", own, wheel]
     subprocess.run(pip, check=True)

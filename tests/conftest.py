@@ -1,4 +1,4 @@
-"""Every test runs offline, on one thread, in a folder of its own where it writes."""
+"""Every test runs offline, on one thread, and writes only to its own temporary folder."""
 
 import os
 
@@ -14,14 +14,15 @@ from hypothesis import settings
 from stores import cache_config, write_pairs
 
 torch.set_num_threads(1)
-# Tests time nothing; a busy machine is no failure.
+# No test measures time, so a slow example is no failure.
 settings.register_profile("fpo", deadline=None)
 settings.load_profile("fpo")
 
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """A folder with a tiny Gemma-2 (model), other weights of it (policy), a SAE and 21 pairs."""
+    """A folder with a tiny Gemma-2 (model), a copy with other weights (policy), an SAE and 21
+    pairs."""
     folder = tmp_path_factory.mktemp("material")
     tiny.model_folder(folder / "model")
     tiny.model_folder(folder / "policy", seed=1)
@@ -32,7 +33,7 @@ def material(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def store_path(material) -> Path:
-    """A complete store made from the material."""
+    """A complete store made from that folder."""
     from fpocli import cache
 
     path = material / "ref.zarr"

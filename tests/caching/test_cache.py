@@ -1,4 +1,4 @@
-"""The cache stage end to end: right numbers, resumed, refused, independent of blocks."""
+"""The cache stage end to end: right numbers, resuming, refusals, independence of blocks."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ SITE = "layer_3.resid_post"
 
 
 def test_stored_numbers_equal_plain_transformers_and_sae_lens(store_path):
-    """Every pair, each sequence on its own, in float32, to 1e-4 nats."""
+    """In float32, for every pair, within 1e-4 nats of each sequence scored by itself."""
     network, sae = tiny.network("gemma2"), tiny.sae()
     arrays = contents(store_path)
     ids, spans = arrays["tokens"].astype(np.int64), arrays["spans"]
@@ -71,7 +71,7 @@ def test_stored_numbers_equal_plain_transformers_and_sae_lens(store_path):
 
 
 def test_cached_scores_equal_scores_computed_again(store_path, material):
-    """method.md 5, whatever the grouping."""
+    """Invariant 5 of method.md, however pairs are grouped."""
     store = Store.open(store_path)
     folder = find_model(str(material / "model"))
     model = load_model(folder, [Site.parse(SITE)], torch.float32, torch.device("cpu")).eval()
@@ -104,7 +104,7 @@ def test_content_is_the_same_for_any_block_and_packed_length(material, tmp_path)
 def test_interrupted_caching_resumes_with_the_same_command(
     material, tmp_path, store_path, stop_after, monkeypatch
 ):
-    """Content equal to the bit, and the blocks that were done are not scored again."""
+    """The content is equal to the bit, and finished blocks are not scored again."""
     path = tmp_path / "ref.zarr"
     scored = []
     real = caching_stage.score_block
@@ -191,7 +191,7 @@ def test_the_same_command_twice_changes_nothing(material, store_path):
     ],
 )
 def test_other_settings_are_not_mixed_into_a_store(material, store_path, change, named):
-    """The trap of a cache keyed too loosely."""
+    """A cache whose key leaves something out returns another model's numbers."""
     if "model" in change:
         change = {"model": str(material / change["model"])}
     with pytest.raises(UserError, match=f"made with other settings: .*{named}"):
@@ -257,7 +257,7 @@ def test_several_sites_of_both_kinds(material, tmp_path, family):
 
 @pytest.fixture
 def nan_model(tmp_path):
-    """A model that makes NaN of every text with a 3 in it."""
+    """A model that returns NaN for every text with a 3 in it."""
     network = tiny.network("llama")  # whose head has weights of its own
     with torch.no_grad():
         network.model.embed_tokens.weight[tiny.tokenizer().encode("3")[0]] = torch.nan
@@ -281,7 +281,7 @@ def test_non_finite_values_name_the_row(material, tmp_path, nan_model):
 
 
 def test_pairs_with_non_finite_values_are_left_out(material, tmp_path, nan_model):
-    """Their rows stay gaps, the others are as if they were alone, and training passes them over."""
+    """They are stored as missing, the other pairs are unchanged, and training skips them."""
     rows = [0, 9, 10, 20]
     data = data_with_nan(tmp_path / "pairs.jsonl", rows)
     config = cache_config(
@@ -335,7 +335,7 @@ def test_pairs_with_non_finite_values_are_left_out(material, tmp_path, nan_model
 
 
 def test_a_model_that_fails_the_start_up_check_is_not_cached(material, tmp_path, monkeypatch):
-    """tests/scoring/test_startup_check.py has all that the check finds."""
+    """tests/scoring/test_startup_check.py tests everything that the check finds."""
 
     def by_place(pairs, multiple):
         batch = packing.pack(pairs, multiple)
@@ -404,7 +404,7 @@ def test_a_second_writer_is_refused(material, tmp_path):
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere"])
 def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
-    """Its log-probabilities would be wrong without a word."""
+    """Its log-probabilities would be wrong without an error."""
     config = getattr(transformers, f"{name}Config")(
         vocab_size=tiny.VOCABULARY,
         hidden_size=tiny.WIDTH,
@@ -445,7 +445,7 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
 def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(
     material, tmp_path, monkeypatch, changes, message
 ):
-    """Neither the model nor the SAE exists, and nothing asks for them."""
+    """Neither the model nor the SAE exists, and nothing looks for them."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected")
     (tmp_path / "sharegpt.jsonl").write_text('{"conversations": [], "chosen": {"from": "gpt"}}')

@@ -1,4 +1,4 @@
-"""Several processes that write one store: they share blocks, and none stops the others."""
+"""Several processes that write one store: they share blocks, and none disturbs the others."""
 
 import re
 import signal
@@ -61,7 +61,8 @@ def held_by(command, path):
 
 
 def stop_at_work(commands, path):
-    """Stop one of some processes while it has a block that is not written yet; which, and that."""
+    """Pause one of the processes while it holds an unwritten block; returns the process and the
+    block."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         for command in commands:
@@ -97,7 +98,7 @@ def test_when_one_of_four_is_killed_the_others_finish_all_but_its_blocks(start, 
 
 
 def test_a_slow_process_does_not_stop_the_others(start, many, tmp_path):
-    """The others do all the rest and wait; when it goes on, all end well."""
+    """The others do all other blocks and wait; when it continues, all exit with 0."""
     path = tmp_path / "ref.zarr"
     commands = [start() for _ in range(3)]
     slow, held = stop_at_work(commands, path)

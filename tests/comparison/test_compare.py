@@ -1,4 +1,4 @@
-"""fpo compare: what a grid means, a small one run from end to end, and its tables."""
+"""fpo compare: the grid file, a small grid from end to end, and its tables."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def test_runs_of_the_same_cache_settings_share_a_store(tmp_path):
 
 
 def test_numbers_that_yaml_reads_as_text(tmp_path):
-    """YAML 1.1 wants a point in 2e-5."""
+    """YAML 1.1 reads 2e-5 as a string, since it has no decimal point."""
     file = tmp_path / "grid.yaml"
     file.write_text("store: s\ntrain: {lr: 2e-5, warmup: 3}\nruns: [{method: fpo, alpha: [1e-1]}]")
     (run,) = read_grid(str(file), REPORTS).runs
@@ -227,7 +227,7 @@ def test_finished_steps_are_not_repeated(finished):
 
 
 def test_changes_upstream_repeat_a_step(finished, tmp_path):
-    """Other prompts, another store: what was made of the old ones is to be made anew."""
+    """With other prompts or another store, results of the old ones are made again."""
     folder, _ = finished
     shutil.copytree(folder, tmp_path / "copy")
     out = tmp_path / "copy/out"
@@ -243,7 +243,7 @@ def test_changes_upstream_repeat_a_step(finished, tmp_path):
         lines = fpo("compare", file, "--plan").stdout.splitlines()
         return [line.split()[-1].partition(".")[0] for line in lines if line.startswith("to do")]
 
-    # The copy lies elsewhere, so it counts as nothing until it is marked again.
+    # The copy lies elsewhere, so its steps count as not done until they are marked again.
     assert plan() == ["cache", "train", "eval", "train", "eval"]
     remark(out, file)
     assert plan() == []

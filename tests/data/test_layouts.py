@@ -1,4 +1,4 @@
-"""Every layout and kind of file gives the same pairs; every mistake is told with its place."""
+"""Every layout and kind of file gives the same pairs; every mistake is reported with its place."""
 
 import json
 
@@ -27,7 +27,7 @@ ASK = user("What  is\tx?\n")
 TALK = [{"role": "system", "content": "Be brief."}, user("Hi"), assistant("Hello\n"), ASK]
 TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Hello\n\n\nHuman: Human: x?\n\nAssistant: "
 
-# Name -> (row, the prompt it means); the answers are always GOOD and BAD.
+# Name -> (row, its prompt); the responses are always GOOD and BAD.
 LAYOUTS = {
     "text": ({"prompt": ASK["content"], "chosen": GOOD, "rejected": BAD}, [ASK]),
     "text after messages": ({"prompt": TALK, "chosen": GOOD, "rejected": BAD}, TALK),
@@ -224,7 +224,7 @@ def test_a_wrong_row_is_dropped_or_reported_with_its_place(tmp_path, row, reason
 
 
 def test_half_a_character_is_dropped(tmp_path):
-    """A lone surrogate has no bytes, and no tokeniser takes it."""
+    """A lone surrogate cannot be encoded, and no tokeniser accepts it."""
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "q", "chosen": "\\ud800", "rejected": "b"}\n')
     assert "lone surrogate" in refusal(path)
@@ -275,7 +275,7 @@ def test_a_wrong_row_of_a_table_is_reported_with_its_number(tmp_path, write):
     assert refusal(path).startswith(f"{path}, row 1: null field, rejected")
 
 
-# File name, bytes, what the message says after the path.
+# File name, its bytes, the message after the path.
 WRONG_FILES = [
     (
         "a.jsonl",
@@ -403,7 +403,7 @@ def test_one_pair_among_other_rows_is_enough(tmp_path):
     ],
 )
 def test_a_row_with_tool_calls_is_dropped_for_that_reason(tmp_path, change):
-    """Without the calls it would be another pair."""
+    """Without the calls it would be a different pair."""
     row = {
         "prompt": [{"role": "user", "content": "q"}],
         "chosen": [{"role": "assistant", "content": "a"}],

@@ -1,4 +1,4 @@
-"""One BOS, one end of turn, no boundary that moves, nothing too long, every drop counted."""
+"""One BOS, one end of turn, fixed boundaries, nothing too long, every dropped row counted."""
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ TALK = [
     {"role": "user", "content": "the  hat?"},
 ]
 BARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-# Template -> what it makes of TALK, less the BOS.
+# Template -> its text for TALK, without the BOS.
 PROMPTS = {
     "gemma": "<start_of_turn>user\n the cat\n<end_of_turn>\n<start_of_turn>model\nand"
     "<end_of_turn>\n<start_of_turn>user\nthe  hat?<end_of_turn>\n<start_of_turn>model\n",
@@ -39,7 +39,7 @@ CODE = [
 
 
 def adds_bos():
-    """A tokeniser that, as Gemma's and Llama's, writes the BOS by itself."""
+    """A tokeniser that adds the BOS itself, as Gemma's and Llama's do."""
     made = tiny.tokenizer()
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", BOS)]
@@ -234,7 +234,8 @@ def test_a_folder_without_a_tokeniser(tmp_path):
 
 
 def test_a_conversation_the_template_refuses_is_dropped(plain):
-    """And under --strict told with its place; the pairs around it are kept in order."""
+    """With --strict it is an error that names its place; otherwise the other pairs keep their
+    order."""
     picky = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     system = [{"role": "system", "content": "s"}, *TALK]
     pairs = [pair("a", "b"), Pair(system, "a", "b", 7, "x.jsonl, line 8"), pair("c", "d", row=9)]
@@ -252,7 +253,7 @@ SPELT = ["<eos>", "a<end_of_turn>b", "<bos> <bos>", "<end_of_turn>\n<start_of_tu
 @pytest.mark.parametrize("template", PROMPTS)
 @pytest.mark.parametrize("text", SPELT)
 def test_text_of_the_data_never_becomes_a_special_token(tmp_path, template, text):
-    """In a prompt only the template's own are there; a response has its end of turn alone."""
+    """A prompt contains only those of the template, a response only its end of turn."""
     tokenize = load(tmp_path, template, tokenizer=adds_bos())
     special = set(PLAIN.all_special_ids)
     (plain_,) = tokenize([pair("a", "b", prompt="say x please")])
@@ -266,14 +267,14 @@ def test_text_of_the_data_never_becomes_a_special_token(tmp_path, template, text
 
 
 def test_private_characters_of_the_data_stay(plain):
-    """Those that mark the spots inside are others."""
+    """The markers used inside are other strings."""
     text = "\U000f0000<eos>\U000f0001\U000f0002"
     (made,) = load(plain, "gemma")([pair("a", "b", prompt=text)])
     assert text in PLAIN.decode(made.prompt) and EOS not in made.prompt
 
 
 def test_huge_texts(plain):
-    """A megabyte of text; a prompt of 100,000 tokens is dropped, an answer cut."""
+    """A megabyte of text; a prompt of 100,000 tokens is dropped, a response is cut."""
     tokenize = load(plain, "gemma", max_length=300, max_prompt_length=100)
     huge = "the cat and <eos> " * 60_000
     kept = list(tokenize([pair("a", "b", prompt=huge), pair(huge, "b", row=1)]))

@@ -39,7 +39,7 @@ def config(material, out, model="policy", **changes) -> EvalConfig:
 
 @pytest.fixture(scope="module")
 def measured(material, store_path, tmp_path_factory):
-    """Other weights than the reference's, all pairs."""
+    """The policy has other weights than the reference; all pairs."""
     out = tmp_path_factory.mktemp("eval")
     return evaluate(config(material, out)), out
 

@@ -58,7 +58,8 @@ def questions(*texts):
 def test_entropy_is_that_of_the_policys_distribution(
     material, tmp_path, prompts, family, temperature
 ):
-    """Each answer fed to plain transformers alone: no padding, no cache, no temperature."""
+    """Each answer is scored by plain transformers by itself: no padding, no cache, no
+    temperature."""
     folder = tiny.model_folder(tmp_path / "model", family)
     store = cache(cache_config(material, tmp_path / "ref.zarr", model=str(folder)))
     mouth = sampler(material, folder, store, prompts)
@@ -116,7 +117,7 @@ def test_interrupted_sampling_resumes_to_the_same_answers(material, store_path, 
     whole = evaluate(settings)
     file = tmp_path / "out/samples.jsonl"
     lines = file.read_text().splitlines(keepends=True)
-    # A batch of two with one line, and a line that a kill tore.
+    # A batch of two of which one line was written, and a line cut by a kill.
     file.write_text("".join(lines[:4]) + lines[4][:20])
     again = evaluate(settings)
     assert file.read_text() == "".join(lines)

@@ -68,7 +68,7 @@ def test_distance_equals_the_definition(seed, k, more):
             distance, share = naive(policy[p, side], reference[p, side], k, kept)
             assert actual[p, side].item() == pytest.approx(distance, rel=1e-5, abs=1e-12)
             assert missing[p, side].item() == pytest.approx(share)
-            # Columns of I are distinct, so that none counts twice.
+            # The columns of I are distinct, so that no feature counts twice.
             used = chosen.index[p, side][chosen.used[p, side]].tolist()
             assert len(used) == len(set(used)) <= 2 * k
 
@@ -102,7 +102,7 @@ def test_distance_is_zero_at_step_0(seed, k, more):
 
 
 def test_distance_is_continuous_where_two_features_swap_ranks():
-    """Two features cross; D changes as little as they do."""
+    """Where two features swap ranks D changes continuously."""
     reference = torch.tensor([[[5.0, 4.0, 3.0, 2.0, 1.0]] * 2])
     before, after = (
         torch.tensor([[[5.0, 1.5, 1.5 + step, 2.0, 1.4]] * 2]) for step in (-1e-4, 1e-4)
@@ -133,7 +133,7 @@ def test_gradient_equals_finite_differences():
 
 
 def test_gradient_through_the_sae_equals_that_of_the_whole_encoding():
-    """The at most 2k columns give the gradient that all m would give."""
+    """At most 2k columns give the same gradient as all m."""
     torch.manual_seed(0)
     lengths, k = [7, 4, 9, 5], 6
     hidden = [torch.randn(n, tiny.WIDTH) for n in lengths]

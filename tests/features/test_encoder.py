@@ -69,7 +69,8 @@ def test_the_backward_pass_keeps_no_tensor_as_wide_as_the_sae(architecture):
 
 
 def test_normalised_inputs_and_decoder_norms_follow_sae_lens():
-    """Settings that change what encode does: input norm, decoder bias, rescaling by the decoder."""
+    """Settings of sae-lens that change encode: input norm, decoder bias, rescaling by the
+    decoder."""
     settings = {"d_in": tiny.WIDTH, "d_sae": tiny.FEATURES}
     normed = StandardSAE(
         StandardSAEConfig(**settings, normalize_activations="layer_norm", apply_b_dec_to_input=True)

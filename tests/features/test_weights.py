@@ -1,4 +1,4 @@
-"""Per-feature weights: the file, and what they do to D."""
+"""Per-feature weights: the file, and their effect on D."""
 
 import json
 

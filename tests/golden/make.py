@@ -1,4 +1,4 @@
-"""How the stores here were written. It is run once per version of the format, not again:
+"""Writes the golden stores. Run once per version of the format, and not again:
 
 cd tests/golden && python make.py
 """
@@ -21,7 +21,7 @@ from fpocli.store.layout import VERSION  # noqa: E402
 
 
 def main() -> None:
-    """Cache seven pairs in three blocks at two sites, and note every value beside the store."""
+    """Cache seven pairs in three blocks at two sites, and write every value next to the store."""
     import os
 
     os.chdir(tempfile.mkdtemp())

@@ -47,7 +47,7 @@ def test_kl_and_its_gradient_equal_the_whole_vocabularys(family, monkeypatch):
             own = torch.autograd.grad((slope * actual).sum(), weights)
             naive = torch.autograd.grad((slope * expected).sum(), weights)
             for one, two in zip(own, naive, strict=True):
-                # A token that attends to one key gives keys no gradient but rounding.
+                # Where a token attends to one key only, the keys' gradient is pure rounding.
                 assert (one - two).abs().max() <= 1e-4 * two.abs().max() + 1e-7
 
     check()

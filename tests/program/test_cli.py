@@ -62,7 +62,7 @@ def run(*arguments):
 
 @pytest.mark.parametrize("command", ["fpocli.cli", "fpocli --help", "fpocli train --help"])
 def test_nothing_heavy_is_loaded(command):
-    """Python itself tells what is imported, on stderr."""
+    """Python's own -X importtime lists what is imported, on stderr."""
     program = [sys.executable, "-X", "importtime", "-m", *command.split()]
     done = subprocess.run(program, capture_output=True, text=True, check=True)
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
@@ -86,7 +86,7 @@ def test_flags_are_the_fields():
 
 @pytest.fixture
 def resolve(monkeypatch, tmp_path):
-    """Give a command line, and a YAML file as `c.yaml`; get the config that the function gets."""
+    """Returns the config that a command line, with a YAML file `c.yaml`, passes to the function."""
     calls = []
     for function in FUNCTIONS.values():
         monkeypatch.setitem(vars(fpocli), function, calls.append)
@@ -194,7 +194,7 @@ def test_an_invalid_config_file_is_reported(tmp_path, monkeypatch, file, sentenc
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A folder with all that the commands below name, and a complete store of ten pairs."""
+    """A folder with everything that the commands below name, and a complete store of ten pairs."""
     folder = tmp_path_factory.mktemp("made")
     tiny.model_folder(folder / "model")
     shutil.copytree(folder / "model", folder / "other")
@@ -239,7 +239,7 @@ def cache_command(**changes):
 
 
 def error(*arguments):
-    """The sentence a command ends with; a hint follows it."""
+    """The error message of a command; it must be followed by a hint."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
     assert isinstance(result.exception, SystemExit)
@@ -401,7 +401,7 @@ def test_libraries_print_nothing_among_the_messages(work):
     ("typed", "offered"), [("fpo ca", "cache"), ("fpo train --eval-f", "--eval-fraction")]
 )
 def test_a_shell_completes_commands_and_flags(typed, offered):
-    """As bash asks for it; without loading anything heavy, for a person waits."""
+    """Called as bash calls it; it must load nothing heavy, since a person waits."""
     words = typed.split()
     environment = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(

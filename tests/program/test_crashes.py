@@ -1,4 +1,4 @@
-"""kill -9 at any moment of cache and train: the same command goes on, to the same end."""
+"""kill -9 at any moment of cache and train: the same command resumes and gives the same result."""
 
 import json
 import random
@@ -16,14 +16,14 @@ from fpocli import TrainConfig, cache
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
 
-# Of these some fall into loading, where little can be lost, and most into the work.
+# Some of these hit while the model is loaded, most during the work.
 KILLS = 5
 LONG = 110
 
 
 @pytest.fixture(scope="module")
 def caching(material, tmp_path_factory):
-    """A command that caches 12 blocks, its store when nothing stops it, and how long that takes."""
+    """A command that caches 12 blocks, the store of an uninterrupted run, and its duration."""
     folder = tmp_path_factory.mktemp("caching")
     data = str(write_pairs(folder / "pairs.jsonl", 96, seed=4))
     whole = cache(cache_config(material, folder / "whole.zarr", data=data)).path
@@ -37,8 +37,8 @@ def caching(material, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def training(material, store_path, tmp_path_factory):
-    """A command that trains 10 steps, a checkpoint after each; the run when nothing stops it, and
-    how long that takes."""
+    """A command that trains 10 steps, a checkpoint after each; an uninterrupted run, and its
+    duration."""
     folder = tmp_path_factory.mktemp("training")
 
     def words(out: Path) -> list[str]:
@@ -63,14 +63,14 @@ def training(material, store_path, tmp_path_factory):
 
 
 def seconds_of(words: list[str]) -> float:
-    """How long a command takes that nothing stops."""
+    """Seconds that an uninterrupted command takes."""
     began = time.monotonic()
     assert end_of(words) == 0
     return time.monotonic() - began
 
 
 def end_of(words: list[str], **settings) -> int:
-    """Run a command to its end."""
+    """Run a command until it exits."""
     command = Command(*words, **settings)
     code, told = command.wait(300), command.printed()
     command.close()
@@ -84,7 +84,7 @@ def same_store(one: Path, other: Path) -> None:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Weights to the bit, and what was logged but for the clock."""
+    """Weights equal to the bit, and all that was logged except times."""
     weights = "final/model.safetensors"
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
     logs = [
@@ -101,13 +101,14 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def kill_often(job, same, folder: Path, kills: int, seed: int) -> None:
-    """Kill a command at random moments, again and again, until so many kills have hit."""
+    """Kill a command at random moments, again and again, until so many kills have hit a running
+    process."""
     words, whole, seconds = job
     rng, hit, ends = random.Random(seed), 0, 0
     print(f"seed {seed}")
     while hit < kills:
         out = folder / f"{ends}"
-        # At most six in a row: a run that never gets anywhere shows nothing.
+        # At most six in a row, since a run that never advances shows nothing.
         for _ in range(rng.randint(1, 6)):
             command = Command(*words(out))
             if command.wait(rng.uniform(0.1, 1.1) * seconds) is None:
@@ -153,7 +154,7 @@ def test_caching_killed_at_a_file_operation_resumes_to_the_same_store(caching, t
 
 
 def test_training_killed_at_a_file_operation_resumes_to_the_same_weights(training, tmp_path):
-    # Where the first file of a run gets its name, and anywhere.
+    # Where the first file of a run gets its name, and at any other change.
     die_everywhere(training, same_run, tmp_path, [11, random.randrange(60)])
 
 

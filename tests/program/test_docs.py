@@ -1,4 +1,4 @@
-"""What the docs say of the tests is so."""
+"""What the docs say about the tests is true."""
 
 import re
 from pathlib import Path

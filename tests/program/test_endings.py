@@ -1,5 +1,5 @@
 """Runs that are stopped, that lose a process, or that find the disk full: real processes, real
-signals, writes that fail; and then the same command to its end."""
+signals, writes that fail; and then the same command until it completes."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def printed(stderr: str) -> list[str]:
 
 
 def hears_sigterm(process: subprocess.Popen) -> bool:
-    """Whether it has a handler for it, which Python of itself has not."""
+    """Whether the process has its own handler for SIGTERM; Python installs none."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
@@ -103,10 +103,10 @@ def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
     held, checkpoints = tmp_path / "run.writers", out / "checkpoints"
     words = command(material, out, "--no-bf16", "--overwrite", **SETTINGS)
 
-    # As soon as it can.
+    # As soon as possible.
     words = stop(start(words), signal.SIGINT, lambda: True)
     assert words == command(material, out, "--no-bf16", **SETTINGS)
-    # The run is ours and the model is being loaded.
+    # The run folder is locked and the model is being loaded.
     assert stop(start(words), signal.SIGTERM, (out / "run.json").exists) == words
     assert not held.exists()
 
@@ -129,7 +129,7 @@ def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
 
 
 def files(checkpoints: Path) -> dict[Path, bytes]:
-    """What is in whole checkpoints."""
+    """The contents of complete checkpoints."""
     return {file: file.read_bytes() for file in checkpoints.glob("step-*/*")}
 
 
@@ -143,7 +143,7 @@ def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path,
     again = printed(stderr)
     assert again[:5] == ["torchrun", "--nproc-per-node", "2", "--standalone", "-m"]
     assert again[5:] == words[words.index("fpocli") :]
-    # torchrun's own stack comes after it.
+    # torchrun's own traceback comes after it.
     assert stderr.count("Traceback") == 1
     assert not out.with_name("run.writers").exists()
     process = start(again)
@@ -184,7 +184,8 @@ def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
     own = own[own.index("train") :]
 
     def lose(victim: int, step: int, number: int | None) -> list[str]:
-        """Start two processes, of which one stays at a step, or cannot save; what they say."""
+        """Start two processes of which one hangs at a step, or cannot save; returns what they
+        print."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Arbitrary and spoilt files and flags: each is taken for what it says, or refused in a sentence.
+"""Random and damaged files and flags: each is read as it is meant, or refused in a sentence.
 
-Every target writes an input and reads it with the product. What it may not do: raise anything but
-a UserError, run on, or give another result than a naive reader. `pytest -m long` takes many more.
+Every target writes an input and reads it with the product. It must not raise anything but a
+UserError, hang, or give another result than a naive reader. `pytest -m long` takes many more.
 """
 
 import contextlib
@@ -42,21 +42,21 @@ from fpocli.model.language_model import load_model
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 
-# Of inputs, some of which are whole files.
+# Bytes of an input; some are whole files.
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 CPU = torch.device("cpu")
 PAIR = {"prompt": "the cat", "chosen": "sat <eos>", "rejected": "on"}
-# Seconds of work after which an input counts as one that never ends.
+# Seconds of processor time after which an input counts as a hang.
 _ENDLESS = 20
 
 
 class Endless(BaseException):
-    """Not to be caught by what is tested."""
+    """Raised at a hang; not an Exception, so that the tested code cannot catch it."""
 
 
 @contextlib.contextmanager
 def limited():
-    """Stop after so much work of this process, however busy the machine is."""
+    """Stop after so much processor time, however busy the machine is."""
 
     def stop(*_):
         raise Endless
@@ -71,7 +71,7 @@ def limited():
 
 
 def attempt(call, *arguments):
-    """What a call gives; None where it refuses in a sentence."""
+    """The result of a call; None if it raises a UserError."""
     try:
         with limited():
             return call(*arguments)
@@ -177,7 +177,8 @@ DEEP = ["[" * 10**5, "[" * 10**5 + "]" * 10**5, '{"a":' * 10**5, "9" * 5000, "-"
 
 
 def naive(row):
-    """A row by docs/data.md: prompt as (role, text), chosen and rejected; None for no pair."""
+    """A row read by docs/data.md: prompt as (role, text), chosen and rejected; None if it is no
+    pair."""
 
     def talk(value):
         if not isinstance(value, list) or not value:
@@ -388,7 +389,7 @@ BOMBS = [
 
 @st.composite
 def as_text(draw, values):
-    """YAML or JSON of a value, sometimes with something odd in it, as bytes."""
+    """YAML or JSON of a value as bytes, sometimes with an odd construct in it."""
     value = draw(values)
     kind = draw(st.integers(0, 4))
     if kind == 0:
@@ -402,7 +403,7 @@ def as_text(draw, values):
 
 
 def invoke(words):
-    """A command, which stops at its call."""
+    """Parses a command line without running the command."""
     taken = []
     with pytest.MonkeyPatch.context() as patch, limited():
         for name in ("cache", "train", "evaluate"):
@@ -413,7 +414,7 @@ def invoke(words):
     assert "Traceback" not in result.output
     if "--help" not in words and result.exit_code == 0:
         (config,) = taken
-        # What was taken would be taken again: every field is of its type and in its range.
+        # What was accepted must be accepted again: every field has its type and is in its range.
         assert type(config)(**dataclasses.asdict(config)) == config
         assert not config.trust_remote_code or "--trust-remote-code" in words
 
@@ -440,7 +441,7 @@ GRID = {
 
 
 def check_grid(folder, content):
-    """The plan alone, so nothing is started."""
+    """Only the plan, so nothing is started."""
     file = folder / "grid.yaml"
     file.write_bytes(content)
     with contextlib.chdir(folder), limited():
@@ -572,14 +573,14 @@ FILES = {
 
 
 def fuzz(inputs, check, count, **profile):
-    """Give a check so many inputs, each with an empty folder."""
+    """Run a check on so many inputs, each with an empty folder."""
     tried = 0
 
     @settings(
         max_examples=count,
         deadline=None,
         database=None,
-        # Without the one that explains a failure, which traces every line that is run.
+        # Without hypothesis's phase "explain", which traces every line.
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
         **profile,
@@ -604,7 +605,7 @@ def inputs_of(name, originals):
 
 @pytest.mark.parametrize("name", [*TARGETS, *FILES])
 def test_some_inputs(name, originals):
-    """The same ones each time."""
+    """The same inputs each time."""
     inputs, check, few, _ = inputs_of(name, originals)
     assert fuzz(inputs, check, few, derandomize=True) >= few
 
@@ -639,7 +640,7 @@ def test_what_was_found(name, content, originals, tmp_path):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", [*TARGETS, *FILES])
 def test_many_inputs(name, originals, capsys):
-    """Others each time, over 10,000 for all targets together."""
+    """Other inputs each time, over 10,000 for all targets together."""
     inputs, check, _, many = inputs_of(name, originals)
     tried = fuzz(inputs, check, many)
     with capsys.disabled():

@@ -1,5 +1,5 @@
-"""Files of other people: nothing in them is run, none leads out of its folder, none takes memory
-that its size does not warrant. docs/security.md names these tests."""
+"""Files from elsewhere: no code in them runs, no name leads out of its folder, none takes more
+memory than its size. docs/security.md names these tests."""
 
 import json
 import os
@@ -53,7 +53,7 @@ class Bomb:
 
 @pytest.fixture
 def model(material, tmp_path) -> Path:
-    """A copy of the tiny model, to be spoilt."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(material / "model", tmp_path / "model"))
 
 
@@ -75,7 +75,7 @@ def refusal(call, *arguments, **named) -> UserError:
 # -- nothing is run --------------------------------------------------------------------------------
 
 
-# In one process, as each costs seconds to start.
+# In one process, since each takes seconds to start.
 CHECKPOINTS = """
 import json, pickle, shutil, sys
 from pathlib import Path
@@ -114,8 +114,8 @@ print(json.dumps(told))
 
 
 def test_a_checkpoint_is_data(store_path, tmp_path):
-    """With every ZeRO stage a run goes on from its own checkpoint, and with a pickle that
-    runs code in any of its files it is refused, and nothing is run."""
+    """At every ZeRO stage a run resumes from its own checkpoint; with a pickle that runs code
+    in any of its files it is refused, and the code does not run."""
     words = [sys.executable, "-W", "ignore", "-c", CHECKPOINTS, str(store_path)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,7 +135,7 @@ class Own({base}):
 
 
 def with_code(model: Path, mark: Path) -> None:
-    """Give a model code of its own, for its configuration and its tokeniser."""
+    """Add Python code to a model folder, for its configuration and its tokeniser."""
     for name, base in (("own_config", "Gemma2Config"), ("own_words", "PreTrainedTokenizerFast")):
         text = CODE.format(base=base, mark=str(mark))
         (model / f"{name}.py").write_text(text)
@@ -321,7 +321,7 @@ def test_an_adapter_that_names_another_model_is_refused(model):
 
 
 def test_paths_in_a_tokenizer_config_are_not_opened(model, tmp_path):
-    """Old ones hold paths of the machine that wrote them; what counts is the folder's own file."""
+    """Old indexes hold paths of the machine that wrote them; only the file in the folder counts."""
     expected = vocabulary_hash(load_tokenizer(find_model(str(model))))
     other = tmp_path / "other.json"
     other.write_text((model / "tokenizer.json").read_text().replace('"the"', '"teh"'))
@@ -408,7 +408,7 @@ def test_runs_of_a_grid_stay_in_its_folder(tmp_path):
     ],
 )
 def test_a_configuration_of_absurd_sizes_allocates_no_memory(model, change):
-    """In 6 GB above what is taken already, which no array of those sizes fits into."""
+    """With 6 GB of address space left, into which no array of those sizes fits."""
     edit(model / "config.json", **change)
     with memory(6e9):
         message = refusal(load, model).message

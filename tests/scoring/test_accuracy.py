@@ -1,4 +1,4 @@
-"""Rounding decides no comparison: a tie counts one half."""
+"""Rounding decides no comparison; a tie counts one half."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_higher_lower_and_equal(make):
 
 @given(st.integers(0, 10**6), st.integers(2, 2000))
 def test_two_sums_of_the_same_numbers_are_a_tie_in_any_order(seed, count):
-    """What a log-probability is: a float32 sum over tokens, whose order a kernel may choose."""
+    """A float32 sum over tokens, in an order that a kernel may choose: a log-probability."""
     tokens = np.random.default_rng(seed).gamma(2, 1, (2, count)).astype(np.float32)
     tokens = torch.from_numpy(-tokens)
     reference, policy = tokens.sum(1), tokens.flip(1).cumsum(1)[:, -1]
@@ -31,6 +31,6 @@ def test_two_sums_of_the_same_numbers_are_a_tie_in_any_order(seed, count):
 
 @arrays
 def test_a_difference_of_a_thousandth_of_a_nat_is_not_a_tie(make):
-    """Between rewards made of four sums of 100 nats; a step of training changes more."""
+    """The rewards are made of four sums of 100 nats; one training step changes more than this."""
     found = wins(make([0.001]), make([0.0]), make([4 * 100.0]))
     assert found.value.tolist() == [1]

@@ -1,4 +1,4 @@
-"""What a store was made with, found again and held to what it says."""
+"""The model, tokeniser and SAEs of a store, found again and checked."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
 def test_another_sae_or_another_setting_of_it_is_refused(material, tmp_path, kind):
-    """Parameters may be equal and the features still others, as with another k of a top-k SAE."""
+    """Features may differ though parameters are equal, as with another k of a top-k SAE."""
     own = tiny.sae_folder(tmp_path / "own", architecture=kind)
     store = cache(cache_config(material, tmp_path / "ref.zarr", sae=[str(own)], limit=2))
     load_encoders(store, [], tiny.WIDTH, CPU)
@@ -59,7 +59,7 @@ def relative(folder, **changes):
 
 
 def read_everything(path):
-    """All that needs the model, the tokeniser or the SAEs of a store."""
+    """Everything that needs the model, the tokeniser or the SAEs of a store."""
     store = Store.open(path)
     find_reference(store, None)
     load_encoders(store, [], tiny.WIDTH, CPU)

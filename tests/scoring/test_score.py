@@ -32,7 +32,7 @@ def apart(network, prompt, response):
     """S and the site states of one sequence, by plain transformers.
 
     resid_post is taken as what the next module reads, mlp_out as the difference it makes to the
-    residual stream, so neither rests on the hooks under test.
+    residual stream, so neither depends on the hooks under test.
     """
     ids = torch.tensor(np.concatenate([prompt, response]))[None]
     layers = network.model.layers
@@ -127,8 +127,7 @@ def test_packing_changes_neither_scores_nor_gradients(network):
 
 
 def test_bfloat16_scores_do_not_depend_on_the_packed_sequence(network):
-    """Nothing of one pair enters the arithmetic of another, so on a CPU even the rounding is the
-    same."""
+    """No pair enters the arithmetic of another, so on a CPU even the rounding is the same."""
     half = LanguageModel(copy.deepcopy(network).bfloat16(), [])
     pairs = random_pairs(9, most=40)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The start-up check refuses whatever computes something else than plain transformers."""
+"""The start-up check refuses whatever differs from plain transformers."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ def check(network, *sites: Site):
 
 
 def test_the_page_of_families_is_what_the_check_says():
-    """docs/families.md; if a line changed for a good reason, make it again (tests/support)."""
+    """docs/families.md; if a line changed for a good reason, run `make families`."""
     page = Path(__file__).parents[2] / "docs/families.md"
     assert families.page() == page.read_text()
 
@@ -86,8 +86,8 @@ def test_a_kernel_that_lets_responses_attend_to_each_other_is_refused(monkeypatc
 
 
 def test_a_leak_between_responses_below_the_tolerance_is_refused(monkeypatch):
-    """In bfloat16 a difference of a hundredth of a nat is rounding, but not if it depends on what
-    stands next to a response."""
+    """In bfloat16 a difference of a hundredth of a nat is rounding, but not if it depends on
+    the text next to a response."""
     real = attention.attend_by_sequence
 
     def leaking(module, query, key, value, attention_mask, **settings):
@@ -133,7 +133,7 @@ def test_weights_that_give_nan_are_refused():
 
 
 def test_a_pair_that_gives_nan_in_transformers_too_is_passed_over():
-    """`fpo cache` names its row when it scores it."""
+    """`fpo cache` names the row when it scores it."""
     network, tokens = tiny.network("llama"), families.token_pairs(3)
     alone = set(tokens.pair(0).prompt) - set(tokens.pair(1).prompt) - set(tokens.pair(2).prompt)
     used = {

@@ -1,4 +1,5 @@
-"""Damage of every kind to every file of a store: found by --verify and before training, mended."""
+"""Damage of every kind to every file of a store: found by --verify and before training, and
+repaired."""
 
 import json
 import random
@@ -40,7 +41,7 @@ def small(material, tmp_path_factory):
 
 @pytest.fixture
 def spoiled(small, tmp_path):
-    """A copy that a test may spoil, and the settings that made it."""
+    """A copy that a test may damage, and the settings that made it."""
     config, path = small
     copy = shutil.copytree(path, tmp_path / "ref.zarr")
     return type(config)(**(vars(config) | {"out": str(copy)})), copy
@@ -51,7 +52,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def verify(path: Path) -> list[str]:
-    """What `fpo inspect --verify` says is wrong."""
+    """The problems that `fpo inspect --verify` lists."""
     try:
         return [damage.message for damage in find_damage(Store.open(path))]
     except UserError as error:
@@ -59,7 +60,7 @@ def verify(path: Path) -> list[str]:
 
 
 def train_on(path: Path) -> list[tuple]:
-    """All that training reads of a store, up to where it stops."""
+    """Everything that training reads of a store, up to where it stops."""
     read = []
     try:
         store = Store.open(path)
@@ -77,12 +78,13 @@ def train_on(path: Path) -> list[tuple]:
 
 
 def sweep(path: Path, positions, rng: random.Random) -> Counter:
-    """Damage one file after the other; returns what was tried, and fails on what is not found.
+    """Damage one file after the other; returns the number of damages, and fails if one is not
+    found.
 
     Args:
         path: of the store.
-        positions: of a size, the bytes to change.
-        rng: says into what.
+        positions: which bytes to change in a file of a given size.
+        rng: draws the new values.
     """
     tried: Counter = Counter()
     whole = train_on(path)
@@ -104,7 +106,7 @@ def sweep(path: Path, positions, rng: random.Random) -> Counter:
             assert any(part in line for part in named for line in told), (name, told)
             if "/c/" in name and not name.endswith(("mean/c/0", "frequency/c/0/0")):
                 assert any("block " in line for line in told), (name, told)
-            # Training reads what is right, or stops before.
+            # Training reads correct values, or stops before.
             read = train_on(path)
             assert read[:-1] == whole[: len(read) - 1]
             assert read == whole or read[-1] == ("stopped",), f"{name} {kind}"
@@ -115,7 +117,8 @@ def sweep(path: Path, positions, rng: random.Random) -> Counter:
 
 
 def test_damage_to_any_file_is_found(spoiled):
-    """A byte of every file, and every file cut and gone; the long sweep takes every byte."""
+    """One byte of every file, and every file truncated and deleted; the long sweep changes every
+    byte."""
     rng = random.Random(0)
     tried = sweep(spoiled[1], lambda size: [rng.randrange(size)], rng)
     assert min(tried.values()) == len(files_of(spoiled[1]))
@@ -139,7 +142,7 @@ def test_an_edited_attribute_is_found(spoiled, edit):
 
 
 def test_chunks_in_the_wrong_place_are_found(spoiled):
-    """Each is whole and its checksum right."""
+    """Each file is complete and its checksum correct."""
     for name in ("ref/logp/c/{}/0", "spans/c/{}/0", "blocks/digest/c/{}"):
         one, other = (spoiled[1] / name.format(block) for block in "01")
         first, second = one.read_bytes(), other.read_bytes()
@@ -170,7 +173,7 @@ REPAIRED = {
 
 @pytest.mark.parametrize("what", REPAIRED)
 def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, what):
-    """And the store is then as it was."""
+    """Afterwards the store is as it was."""
     config, path = spoiled
     damages, expected = REPAIRED[what]
     for name, data in damages.items():
@@ -194,7 +197,7 @@ def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, wha
 
 
 def test_totals_of_another_block_are_found_and_repaired(spoiled, small):
-    """Whole, with a right checksum, and they would make a wrong mean."""
+    """Complete, with a correct checksum, but their mean would be wrong."""
     config, path = spoiled
     sums = path / f"blocks/{SITE}/sum/c"
     shutil.copy(sums / "1/0", sums / "0/0")
@@ -240,7 +243,7 @@ JSON = st.recursive(
 
 
 def places(value, path=()):
-    """The way to every value inside a JSON document."""
+    """The path to every value of a JSON document."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for name, inner in items:
         yield (*path, name)
@@ -249,7 +252,7 @@ def places(value, path=()):
 
 
 def change(document, data):
-    """Put something else, or nothing, somewhere into a document."""
+    """Replace or delete one value of a document."""
     place = data.draw(st.sampled_from(list(places(document))))
     inside = document
     for name in place[:-1]:
@@ -261,7 +264,7 @@ def change(document, data):
 
 
 def made_up_metadata(path: Path, whole: list[tuple], data) -> None:
-    """Change documents and set their sums right: refused in a sentence, or read as before."""
+    """Change documents and correct their checksums: refused in a sentence, or read as before."""
     about = attributes(path)
     files = {path / name / DOCUMENT for name in ("", *about["documents"])}
     before = {file: file.read_bytes() for file in files}
@@ -287,7 +290,7 @@ def made_up_metadata(path: Path, whole: list[tuple], data) -> None:
 
 @pytest.fixture(scope="module")
 def documents(small, tmp_path_factory):
-    """A copy whose documents are changed and set right again, and what training reads of it."""
+    """A copy whose documents are changed, with correct checksums, and what training reads of it."""
     copy = shutil.copytree(small[1], tmp_path_factory.mktemp("documents") / "ref.zarr")
     return copy, train_on(copy)
 

@@ -26,7 +26,7 @@ SITE = "layer_3.resid_post"
 
 @pytest.fixture
 def store(store_path, tmp_path) -> Path:
-    """A copy that a test may spoil."""
+    """A copy that a test may damage."""
     return shutil.copytree(store_path, tmp_path / "ref.zarr")
 
 
@@ -96,7 +96,7 @@ def read_all(store: Store) -> None:
 
 
 def change(path: Path, **fields) -> None:
-    """Write the root's document anew, with its sum."""
+    """Write the root's document again, with its checksum."""
     write_root(path, attributes(path) | fields)
 
 
@@ -130,7 +130,7 @@ def test_only_a_complete_store_of_this_version_is_used(store):
     ],
 )
 def test_invalid_attributes_are_refused_before_memory_is_allocated(store, change_of, told):
-    """They are held to each other, although their sum is right."""
+    """They are compared with each other, although their checksum is correct."""
     change(store, **change_of)
     if "fingerprint" not in change_of:
         about = attributes(store)
@@ -227,7 +227,7 @@ M, K = 12, 5
 
 
 def attributes_of(pairs: int, block: int) -> dict:
-    """What a store needs to say of itself."""
+    """The metadata of a store."""
     sae = {"source": "sae", "architecture": "jumprelu", "hash": "0"}
     about = {"layer": 3, "kind": "resid_post", "sae": sae, "k": K, "d_sae": M}
     return {
@@ -255,7 +255,7 @@ def attributes_of(pairs: int, block: int) -> dict:
 
 
 def made_up(pairs: int, seed: int) -> tuple[TokenPairs, list]:
-    """Token runs and, for every pair, reference rows and pooled vectors."""
+    """Token ids and, for every pair, reference values and pooled features."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 6, (pairs, 3))
     ends = lengths.cumsum().reshape(-1, 3)
@@ -293,7 +293,7 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
         if shuffled:
             rng.shuffle(order)
         for number in order:
-            if shuffled:  # every block by a writer of its own
+            if shuffled:  # every block by a different writer
                 store = StoreWriter.open(path)
             store.write_block(number, *rows_of(vectors, store.pairs_in(number)))
             assert number not in store.unscored_blocks()
@@ -328,7 +328,7 @@ def test_a_store_with_missing_or_damaged_blocks_is_not_completed(tmp_path):
 
 
 def test_a_store_that_is_replaced_is_not_read_any_further(store, tmp_path):
-    """Blocks of the new one would be whole, and of another model."""
+    """Its blocks would be complete, but of another model."""
     reading = Store.open(store)
     tokens = reading.tokens(0)
     change(store, model=attributes(store)["model"] | {"hash": "another"})
@@ -355,7 +355,7 @@ def test_missing_values_are_not_valid_numbers(tmp_path):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_the_golden_store_reads_as_it_did(version):
-    """Written by that version and committed; every later one must read it to the bit."""
+    """Written by that version and committed; every later version must read it to the bit."""
     path = GOLDEN / f"ref-{version}.zarr"
     expected = json.loads(path.with_suffix(".json").read_text())
     store = Store.open(path)

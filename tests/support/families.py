@@ -15,7 +15,7 @@ from fpocli.store.records import TokenPairs
 from fpocli.system.errors import UserError
 
 _WINDOW = {"sliding_window": 6}
-# transformers' model type -> what its configuration needs to be tiny, and to use what it can do.
+# transformers' model type -> its configuration: tiny, with all its special features in use.
 FAMILIES = {
     "cohere": {},
     "cohere2": _WINDOW,
@@ -103,7 +103,8 @@ the start sees those.
 
 
 def network(family: str, dtype: torch.dtype = torch.float32, **changes):
-    """A random model of a family. Weights are drawn wider than usual, so that nothing is flat."""
+    """A random model of a family. Weights are drawn wider than usual, so that no distribution is
+    nearly uniform."""
     config = AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -124,7 +125,7 @@ def token_pairs(count: int = 2, seed: int = 0, most: int = 20) -> TokenPairs:
 
 
 def verdict(family: str, kind: str) -> str:
-    """What the check says of a family at a hook point."""
+    """The result of the check for a family at a hook point."""
     try:
         model = LanguageModel(network(family), [Site(1, kind)])
         found = check_against_transformers(model, token_pairs())

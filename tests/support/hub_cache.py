@@ -1,4 +1,4 @@
-"""A hub cache made on the spot, in the layout of huggingface_hub's own."""
+"""A hub cache in the layout of huggingface_hub, made by the tests."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Limits of the operating system, for a while."""
+"""Limits of the operating system, as contexts."""
 
 import resource
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @contextmanager
 def memory(most: float):
-    """Take no more than so many bytes of address space above what is taken already."""
+    """Limit the address space to so many bytes more than now."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + int(most), before[1]))

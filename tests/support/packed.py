@@ -18,7 +18,7 @@ def random_pairs(count: int, seed: int = 0, most: int = 12) -> list[TokenPair]:
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor with a vocabulary axis that any operation makes."""
+    """Records the largest tensor with a vocabulary axis that any operation makes."""
 
     def __init__(self):
         super().__init__()

@@ -1,9 +1,9 @@
-"""What a process of `fpo` imports, for the one that forks.py forks from."""
+"""What a process of `fpo` imports, for the server that processes.py forks from."""
 
 import contextlib
 import sys
 
-# As engine.py imports it: its logger keeps the stdout that it meets.
+# Imported as in engine.py: its logger keeps the stdout that it finds.
 with contextlib.redirect_stdout(sys.stderr):
     import deepspeed  # noqa: F401
 import sae_lens  # noqa: F401

@@ -1,4 +1,4 @@
-"""Real processes of `fpo`, started in a moment: forked from one that has imported everything."""
+"""Real processes of `fpo` that start fast: forked from a server that has imported everything."""
 
 import itertools
 import multiprocessing
@@ -17,7 +17,7 @@ from fpocli import __main__ as program
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["processes", "preloaded"])
-# The server that processes fork from imports these by name, and passes over what it does not find.
+# The server that processes fork from imports these by name, and ignores what it does not find.
 _HERE = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
 
@@ -55,20 +55,20 @@ class Command:
         return self._process.is_alive()
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """The exit code, negative for a signal; None where it still runs after so many seconds."""
+        """The exit code, negative for a signal; None if it still runs after so many seconds."""
         self._process.join(seconds)
         return self._process.exitcode
 
     def printed(self) -> str:
-        """All it wrote to stdout and stderr."""
+        """Its stdout and stderr."""
         return "".join(file.read_text(errors="replace") for file in self._folder.iterdir())
 
     def data(self) -> str:
-        """What it wrote to stdout."""
+        """Its stdout."""
         return (self._folder / "stdout").read_text()
 
     def messages(self) -> str:
-        """What it wrote to stderr."""
+        """Its stderr."""
         return (self._folder / "stderr").read_text(errors="replace")
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ def _run(
 
 
 def _die_at(number: int, before: bool) -> None:
-    """Kill this process without warning when a file appears, moves or goes for the n-th time."""
+    """Kill this process at the n-th time that a file appears, moves or is deleted."""
     count = itertools.count()
 
     def change(real, *arguments, **settings):
@@ -128,7 +128,7 @@ def _die_at(number: int, before: bool) -> None:
 
 
 def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
-    """The command line of a config, without what is a default."""
+    """The command line of a config, without the defaults."""
     words = []
     for name, value in vars(config).items():
         field = type(config).__dataclass_fields__[name]

@@ -1,4 +1,4 @@
-"""Runs of fpo train on the tests' material."""
+"""Runs of `fpo train` on the tests' tiny models and pairs."""
 
 import json
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from processes import Command, together
 
-# The wall-clock and memory of a step are no part of its result.
+# Wall-clock and memory of a step are not part of its result.
 MEASURED = ("seconds", "tokens_per_second", "data_wait", "peak_memory_gb")
 
 
 def command(material: Path, out: Path, *flags: object, processes: int = 1, **settings: object):
-    """fpo train on the material: 17 training pairs, batches of 4, 5 steps."""
+    """`fpo train` on the tiny store: 17 training pairs, batches of 4, 5 steps."""
     settings = {
         "cache": material / "ref.zarr",
         "out": out,
@@ -25,7 +25,7 @@ def command(material: Path, out: Path, *flags: object, processes: int = 1, **set
         "device": "cpu",
     } | settings
     if "--no-bf16" not in flags:
-        # The material's store is float32.
+        # The tiny store is float32.
         settings = {"allow": "dtype"} | settings
     launch = ["-m"]
     if processes > 1:
@@ -49,7 +49,7 @@ def run(*arguments, processes: int = 1, **settings) -> list[dict]:
 
 
 def finish(words: list[str]) -> subprocess.CompletedProcess:
-    """Run a command of one process, as subprocess.run does."""
+    """Run a command in one process, as subprocess.run does."""
     _, _, _, *rest = words
     process = Command(*rest)
     code = process.wait(300)

@@ -1,4 +1,4 @@
-"""Stores made of the tests' material, and what is in one."""
+"""Stores made from tiny models and pairs, and their contents."""
 
 import json
 import random
@@ -68,7 +68,7 @@ def cache_config(material: Path, out: Path, **changes):
 
 
 def set_attributes(path: Path, **values) -> None:
-    """Make a store say something else of itself, with its sums right."""
+    """Change attributes of a store, with correct checksums."""
 
     about = attributes(path) | values
     write_root(path, about | {"fingerprint": fingerprint(about)})
@@ -100,7 +100,7 @@ def contents(path: Path) -> dict[str, np.ndarray]:
 
 
 def assert_equal(path, other):
-    """Every array to the bit, and every chunk to the byte."""
+    """Assert that two stores are equal: every array to the bit, every chunk to the byte."""
     one, two = contents(path), contents(other)
     assert one.keys() == two.keys()
     for name, values in two.items():

@@ -1,4 +1,4 @@
-"""Tiny models, tokenisers and SAEs, made on the spot: real architectures, random weights."""
+"""Tiny models, tokenisers and SAEs: real architectures, random weights."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +41,7 @@ SIZES = {
 
 def config(family: str, **changes):
     """A tiny configuration. Gemma's windows are shorter than most rows of the tests, and its
-    soft-caps low enough to bite."""
+    soft-caps low enough to matter."""
     kind, own = {
         "gemma2": (
             Gemma2Config,
@@ -63,7 +63,8 @@ def config(family: str, **changes):
 
 
 def network(family: str, seed: int = 0, dtype=torch.float32, **changes):
-    """A random transformers model. Weights are drawn wider than usual, so that nothing is flat."""
+    """A random transformers model. Weights are drawn wider than usual, so that no distribution is
+    nearly uniform."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config(family, **changes), dtype=torch.float32)
     with torch.no_grad():
@@ -76,7 +77,7 @@ def network(family: str, seed: int = 0, dtype=torch.float32, **changes):
 
 @contextmanager
 def plain(network):
-    """transformers' own attention again, for a network that fpo has scored with."""
+    """Restore transformers' own attention in a network that fpo has used."""
     kernel = network.config._attn_implementation
     network.set_attn_implementation("eager")
     try:
@@ -136,6 +137,6 @@ def sae(architecture: str = "jumprelu", width: int = WIDTH, features: int = FEAT
 
 
 def sae_folder(path: Path, **kind) -> Path:
-    """A SAE on disk, in sae-lens's layout."""
+    """An SAE on disk, in sae-lens's layout."""
     sae(**kind).save_model(path)
     return path

@@ -34,7 +34,7 @@ def in_a_file(fails: bool) -> list[str]:
 
 
 def on_a_terminal(fails: bool) -> str:
-    """What is left on the screen, as a terminal would show it."""
+    """The text left on the screen of a terminal."""
     ours, theirs = pty.openpty()
     words = [sys.executable, "-c", WORK.replace("FAILS", str(fails))]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
@@ -70,7 +70,7 @@ def test_work_that_is_done_at_once_prints_no_line(monkeypatch):
 def test_a_bar_stays_on_a_terminal_unless_the_work_fails(fails):
     shown = on_a_terminal(fails)
     assert "Counting" in shown
-    # What follows the last time that the line was erased.
+    # The text after the line was last erased.
     left = shown.rpartition("\x1b[2K")[2]
     assert ("Counting" in left) is not fails
     assert ("error: it broke" in left) is fails

@@ -1,4 +1,4 @@
-"""Files written whole, and folders that are gone at once."""
+"""Files that appear complete, and folders that disappear at once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Hub names with the real loading code, offline: a hub cache made here stands in for the hub."""
+"""Hub names with the real loading code, offline: a hub cache made here replaces the hub."""
 
 import json
 import os

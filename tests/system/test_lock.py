@@ -1,4 +1,4 @@
-"""Who writes a folder: one run, its processes, what they take, and what the dead leave."""
+"""Who may write a folder: one run, its processes, their claims, and those of exited processes."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def holder(path):
-    """Starts another process that writes the path and has taken block 3."""
+    """Starts another process that writes the path and has claimed block 3."""
     started = []
 
     def start(run=""):
@@ -68,7 +68,7 @@ def test_processes_of_one_run_share_and_others_may_join(path, holder):
 
 
 def test_claims_of_a_killed_process_are_removed_at_the_next_start_only(path, holder, capsys):
-    """Until then its block is nobody's, for what killed it could kill the others in turn."""
+    """Until then nobody takes its block, since what killed it could kill the others in turn."""
     process = holder("job 1")
     with WriterLock(path, "job 1") as writers:
         process.send_signal(signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_a_process_whose_claims_were_taken_over_writes_no_more(path):
 
 
 def test_no_process_joins_before_overwriting_has_removed_the_store(path):
-    """Else one that joins would go on with the store that is about to be replaced."""
+    """Otherwise one that joins would continue the store that is about to be replaced."""
     order = []
 
     def join():
@@ -148,7 +148,7 @@ def test_no_process_joins_before_overwriting_has_removed_the_store(path):
 
 
 def test_of_many_processes_one_claims_a_name_and_all_hold_it_in_turn(path):
-    """Sixteen writers at once: every block has one, and no two are inside together."""
+    """Sixteen writers at once: every block has one, and no two hold the exclusive name together."""
     taken, inside, most = [], [], []
 
     def work():

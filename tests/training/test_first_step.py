@@ -1,4 +1,4 @@
-"""A run that would compare numbers that were not made alike is refused before its first step."""
+"""A run whose scores are not comparable with the store's is refused before its first step."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_another_kernel_is_refused_unless_it_is_allowed(material, tmp_path):
 
 @pytest.mark.parametrize("what", ["log-probabilities", "features"])
 def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path, monkeypatch, what):
-    """Right weights, right SAE, right sums of bytes: only the numbers are wrong."""
+    """Weights, SAE and checksums are correct; only the numbers are wrong."""
 
     def wrong(model, encoders, batch):
         scores = score(model, encoders, batch)

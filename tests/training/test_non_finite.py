@@ -1,4 +1,4 @@
-"""Numbers that are none: no step is taken with them, at any ZeRO stage and in either dtype."""
+"""Non-finite values: no step is taken with them, at any ZeRO stage and in either dtype."""
 
 import os
 import socket
@@ -101,7 +101,7 @@ for zero in map(int, stages):
 
 
 def spoil(out: Path, store: Path, stages: str, world: int = 1) -> list[list[str]]:
-    """What the processes print; the last one's numbers are spoiled."""
+    """What the processes print; the last process has a non-finite value."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -145,7 +145,7 @@ def check(out: Path, lines: list[str]) -> None:
 
 @pytest.mark.parametrize("stages", ["01", "23"])
 def test_no_weights_are_updated_with_non_finite_values(store_path, tmp_path, stages):
-    """Weights and optimiser are as they were, to the bit; a gradient of 0 is as any other."""
+    """Weights and optimiser are unchanged to the bit; a gradient of 0 is a normal step."""
     (lines,) = spoil(tmp_path, store_path, stages)
     assert len(lines) == {"01": 14, "23": 12}[stages]
     check(tmp_path, lines)

@@ -1,4 +1,4 @@
-"""method.md 1: where the policy is the reference, u and D are 0 for every pair."""
+"""Invariant 1 of method.md: where the policy is the reference, u and D are 0 for every pair."""
 
 import copy
 import math
@@ -45,13 +45,13 @@ def stage(request, material, tmp_path):
 
 
 def loader(store, packed_length: int, **changes):
-    """All 21 pairs in one step, in an order of its own for each size of rows."""
+    """All 21 pairs in one step, in a different order for each packed length."""
     settings = {"batch_size": 21, "eval_fraction": 0.0, "seed": packed_length}
     return make_loader(store, **(settings | {"packed_length": packed_length} | changes))
 
 
 def first_step(loader):
-    """The rows of the first step."""
+    """The packed sequences of the first step."""
     return next(iter(loader.steps(0, 1, CPU)))
 
 
@@ -98,7 +98,7 @@ def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
     for name in results[0]:
         assert results[0][name] == pytest.approx(results[1][name], rel=1e-4, abs=1e-5)
     assert results[0]["kl_chosen"] > 0.01
-    # The margin of Figure 3 is a mean of sizes, not the size of a difference of means.
+    # The margin of Figure 3 is a mean of absolute values, not the absolute value of a mean.
     difference = results[0]["kl_rejected"] - results[0]["kl_chosen"]
     assert results[0]["kl_margin"] > 1.05 * abs(difference)
 
@@ -153,7 +153,7 @@ def test_the_loader_gives_what_the_store_holds(store_path):
 
 
 def store_pair(store, number: int):
-    """The three token runs of a pair of the store."""
+    """Token ids of prompt, chosen and rejected of a pair of the store."""
     block, row = divmod(number, store.block_size)
     pair = store.tokens(block).pair(row)
     return pair.prompt, pair.chosen, pair.rejected

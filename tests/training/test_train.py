@@ -1,4 +1,4 @@
-"""The training stage end to end, in processes of its own, against a naive loop in plain PyTorch."""
+"""The training stage end to end, in real processes, against a naive loop in plain PyTorch."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def naive_pair(network, sae, arrays, pair: int, k: int = 50, beta: float = 0.1, 
 
 
 def test_step_0_is_ln_2_whatever_the_batch(baseline):
-    """method.md 1: the policy is the reference, in the same dtype."""
+    """Invariant 1 of method.md: the policy is the reference, in the same dtype."""
     before, first = read(baseline)[:2]
     for line in (before, first):
         assert line["loss"] == pytest.approx(np.log(2), abs=1e-7)
@@ -124,7 +124,7 @@ def test_same_curve_for_every_zero_stage_and_number_of_processes(
 def test_parameters_in_many_groups_train_in_the_same_way(
     baseline, material, tmp_path, zero, processes
 ):
-    """Real models have more parameters than the optimiser updates at once; here it takes 2,000."""
+    """Real models have more parameters than the optimiser updates at once; here that is 2,000."""
     out, script = tmp_path / "run", tmp_path / "grouped.py"
     script.write_text(
         "import fpocli.cli, fpocli.training.engine\n"
@@ -230,7 +230,7 @@ def test_small_steps_are_not_lost_in_bfloat16(material, store_path, tmp_path, op
     moved = (start != end).float().mean().item()
     lost = start.clone()
     for _ in range(85):
-        lost -= lr  # what every single step of Adam amounts to
+        lost -= lr  # the size of a single step of Adam
     assert moved > 5 * (start != lost).float().mean().item()
     assert moved > 0.01
 
@@ -281,7 +281,7 @@ def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, sto
 
 
 def test_deepspeed_needs_no_compiler(material, store_path, tmp_path):
-    """With nothing on PATH but Python."""
+    """With only Python on PATH."""
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CC": "", "CXX": ""}
     environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
     words = command(material, tmp_path / "run", "--no-bf16")
@@ -335,7 +335,8 @@ def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_p
 
 
 def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
-    """Whole logits of both models, each sequence alone; the KL acts from the second step on."""
+    """With the logits of both models, each sequence by itself; the KL acts from the second step
+    on."""
     lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
     loader, arrays = make_loader(Store.open(store_path)), contents(store_path)
     network, reference = tiny.network("gemma2"), tiny.network("gemma2")
@@ -392,7 +393,7 @@ def test_a_bfloat16_reference_alongside_the_policy(material, store_path, tmp_pat
 
 
 def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
-    """Held-out pairs every second step; training itself is the same, to the digit."""
+    """Measuring held-out pairs every second step changes nothing in training."""
     lines = run(material, tmp_path / "run", "--no-bf16", "--measure-kl", eval_every=2)
     assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 4, 5]
     assert lines[0]["kl_chosen"] == 0 and lines[-1]["kl_chosen"] > 1e-4
@@ -461,7 +462,7 @@ print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
 
 
 def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
-    """And gathers the same states as a whole one gives, to the bit."""
+    """And its gathered hidden states equal those of an unsharded model, to the bit."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

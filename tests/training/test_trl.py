@@ -19,7 +19,7 @@ from fpocli.training.objective import objective
 
 BETA = 0.3
 
-# TRL still calls names that transformers has renamed.
+# TRL still uses names that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed:FutureWarning")
 
 
@@ -137,7 +137,7 @@ def test_simpo_and_sft_agree_with_trls(material, tmp_path, loss_type):
 
 
 def cpo_row(pair: TokenPair) -> dict:
-    """What TRL's CPO makes of a pair's texts."""
+    """The ids that TRL's CPO makes from a pair's texts."""
     prompt, row = pair.prompt.tolist(), {}
     for side in ("chosen", "rejected"):
         response = getattr(pair, side).tolist()
