@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fpocli import cache
 from fpocli.store.metadata import attributes
 from fpocli.store.reader import Store
-from fpocli.training.run_folder import read_run
 
 SITE = "layer_3.resid_post"
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def baseline(material, store_path, tmp_path_factory) -> Path:
-    """A float32 run, ZeRO 2, one process."""
-    out = tmp_path_factory.mktemp("baseline") / "run"
-    run(material, out, "--no-bf16")
-    return out
 
 
 def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
@@ -157,27 +146,6 @@ def test_packing_and_recomputation_change_nothing(baseline, material, tmp_path):
     same(lines, read(baseline), 2e-5)
 
 
-def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path):
-    """SIGKILL after a checkpoint: the curve and the weights are those of an unbroken run."""
-    out = tmp_path / "run"
-    words = command(material, out, "--no-bf16", save_every=2)
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (out / "final").exists()
-    stale = {"step": 99, "split": "train", "loss": 0}
-    with (out / "metrics.jsonl").open("a") as metrics:
-        metrics.write(json.dumps(stale) + "\n" + '{"step": 3, "spl')
-    same(run(material, out, "--no-bf16", save_every=2), read(baseline), 1e-6)
-    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
 def test_final_is_the_trained_model_in_transformers_format(baseline, store_path):
     """Its scores of the held-out pairs, by plain transformers, are those logged at the end."""
     final = baseline / "final"
@@ -253,20 +221,6 @@ def test_other_starting_weights(material, store_path, tmp_path):
     assert abs(lines[0]["u"]) > 1e-3 and lines[0]["distance_chosen"] > 1e-3
 
 
-def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
-    out = shutil.copytree(baseline, tmp_path / "run")
-    shutil.rmtree(out / "final")
-    done = subprocess.run(
-        command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert (
-        f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
-        in done.stderr
-    )
-    assert done.stderr.count("error: ") == 1, "told once, not by every process"
-
-
 def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, store_path, tmp_path):
     file = tmp_path / "ds.json"
     file.write_text(
@@ -320,88 +274,6 @@ def test_several_sites_inside_recomputed_layers(material, tmp_path):
     assert plain[-1]["distance_rejected"] > 1e-4
 
 
-def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_path, tmp_path):
-    out = tmp_path / "run"
-    run(material, out, "--no-bf16", save_every=2)
-    shutil.rmtree(out / "final")
-    words = command(material, out, "--no-bf16", save_every=2, processes=2)
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "cannot be loaded" in done.stderr
-    assert "as many processes as saved it" in done.stderr
-
-
-# -- methods that need the reference's distribution ------------------------------------------------
-
-
-def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
-    """With the logits of both models, each sequence by itself; the KL acts from the second step
-    on."""
-    lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
-    loader, arrays = make_loader(Store.open(store_path)), contents(store_path)
-    network, reference = tiny.network("gemma2"), tiny.network("gemma2")
-    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
-
-    def naive(pair: int) -> torch.Tensor:
-        start, chosen, rejected, end = arrays["spans"][pair].tolist()
-        sums, divergences = [], []
-        for first, last in ((chosen, rejected), (rejected, end)):
-            sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
-            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
-            own, other = (
-                model(sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
-                for model in (network, reference)
-            )
-            sums.append(own.gather(-1, sequence[0, chosen - start :, None]).sum())
-            divergences.append((other.exp() * (other - own)).sum())
-        of_reference = arrays["ref/logp"][pair]
-        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
-        return -torch.nn.functional.logsigmoid(
-            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
-        )
-
-    for line in lines[1:-1]:
-        loss = torch.stack([naive(int(pair)) for pair in loader.pairs(line["step"] - 1)]).mean()
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
-        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
-        optimizer.step()
-    assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
-
-
-@pytest.mark.parametrize("method", ["tdpo1", "tdpo2", "simpo_kl"])
-def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
-    """ZeRO 3 on two processes shards the reference as it does the policy."""
-    whole = run(material, tmp_path / "whole", "--no-bf16", method=method, zero=2)
-    sharded = run(material, tmp_path / "sharded", "--no-bf16", method=method, zero=3, processes=2)
-    same(sharded, whole, 5e-5)
-    assert whole[0]["kl_chosen"] == whole[0]["kl_rejected"] == whole[0]["delta"] == 0
-    if method != "simpo_kl":
-        assert whole[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert whole[-1]["kl_chosen"] > 1e-4
-
-
-def test_a_bfloat16_reference_alongside_the_policy(material, store_path, tmp_path):
-    settings = {"method": "tdpo1", "model": material / "policy"}
-    one = run(material, tmp_path / "one", **settings)
-    three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
-    assert one[0]["kl_chosen"] > 0.01, "the reference is the store's, not the starting weights"
-    same(three, one, 1e-2)
-
-
-def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
-    """Measuring held-out pairs every second step changes nothing in training."""
-    lines = run(material, tmp_path / "run", "--no-bf16", "--measure-kl", eval_every=2)
-    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 4, 5]
-    assert lines[0]["kl_chosen"] == 0 and lines[-1]["kl_chosen"] > 1e-4
-    train = [line for line in lines if line["split"] == "train"]
-    assert "kl_chosen" not in train[0]
-    same(train, [line for line in read(baseline) if line["split"] == "train"], 1e-6)
-
-
 def test_feature_weights_scale_the_distance(baseline, material, tmp_path):
     file = tmp_path / "weights.yaml"
     file.write_text(f"{SITE}:\n  default: 3.0\n")
@@ -430,106 +302,3 @@ def test_sft_first_then_a_store_of_its_result(material, store_path, tmp_path):
     lines = run(folder, tmp_path / "fpo", "--no-bf16")
     assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-7)
     assert lines[0]["distance_chosen"] < 1e-9
-
-
-SHARDED = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import tiny
-from packed import random_pairs
-from fpocli.model.packing import pack
-from fpocli.config import TrainConfig
-from fpocli.training.engine import deepspeed_config, shard, start_processes
-from fpocli.model.language_model import FrozenReference, Site
-
-rank, world = start_processes(torch.device("cpu"))
-batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
-whole = FrozenReference(tiny.network("gemma2"), [site])
-config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
-# DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
-config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
-for _ in range(3):
-    one, other = whole(batch), engine(batch)
-    assert torch.equal(one.final, other.final)
-    assert torch.equal(one.states[str(site)], other.states[str(site)])
-own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
-held = sum(p.numel() for p in engine.module.parameters())
-total = sum(p.numel() for p in whole.parameters())
-assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
-print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
-"""
-
-
-def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
-    """And its gathered hidden states equal those of an unsharded model, to the bit."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [sys.executable, *launch, str(script), str(Path(__file__).parents[1] / "support")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr
-
-
-# -- crashes ---------------------------------------------------------------------------------------
-
-
-def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, store_path, tmp_path):
-    out = tmp_path / "run"
-    words = command(material, out, "--no-bf16", epochs=50)
-    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file():
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        for flags in ((), ("--overwrite",)):
-            again = command(material, out, "--no-bf16", *flags, epochs=50)
-            done = finish(again)
-            assert done.returncode == 2
-            assert f"another process is writing {out}: process {first.pid}" in done.stderr
-    finally:
-        first.kill()
-        first.wait()
-
-
-def test_the_requested_number_of_checkpoints_is_kept(material, store_path, tmp_path):
-    out = tmp_path / "run"
-    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=2)
-    names = sorted(path.name for path in (out / "checkpoints").glob("*-*"))
-    assert names == ["step-3", "step-4"]
-
-
-def test_an_incomplete_checkpoint_is_not_used(baseline, material, tmp_path):
-    """The one before it is."""
-    out = tmp_path / "run"
-    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
-    shutil.rmtree(out / "final")
-    last = out / "checkpoints/step-4"
-    last.rename(out / "checkpoints/partial-4")
-    lines = run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
-    same(lines, read(baseline), 1e-6)
-    assert not (out / "checkpoints/partial-4").exists()
-
-
-def test_a_run_of_an_earlier_version_is_read_and_resumed(baseline, material, tmp_path):
-    """Version 0.1 called packed_length tokens_per_row, and had fewer settings."""
-    out = tmp_path / "run"
-    run(material, out, "--no-bf16", save_every=2)
-    shutil.rmtree(out / "final")
-    about = json.loads((out / "run.json").read_text())
-    about["tokens_per_row"] = about.pop("packed_length")
-    del about["measure_kl"]
-    (out / "run.json").write_text(json.dumps(about))
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    config["tokens_per_row"] = config.pop("packed_length")
-    (out / "config.yaml").write_text(yaml.safe_dump(config))
-    assert read_run(out)[1].packed_length == 300
-    lines = run(material, out, "--no-bf16", save_every=2)
-    same(lines, read(baseline), 1e-6)
-    about["lr"] = 2e-3
-    (out / "run.json").write_text(json.dumps(about))
-    shutil.rmtree(out / "final")
-    done = finish(command(material, out, "--no-bf16", save_every=2))
-    assert "lr is 0.002 there, 0.001 here" in done.stderr

@@ -1,0 +1,122 @@
+"""Training with the reference in memory: methods that need its distribution, and its sharding."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from runs import read, run, same
+from stores import contents, make_loader
+
+from fpocli.store.reader import Store
+
+
+def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
+    """With the logits of both models, each sequence by itself; the KL acts from the second step
+    on."""
+    lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
+    loader, arrays = make_loader(Store.open(store_path)), contents(store_path)
+    network, reference = tiny.network("gemma2"), tiny.network("gemma2")
+    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
+
+    def naive(pair: int) -> torch.Tensor:
+        start, chosen, rejected, end = arrays["spans"][pair].tolist()
+        sums, divergences = [], []
+        for first, last in ((chosen, rejected), (rejected, end)):
+            sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
+            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
+            own, other = (
+                model(sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
+                for model in (network, reference)
+            )
+            sums.append(own.gather(-1, sequence[0, chosen - start :, None]).sum())
+            divergences.append((other.exp() * (other - own)).sum())
+        of_reference = arrays["ref/logp"][pair]
+        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
+        return -torch.nn.functional.logsigmoid(
+            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
+        )
+
+    for line in lines[1:-1]:
+        loss = torch.stack([naive(int(pair)) for pair in loader.pairs(line["step"] - 1)]).mean()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
+        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
+        optimizer.step()
+    assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
+
+
+@pytest.mark.parametrize("method", ["tdpo1", "tdpo2", "simpo_kl"])
+def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
+    """ZeRO 3 on two processes shards the reference as it does the policy."""
+    whole = run(material, tmp_path / "whole", "--no-bf16", method=method, zero=2)
+    sharded = run(material, tmp_path / "sharded", "--no-bf16", method=method, zero=3, processes=2)
+    same(sharded, whole, 5e-5)
+    assert whole[0]["kl_chosen"] == whole[0]["kl_rejected"] == whole[0]["delta"] == 0
+    if method != "simpo_kl":
+        assert whole[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert whole[-1]["kl_chosen"] > 1e-4
+
+
+def test_a_bfloat16_reference_alongside_the_policy(material, store_path, tmp_path):
+    settings = {"method": "tdpo1", "model": material / "policy"}
+    one = run(material, tmp_path / "one", **settings)
+    three = run(material, tmp_path / "three", zero=3, processes=2, **settings)
+    assert one[0]["kl_chosen"] > 0.01, "the reference is the store's, not the starting weights"
+    same(three, one, 1e-2)
+
+
+def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_path):
+    """Measuring held-out pairs every second step changes nothing in training."""
+    lines = run(material, tmp_path / "run", "--no-bf16", "--measure-kl", eval_every=2)
+    assert [line["step"] for line in lines if line["split"] == "eval"] == [0, 2, 4, 5]
+    assert lines[0]["kl_chosen"] == 0 and lines[-1]["kl_chosen"] > 1e-4
+    train = [line for line in lines if line["split"] == "train"]
+    assert "kl_chosen" not in train[0]
+    same(train, [line for line in read(baseline) if line["split"] == "train"], 1e-6)
+
+
+SHARDED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import tiny
+from packed import random_pairs
+from fpocli.model.packing import pack
+from fpocli.config import TrainConfig
+from fpocli.training.engine import deepspeed_config, shard, start_processes
+from fpocli.model.language_model import FrozenReference, Site
+
+rank, world = start_processes(torch.device("cpu"))
+batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
+whole = FrozenReference(tiny.network("gemma2"), [site])
+config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
+# DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
+config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
+for _ in range(3):
+    one, other = whole(batch), engine(batch)
+    assert torch.equal(one.final, other.final)
+    assert torch.equal(one.states[str(site)], other.states[str(site)])
+own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
+held = sum(p.numel() for p in engine.module.parameters())
+total = sum(p.numel() for p in whole.parameters())
+assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
+print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
+"""
+
+
+def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
+    """And its gathered hidden states equal those of an unsharded model, to the bit."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [sys.executable, *launch, str(script), str(Path(__file__).parents[1] / "support")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr

@@ -1,0 +1,120 @@
+"""Runs that were killed are resumed; another run in the folder is refused."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import torch
+import yaml
+from runs import command, finish, read, run, same
+from safetensors.torch import load_file
+
+from fpocli.training.run_folder import read_run
+
+
+def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path):
+    """SIGKILL after a checkpoint: the curve and the weights are those of an unbroken run."""
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", save_every=2)
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "final").exists()
+    stale = {"step": 99, "split": "train", "loss": 0}
+    with (out / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(stale) + "\n" + '{"step": 3, "spl')
+    same(run(material, out, "--no-bf16", save_every=2), read(baseline), 1e-6)
+    one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
+    out = shutil.copytree(baseline, tmp_path / "run")
+    shutil.rmtree(out / "final")
+    done = subprocess.run(
+        command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert (
+        f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
+        in done.stderr
+    )
+    assert done.stderr.count("error: ") == 1, "told once, not by every process"
+
+
+def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=2)
+    shutil.rmtree(out / "final")
+    words = command(material, out, "--no-bf16", save_every=2, processes=2)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "cannot be loaded" in done.stderr
+    assert "as many processes as saved it" in done.stderr
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", epochs=50)
+    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").is_file():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        for flags in ((), ("--overwrite",)):
+            again = command(material, out, "--no-bf16", *flags, epochs=50)
+            done = finish(again)
+            assert done.returncode == 2
+            assert f"another process is writing {out}: process {first.pid}" in done.stderr
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_the_requested_number_of_checkpoints_is_kept(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=2)
+    names = sorted(path.name for path in (out / "checkpoints").glob("*-*"))
+    assert names == ["step-3", "step-4"]
+
+
+def test_an_incomplete_checkpoint_is_not_used(baseline, material, tmp_path):
+    """The checkpoint before it is used."""
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    shutil.rmtree(out / "final")
+    last = out / "checkpoints/step-4"
+    last.rename(out / "checkpoints/partial-4")
+    lines = run(material, out, "--no-bf16", save_every=1, keep_checkpoints=3)
+    same(lines, read(baseline), 1e-6)
+    assert not (out / "checkpoints/partial-4").exists()
+
+
+def test_a_run_of_an_earlier_version_is_read_and_resumed(baseline, material, tmp_path):
+    """Version 0.1 called packed_length tokens_per_row, and had fewer settings."""
+    out = tmp_path / "run"
+    run(material, out, "--no-bf16", save_every=2)
+    shutil.rmtree(out / "final")
+    about = json.loads((out / "run.json").read_text())
+    about["tokens_per_row"] = about.pop("packed_length")
+    del about["measure_kl"]
+    (out / "run.json").write_text(json.dumps(about))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    config["tokens_per_row"] = config.pop("packed_length")
+    (out / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_run(out)[1].packed_length == 300
+    lines = run(material, out, "--no-bf16", save_every=2)
+    same(lines, read(baseline), 1e-6)
+    about["lr"] = 2e-3
+    (out / "run.json").write_text(json.dumps(about))
+    shutil.rmtree(out / "final")
+    done = finish(command(material, out, "--no-bf16", save_every=2))
+    assert "lr is 0.002 there, 0.001 here" in done.stderr
