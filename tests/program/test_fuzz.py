@@ -42,7 +42,7 @@ from fpocli.model.language_model import load_model
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 
-# Bytes of an input; some are whole files.
+# Hypothesis would print inputs, some of which are whole files.
 pytestmark = pytest.mark.filterwarnings("ignore:Generating overly large repr")
 CPU = torch.device("cpu")
 PAIR = {"prompt": "the cat", "chosen": "sat <eos>", "rejected": "on"}
