@@ -139,9 +139,12 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
     parent = path.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
+    sites = "no features, as no --layer is named: for all methods but fpo"
+    if about["sites"]:
+        sites = f"sites {', '.join(about['sites'])}"
     console.print(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
-        f"{len(tokens.ids):,} tokens; sites {', '.join(about['sites'])}\n"
+        f"{len(tokens.ids):,} tokens; {sites}\n"
         f"{path} will take at most {decimal(size)}; {decimal(free)} are free"
     )
     if size > free:

@@ -23,8 +23,12 @@ class CacheConfig:
         Option(help="Reference model: gemma-2-2b, gemma-2-9b, a hub id or a local folder."),
     ]
     layer: Annotated[
-        list[int], Option(help="Decoder layer of the hook point, from 0. Repeat for several.")
-    ]
+        list[int],
+        Option(
+            help="Decoder layer of the hook point, from 0. Repeat for several. Without one the "
+            "store has no features and serves all methods but fpo."
+        ),
+    ] = field(default_factory=list)
     site: Annotated[
         list[str],
         Option(help="resid_post (the layer's output) or mlp_out. Once, or once for each layer."),
@@ -104,10 +108,10 @@ class CacheConfig:
         check_values(self)
         if self.repair and self.overwrite:
             raise UserError("--repair keeps what --overwrite would delete", "use one of the two")
-        if not self.layer:
-            raise UserError("no layer is named", "name a decoder layer, such as --layer 25")
         if unknown := [kind for kind in self.site if kind not in ("resid_post", "mlp_out")]:
             raise UserError(f"--site {unknown[0]} is unknown", "use resid_post or mlp_out")
+        if not self.layer and (self.sae or self.site != ["resid_post"]):
+            raise UserError("--sae and --site need a --layer", "name one, such as --layer 25")
         if len(self.site) not in (1, len(self.layer)):
             raise UserError(
                 f"--site is used {len(self.site)} times for {len(self.layer)} layers",

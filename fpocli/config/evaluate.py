@@ -38,6 +38,14 @@ class EvalConfig:
         list[str],
         Option(help="Where the SAEs are now, in the store's order. Default: their places then."),
     ] = field(default_factory=list)
+    at: Annotated[
+        list[str],
+        Option(
+            metavar="SITE",
+            help="Hook point at which features are compared, such as layer_25.resid_post. Repeat "
+            "for several. Default: those of the run, else all of the store.",
+        ),
+    ] = field(default_factory=list)
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     k: Annotated[
         int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")

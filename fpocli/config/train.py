@@ -32,6 +32,14 @@ class TrainConfig:
     ] = None  # type: ignore[assignment]
     gamma: Annotated[float, Option(min=0, help="Target margin of simpo and simpo_kl.")] = 0.5
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
+    at: Annotated[
+        list[str],
+        Option(
+            metavar="SITE",
+            help="Hook point at which the constraint acts, such as layer_25.resid_post. Repeat for "
+            "several. Default: all of the store.",
+        ),
+    ] = field(default_factory=list)
     stop_gradient: Annotated[
         bool, Option(help="Let the constraint act on the rejected response only.")
     ] = True
@@ -119,9 +127,14 @@ class TrainConfig:
                 "--measure-kl and --eval-every need held-out pairs, and none are held out",
                 "set --eval-fraction, such as 0.05",
             )
-        if self.feature_weights and self.method != "fpo":
+        without_effect = [
+            flag
+            for flag, value in (("--feature-weights", self.feature_weights), ("--at", self.at))
+            if value and self.method != "fpo"
+        ]
+        if without_effect:
             raise UserError(
-                f"{self.method} compares no features, so --feature-weights would have no effect",
+                f"{self.method} compares no features, so {without_effect[0]} would have no effect",
                 "leave it out, or use --method fpo",
             )
 

@@ -15,10 +15,7 @@ from fpocli.evaluation.summary import summarise
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.report.terminal import show_evaluation
-from fpocli.scoring.loading import (
-    check_k,
-    tokenizer_of,
-)
+from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
 from fpocli.store.reader import Store
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
@@ -50,7 +47,8 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     out = Path(config.out or (run / "eval" if run else "eval"))
     tokenizer = tokenizer_of(store, folder)
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
-    check_k(store, k)
+    sites = sites_of(store, config.at or (trained.at if trained else []))
+    check_k(store, sites, k)
     loader = PairLoader(
         store,
         batch_size=1,
@@ -59,6 +57,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         seed=0,
         rank=0,
         world=1,
+        sites=[str(site) for site in sites],
     )
     split = config.split or ("eval" if loader.held_out_pairs else "all")
     if trained and split != "eval":
@@ -70,7 +69,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         )
     out.mkdir(parents=True, exist_ok=True)
     samples = Samples(config, folder, store, out) if config.generate else None
-    values = measure_pairs(config, store, folder, loader, split, k, device)
+    values = measure_pairs(config, store, folder, loader, sites, split, k, device)
     result: dict[str, Any] = {
         "model": folder.source,
         "method": trained.method if trained else None,

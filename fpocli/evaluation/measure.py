@@ -16,13 +16,13 @@ from fpocli.config import EvalConfig
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.kl_bound import operator_norm, squared_change
 from fpocli.features.pretrained import load_decoder
+from fpocli.features.site import Site
 from fpocli.model.language_model import FrozenReference, LanguageModel, load_model
 from fpocli.scoring.loading import (
     find_reference,
     load_encoders,
     load_reference,
     sae_sources,
-    sites_of,
 )
 from fpocli.scoring.score import PairScores, score
 from fpocli.scoring.startup_check import check_against_transformers
@@ -42,13 +42,13 @@ def measure_pairs(
     store: Store,
     folder: ModelFolder,
     loader: PairLoader,
+    sites: list[Site],
     split: str,
     k: int,
     device: torch.device,
 ) -> Values:
     """All measurements of the N pairs, in the store's order."""
     dtype = getattr(torch, store.meta["model"]["dtype"])
-    sites = sites_of(store)
     original = (
         find_reference(store, config.reference, trust_remote_code=config.trust_remote_code)
         if config.reference
@@ -56,11 +56,11 @@ def measure_pairs(
     )
     policy = load_model(folder, sites, dtype, device).eval()
     check_against_transformers(policy, store.tokens(0))
-    encoders = load_encoders(store, config.sae, policy.config.hidden_size, device)
+    encoders = load_encoders(store, sites, config.sae, policy.config.hidden_size, device)
     reference, norms = None, {}
     if original:
         reference = load_reference(original, sites, dtype, device)
-        norms = _operator_norms(config, store, policy)
+        norms = _operator_norms(config, store, sites, policy)
     parts: list[Values] = []
     with (
         torch.inference_mode(),
@@ -106,12 +106,14 @@ def _changes(scores: PairScores, states: Tensor, encoder: SparseEncoder, site: s
     return torch.stack([squared_change(encoder, *pair) for pair in pairs]).view(-1, 2)
 
 
-def _operator_norms(config: EvalConfig, store: Store, policy: LanguageModel) -> dict[str, float]:
+def _operator_norms(
+    config: EvalConfig, store: Store, sites: list[Site], policy: LanguageModel
+) -> dict[str, float]:
     """M of each site."""
     head = policy.network.get_output_embeddings().weight
     norms = {}
-    with progress("Appendix B's operator norm", len(store.sites)) as bar:
-        for site, source in sae_sources(store, config.sae).items():
+    with progress("Appendix B's operator norm", len(sites)) as bar:
+        for site, source in sae_sources(store, sites, config.sae).items():
             norms[site] = operator_norm(head, load_decoder(source, head.device))
             bar.advance()
     return norms

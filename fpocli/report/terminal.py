@@ -33,6 +33,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
              f"{about['d_sae']:,} features, the largest {about['k']} kept")
             for number, (site, about) in enumerate(shown["sites"].items())
         ),
+        *([] if shown["sites"] else [("sites", "no features: for all methods but fpo")]),
         ("fingerprint", shown["fingerprint"][:16]),
     ):  # fmt: skip
         head.add_row(name, value)

@@ -16,18 +16,33 @@ from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, find_model
 
 
-def sites_of(store: Store) -> list[Site]:
-    """The sites whose features a store has."""
-    return [Site.parse(name) for name in store.sites]
+def sites_of(store: Store, named: list[str]) -> list[Site]:
+    """The sites of a store that a command uses, in the store's order.
+
+    Args:
+        store: the store.
+        named: their names; empty for all.
+
+    Raises:
+        UserError: the store does not have one of them.
+    """
+    for name in named:
+        if name not in store.sites:
+            raise UserError(
+                f"{store.path} has no features at {name}",
+                f"it has {', '.join(store.sites)}" if store.sites else "cache again with --layer",
+            )
+    return [Site.parse(name) for name in store.sites if name in named or not named]
 
 
-def check_k(store: Store, k: int) -> None:
+def check_k(store: Store, sites: list[Site], k: int) -> None:
     """Refuse to compare more features than a store has.
 
     Raises:
         UserError: k is larger than K at a site whose features are not all stored.
     """
-    for site, about in store.sites.items():
+    for site in map(str, sites):
+        about = store.sites[site]
         if k > about["k"] < about["d_sae"]:
             raise UserError(
                 f"--k {k} compares more features than {store.path} has of {site}: {about['k']}",
@@ -142,32 +157,33 @@ def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
     return tokenizer
 
 
-def sae_sources(store: Store, named: list[str]) -> dict[str, str]:
-    """Where the SAE of each site of a store is: as named, in the store's order, or where it was.
+def sae_sources(store: Store, sites: list[Site], named: list[str]) -> dict[str, str]:
+    """Where the SAE of each site is: as named, in the order of the sites, or where it was.
 
     Raises:
         UserError: a local SAE is not found, or too few or too many are named.
     """
+    names = [str(site) for site in sites]
     sources = named or [
-        find_local(store, site, about["sae"]["source"], "--sae")
-        for site, about in store.sites.items()
+        find_local(store, name, store.sites[name]["sae"]["source"], "--sae") for name in names
     ]
-    if len(sources) != len(store.sites):
+    if len(sources) != len(names):
         raise UserError(
-            f"--sae is used {len(sources)} times for the store's {len(store.sites)} sites",
-            f"use --sae once for each of {', '.join(store.sites)}",
+            f"--sae is used {len(sources)} times for {len(names)} sites",
+            f"use --sae once for each of {', '.join(names)}" if names else "leave it out",
         )
-    return dict(zip(store.sites, sources, strict=True))
+    return dict(zip(names, sources, strict=True))
 
 
 def load_encoders(
-    store: Store, named: list[str], width: int, device: torch.device
+    store: Store, sites: list[Site], named: list[str], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
-    """The SAE of each site of a store.
+    """The SAE of each site.
 
     Args:
         store: the store.
-        named: where the SAEs are now, in the store's order; empty is where they were.
+        sites: of the store.
+        named: where the SAEs are now, in the order of the sites; empty is where they were.
         width: d of the model.
         device: where they run.
 
@@ -175,7 +191,7 @@ def load_encoders(
         UserError: one is missing, or is not the one that the store was made with.
     """
     encoders = {}
-    for site, source in sae_sources(store, named).items():
+    for site, source in sae_sources(store, sites, named).items():
         encoder = load_encoder(source, device)
         check_encoder(encoder, source, Site.parse(site), width)
         about = store.sites[site]["sae"]

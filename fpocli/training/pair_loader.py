@@ -8,9 +8,9 @@ Shapes: P pairs of a packed sequence.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -86,6 +86,7 @@ class PairLoader:
         seed: of the order of the pairs.
         rank: of this process.
         world: number of processes.
+        sites: whose features are loaded; None for all.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class PairLoader:
         seed: int,
         rank: int,
         world: int,
+        sites: Collection[str] | None = None,
     ) -> None:
         self.store = store
+        self._sites = store.sites.keys() if sites is None else sites
         self.batch_size, self.packed_length, self.seed = batch_size, packed_length, seed
         self.rank, self.world = rank, world
         self._not_finite = np.array(store.non_finite, np.int64)
@@ -226,7 +229,10 @@ class PairLoader:
 
     def _read_block(self, block: int) -> tuple[TokenPairs, ReferenceValues]:
         tokens = self.store.tokens(block)
-        return tokens, self.store.reference(block, tokens)
+        # The digest covers all sites, so all are read.
+        reference = self.store.reference(block, tokens)
+        features = {site: reference.features[site] for site in self._sites}
+        return tokens, replace(reference, features=features)
 
     def _load(
         self, places: list[tuple[int, int]], weight: float, device: torch.device

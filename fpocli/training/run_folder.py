@@ -141,11 +141,8 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
 
 def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The identity in run.json. A setting that did not exist yet had today's default."""
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(TrainConfig)
-        if field.name in current and field.default is not dataclasses.MISSING
-    }
+    today = dataclasses.asdict(TrainConfig(cache="unused"))
+    defaults = {name: value for name, value in today.items() if name in current}
     return defaults | _renamed(_object(file))
 
 
@@ -187,7 +184,12 @@ def _model_card(settings: TrainConfig, store: Store) -> str:
         if name not in _NOT_IDENTITY and value is not None
     )
     tags = ", ".join(dict.fromkeys(["fpo", "preference-optimization", settings.method]))
-    sites = ", ".join(f"{site} ({about['sae']['source']})" for site, about in store.sites.items())
+    sites = [
+        f"{site} ({about['sae']['source']})"
+        for site, about in store.sites.items()
+        if settings.method == "fpo" and site in (settings.at or store.sites)
+    ]
+    constraint = f"Sites and SAEs: {', '.join(sites)}.\n\n" if sites else ""
     return f"""---
 library_name: transformers
 base_model: {base}
@@ -200,9 +202,7 @@ Trained with fpo (Feature-level Preference Optimization, arXiv 2411.07618) from 
 {store.pairs:,} preference pairs of `{data["source"]}`, against a cached reference
 `{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}).
 
-Sites and SAEs: {sites}.
-
-| setting | value |
+{constraint}| setting | value |
 |---|---|
 {rows}
 """

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fpocli.config import TrainConfig
+from fpocli.features.site import Site
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
 from fpocli.model.language_model import LanguageModel, load_model
@@ -78,6 +79,8 @@ def _train(
 ) -> Path:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
+    needs = METHODS[settings.method].needs
+    sites = sites_of(store, settings.at) if "features" in needs else []
     loader = PairLoader(
         store,
         batch_size=settings.batch_size,
@@ -86,6 +89,7 @@ def _train(
         seed=settings.seed,
         rank=rank,
         world=world,
+        sites=[str(site) for site in sites],
     )
     steps = settings.epochs * loader.steps_per_epoch
     if not steps:
@@ -104,16 +108,20 @@ def _train(
         return run.final
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------
-    needs = METHODS[settings.method].needs
     # Without the whole distribution of the reference, the store is enough.
     with_reference = "distribution" in needs
     model, tokenizer, reference = _load_models(
-        store, settings, deepspeed, device, with_reference=with_reference or settings.measure_kl
+        store,
+        settings,
+        sites,
+        deepspeed,
+        device,
+        with_reference=with_reference or settings.measure_kl,
     )
-    encoders, weights = {}, {}
-    if "features" in needs:
-        encoders = load_encoders(store, settings.sae, model.config.hidden_size, device)
-        weights = {site: omega.to(device) for site, omega in omegas.items()}
+    encoders = {}
+    if sites:
+        encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
+    weights = {site: omega.to(device) for site, omega in omegas.items()}
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
@@ -200,15 +208,17 @@ def check_store_serves(store: Store, settings: TrainConfig) -> None:
         return
     if not store.sites:
         raise UserError(
-            f"{settings.method} needs features, and {store.path} has none",
-            "write the store again with --layer, or train with --method dpo_norm",
+            f"{settings.method} compares features, and {store.path} has none",
+            "cache again with --layer and another --out, or train with --method dpo_norm, which is "
+            "fpo without the constraint",
         )
-    check_k(store, settings.k)
+    check_k(store, sites_of(store, settings.at), settings.k)
 
 
 def _load_models(
     store: Store,
     settings: TrainConfig,
+    sites: list[Site],
     deepspeed: dict[str, Any],
     device: torch.device,
     *,
@@ -223,7 +233,7 @@ def _load_models(
     else:
         folder = find_reference(store, settings.reference, trust_remote_code=trust)
     tokenizer = tokenizer_of(store, folder)
-    model = load_model(folder, sites_of(store), dtype, device)
+    model = load_model(folder, sites, dtype, device)
     check_against_transformers(model, store.tokens(0))
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()

@@ -11,7 +11,7 @@ import torch
 from stores import cache_config, write_pairs
 
 from fpocli import InspectConfig, UserError, cache, inspect
-from fpocli.scoring.loading import find_reference, load_encoders
+from fpocli.scoring.loading import find_reference, load_encoders, sites_of
 from fpocli.store.metadata import attributes, write_root
 from fpocli.store.reader import Store
 
@@ -23,16 +23,16 @@ def test_another_sae_or_another_setting_of_it_is_refused(material, tmp_path, kin
     """Features may differ though parameters are equal, as with another k of a top-k SAE."""
     own = tiny.sae_folder(tmp_path / "own", architecture=kind)
     store = cache(cache_config(material, tmp_path / "ref.zarr", sae=[str(own)], limit=2))
-    load_encoders(store, [], tiny.WIDTH, CPU)
+    load_encoders(store, sites_of(store, []), [], tiny.WIDTH, CPU)
     other = tiny.sae_folder(tmp_path / "other", architecture=kind, seed=1)
     with pytest.raises(UserError, match="is not the one"):
-        load_encoders(store, [str(other)], tiny.WIDTH, CPU)
+        load_encoders(store, sites_of(store, []), [str(other)], tiny.WIDTH, CPU)
     changes = {"apply_b_dec_to_input": False} | ({"k": 5} if kind == "topk" else {})
     about = json.loads((own / "cfg.json").read_text())
     for name, value in changes.items():
         (own / "cfg.json").write_text(json.dumps(about | {name: value}))
         with pytest.raises(UserError, match="is not the one"):
-            load_encoders(store, [], tiny.WIDTH, CPU)
+            load_encoders(store, sites_of(store, []), [], tiny.WIDTH, CPU)
         with pytest.raises(UserError, match=rf"settings\.{name}"):
             cache(cache_config(material, store.path, sae=[str(own)], limit=2))
 
@@ -62,7 +62,7 @@ def read_everything(path):
     """Everything that needs the model, the tokeniser or the SAEs of a store."""
     store = Store.open(path)
     find_reference(store, None)
-    load_encoders(store, [], tiny.WIDTH, CPU)
+    load_encoders(store, sites_of(store, []), [], tiny.WIDTH, CPU)
     return inspect(InspectConfig(store=str(path), pair=0, json=True))
 
 
@@ -86,7 +86,7 @@ def test_a_model_that_is_gone_is_named_as_a_path_with_the_flag(project, tmp_path
         find_reference(store, None)
     assert "--reference" in caught.value.hint
     with pytest.raises(UserError, match="demo/sae") as caught:
-        load_encoders(store, [], tiny.WIDTH, CPU)
+        load_encoders(store, sites_of(store, []), [], tiny.WIDTH, CPU)
     assert "--sae" in caught.value.hint
     with pytest.raises(UserError, match="demo/model") as caught:
         inspect(InspectConfig(store=str(path), pair=0))
