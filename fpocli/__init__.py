@@ -10,6 +10,7 @@ The public API, which the command line uses as well:
     evaluate(EvalConfig)      measures a policy on a store's pairs, returns the content of eval.json
     compare(CompareConfig)    runs a grid of methods, returns a record for each run
     inspect(InspectConfig)    describes a store, returns what it prints
+    saes(SaesConfig)          lists the pre-trained SAEs of a model, returns the list
     Store.open(path)          opens a store for reading
     UserError                 what all of them raise for a mistake; it has a message and a hint
 
@@ -20,7 +21,14 @@ imported before one of the functions is used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fpocli.config import CacheConfig, CompareConfig, EvalConfig, InspectConfig, TrainConfig
+from fpocli.config import (
+    CacheConfig,
+    CompareConfig,
+    EvalConfig,
+    InspectConfig,
+    SaesConfig,
+    TrainConfig,
+)
 from fpocli.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     from fpocli.comparison.compare import compare
     from fpocli.evaluation.evaluate import evaluate
     from fpocli.report.inspect import inspect
+    from fpocli.report.saes import saes
     from fpocli.store.reader import Store
     from fpocli.training.train import train
 
@@ -37,6 +46,7 @@ _MODULES = {
     "evaluate": "fpocli.evaluation.evaluate",
     "compare": "fpocli.comparison.compare",
     "inspect": "fpocli.report.inspect",
+    "saes": "fpocli.report.saes",
     "Store": "fpocli.store.reader",
 }
 
@@ -45,6 +55,7 @@ __all__ = [
     "CompareConfig",
     "EvalConfig",
     "InspectConfig",
+    "SaesConfig",
     "Store",
     "TrainConfig",
     "UserError",
@@ -52,6 +63,7 @@ __all__ = [
     "compare",
     "evaluate",
     "inspect",
+    "saes",
     "train",
 ]
 

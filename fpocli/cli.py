@@ -20,6 +20,7 @@ from fpocli.config import (
     CompareConfig,
     EvalConfig,
     InspectConfig,
+    SaesConfig,
     TrainConfig,
 )
 from fpocli.system.console import console
@@ -174,6 +175,7 @@ _command("train", "train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
 _command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
 _command("compare", "compare", CompareConfig, {})
 _command("inspect", "inspect", InspectConfig, {})
+_command("saes", "saes", SaesConfig, {})
 
 
 @app.callback()

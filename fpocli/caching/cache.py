@@ -10,13 +10,14 @@ import torch
 
 from fpocli.caching.blocks import score_block
 from fpocli.caching.claims import BlockClaims, launch_name
-from fpocli.caching.identity import identify, sae_sources
+from fpocli.caching.identity import identify
 from fpocli.caching.open_store import list_of_dropped, open_or_create
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source, open_source
+from fpocli.features.directory import default_saes
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.pretrained import check_encoder, load_encoder
 from fpocli.features.site import Site
@@ -58,15 +59,18 @@ def cache(config: CacheConfig) -> Store:
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):
         raise UserError("a site is named twice", "name each --layer once, or with another --site")
-    sae_sources(config)
     source = open_source(config.data, config.split, config.limit)
     require_a_pair(source, config.strict)
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    folder = find_model(config.model, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    folder = find_model(config.model, weights=False, trust_remote_code=trust)
     model_config = read_config(folder)
     check_layers(model_config, sites)
+    if sites and not config.sae:
+        config = replace(config, sae=_default_saes(folder, model_config, sites))
+    folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
     if not several:
         StoreWriter.require_replaceable(Path(config.out))
     # A process that removes blocks holds this name before others can join.
@@ -180,13 +184,20 @@ def _packed_length(config: CacheConfig, device: torch.device) -> int:
     return config.packed_length or default_packed_length(device)
 
 
+def _default_saes(folder: ModelFolder, model_config: Any, sites: list[Site]) -> list[str]:
+    with progress("Looking up SAEs", None):
+        found, model = default_saes(folder, model_config, sites)
+    of = "" if model == folder.source else f", the base model whose shape {folder.source} has"
+    say(f"SAE {', '.join(found)}, trained on {model}{of}")
+    return found
+
+
 def _load_encoders(
     config: CacheConfig, sites: list[Site], width: int, device: torch.device
 ) -> dict[str, SparseEncoder]:
-    sources = sae_sources(config)
     encoders = {}
     with progress("Loading SAEs", len(sites)) as bar:
-        for site, source in zip(sites, sources, strict=True):
+        for site, source in zip(sites, config.sae, strict=True):
             encoders[str(site)] = encoder = load_encoder(source, device)
             check_encoder(encoder, source, site, width)
             bar.advance()

@@ -11,16 +11,10 @@ from fpocli.config import MAY_DIFFER, CacheConfig
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source
 from fpocli.features.encoder import SparseEncoder
-from fpocli.features.gemma_scope import default_sae
 from fpocli.model.attention import choose_kernel
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.model_folder import ModelFolder
-
-
-def sae_sources(config: CacheConfig) -> list[str]:
-    """The SAE of each site: the one that is named, or the model's default."""
-    return config.sae or [default_sae(config.model, layer, kind) for layer, kind in config.sites]
 
 
 def identify(
@@ -62,7 +56,7 @@ def local_paths(config: CacheConfig) -> dict[str, dict[str, str]]:
     """
     names = [f"layer_{layer}.{kind}" for layer, kind in config.sites]
     sources = {"model": config.model, "data": config.data}
-    sources |= dict(zip(names, sae_sources(config), strict=True))
+    sources |= dict(zip(names, config.sae, strict=True))
     store = Path(config.out).resolve()
     return {
         name: {"absolute": str(path), "relative": os.path.relpath(path, store)}
@@ -120,7 +114,7 @@ def _describe_sites(
 ) -> dict[str, dict[str, Any]]:
     described = {}
     for (layer, kind), source, (name, encoder) in zip(
-        config.sites, sae_sources(config), encoders.items(), strict=True
+        config.sites, config.sae, encoders.items(), strict=True
     ):
         k = encoder.features if config.top_k == "all" else int(config.top_k)
         described[name] = {

@@ -9,6 +9,7 @@ from fpocli.config.checks import MAY_DIFFER
 from fpocli.config.compare import CompareConfig
 from fpocli.config.evaluate import EvalConfig
 from fpocli.config.inspect import InspectConfig
+from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA
 from fpocli.config.train import PRESETS, Method, TrainConfig
 
@@ -21,5 +22,6 @@ __all__ = [
     "EvalConfig",
     "InspectConfig",
     "Method",
+    "SaesConfig",
     "TrainConfig",
 ]

@@ -36,8 +36,9 @@ class CacheConfig:
     sae: Annotated[
         list[str],
         Option(
-            help="SAE of each layer: a sae-lens release/id, a sae-lens folder, or a Gemma Scope "
-            "params.npz. Default for Gemma-2: Gemma Scope's canonical SAE of width 16k.",
+            help="SAE of each layer: a sae-lens release/id (see fpo saes MODEL), a folder of "
+            "sae-lens or Gemma Scope 2, or a Gemma Scope params.npz. Default for models of the "
+            "shape of Gemma 2 or 3: Gemma Scope's SAE of width 16k.",
         ),
     ] = field(default_factory=list)
     data: Annotated[

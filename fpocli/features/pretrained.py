@@ -1,4 +1,4 @@
-"""Pre-trained SAEs: a sae-lens release, a sae-lens folder or a Gemma Scope file -> an encoder."""
+"""Pre-trained SAEs: a sae-lens release, or a local folder or file -> an encoder."""
 
 import lzma
 import pickle
@@ -15,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fpocli.features.encoder import SparseEncoder, fold_decoder_norm
-from fpocli.features.gemma_scope import check_npz, read_npz
+from fpocli.features.gemma_scope import (
+    check_npz,
+    download_scope_2,
+    is_scope_2,
+    read_npz,
+    read_scope_2,
+)
 from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import read_json
@@ -33,7 +39,8 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
     """Load an SAE.
 
     Args:
-        source: a sae-lens release/id, a sae-lens folder, or a Gemma Scope params.npz.
+        source: a sae-lens release/id, a folder of sae-lens or Gemma Scope 2, or a Gemma Scope
+            params.npz.
         device: where it runs, in float32.
 
     Raises:
@@ -55,7 +62,9 @@ def _load(source: str, device: torch.device) -> Any:
     path = Path(source)
     name = str(device)
     try:
-        if path.is_dir():
+        if path.is_dir() and is_scope_2(path):
+            sae = SAE.load_from_disk(source, device=name, dtype="float32", converter=read_scope_2)
+        elif path.is_dir():
             _check_folder(path)
             sae = SAE.load_from_disk(source, device=name, dtype="float32")
         elif path.suffix == ".npz":
@@ -66,15 +75,20 @@ def _load(source: str, device: torch.device) -> Any:
         else:
             release, sae_id = _split_release(source)
             with hub_errors(f"the SAE {source}"):
-                sae = SAE.from_pretrained(release, sae_id, device=name)
+                if folder := download_scope_2(release, sae_id):
+                    sae = SAE.load_from_disk(
+                        folder, device=name, dtype="float32", converter=read_scope_2
+                    )
+                else:
+                    sae = SAE.from_pretrained(release, sae_id, device=name)
         # Settings that do not fit the parameters, such as a k above m, fail here.
         with torch.no_grad():
             sae.encode(torch.zeros(1, sae.cfg.d_in, device=device))
     except _BROKEN as error:
         raise UserError(
             f"the SAE {source} cannot be loaded: {error}",
-            "give a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors, or a "
-            "Gemma Scope params.npz",
+            "name a sae-lens release/id, a folder with cfg.json and sae_weights.safetensors or "
+            "with config.json and params.safetensors (Gemma Scope 2), or a Gemma Scope params.npz",
         ) from error
     return sae
 

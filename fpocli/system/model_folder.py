@@ -13,7 +13,13 @@ from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
 
-SHORT_NAMES = {"gemma-2-2b": "google/gemma-2-2b", "gemma-2-9b": "google/gemma-2-9b"}
+SHORT_NAMES = {
+    f"gemma-{name}": f"google/gemma-{name}"
+    for name in (
+        "2-2b", "2-2b-it", "2-9b", "2-9b-it", "2-27b", "2-27b-it", "3-270m", "3-270m-it",
+        "3-1b-pt", "3-1b-it", "3-4b-pt", "3-4b-it", "3-12b-pt", "3-12b-it", "3-27b-pt", "3-27b-it",
+    )
+}  # fmt: skip
 # Layers, heads, experts or labels.
 _MOST_PARTS = 10_000
 

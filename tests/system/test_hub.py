@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,16 +11,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from hub_cache import COMMIT, snapshot, write_scope
+from hub_cache import COMMIT, snapshot, write_scope, write_scope_2
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from transformers import AutoModelForCausalLM
 
-from fpocli import CacheConfig, Store, UserError, cache
+from fpocli import CacheConfig, Store, cache
 from fpocli.data.sources import open_source
-from fpocli.features.gemma_scope import default_sae
 from fpocli.model.attention import BY_SEQUENCE
-from fpocli.system.model_folder import SHORT_NAMES
 
 SCOPE = "layer_25/width_16k/average_l0_116"
 PAIRS = [
@@ -190,26 +188,56 @@ def test_defaults_are_the_papers(monkeypatch):
     assert asked[1:] == [("owner/other", "train")]
 
 
-@pytest.mark.parametrize("name", SHORT_NAMES)
-def test_every_default_sae_is_one_that_sae_lens_knows(name):
-    known = get_pretrained_saes_directory()
-    layers = {"gemma-2-2b": 26, "gemma-2-9b": 42}[name]
-    for layer in range(layers):
-        for kind in ("resid_post", "mlp_out"):
-            release, _, sae = default_sae(name, layer, kind).partition("/")
-            assert sae in known[release].saes_map
-            assert known[release].model == name
+def test_a_fine_tuned_folder_gets_the_sae_of_its_base_model(folder):
+    """By its shape: the folder's name says nothing."""
+    tuned = folder / "tuned"
+    base = folder / "hub/models--google--gemma-2-2b/snapshots" / COMMIT
+    shutil.copytree(base, tuned, dirs_exist_ok=True)
+    done = fpo(
+        folder,
+        "cache --model tuned --layer 25 --data pairs.jsonl --dtype float32 --device cpu "
+        "--out tuned.zarr",
+    )
+    assert done.returncode == 0, done.stderr
+    source = "gemma-scope-2b-pt-res-canonical/layer_25/width_16k/canonical"
+    assert f"SAE {source}, trained on google/gemma-2-2b, the base model whose shape" in done.stderr
+    assert Store.open(folder / "tuned.zarr").sites["layer_25.resid_post"]["sae"]["source"] == source
+    done = fpo(folder, "saes tuned --layer 25")
+    assert done.returncode == 0, done.stderr
+    assert "tuned has the shape of google/gemma-2-2b" in done.stderr
+    marked = [line for line in done.stdout.splitlines() if line.rstrip().endswith("default")]
+    assert [line.split()[:4] for line in marked] == [
+        ["layer_25.mlp_out", "16k", "126", source.replace("res", "mlp")],
+        ["layer_25.resid_post", "16k", "116", source],
+    ]
 
 
-def test_default_sae_of_a_site():
-    assert default_sae("gemma-2-9b", 20, "mlp_out") == (
-        "gemma-scope-9b-pt-mlp-canonical/layer_20/width_16k/canonical"
+def test_gemma_3_with_gemma_scope_2(folder):
+    """Its release on the hub, and the same folder by its path."""
+    tiny.model_folder(
+        snapshot(folder / "hub", "google/gemma-3-270m"),
+        "gemma3",
+        hidden_size=640,
+        num_hidden_layers=18,
     )
-    assert default_sae("google/gemma-2-2b", 25, "resid_post") == (
-        "gemma-scope-2b-pt-res-canonical/layer_25/width_16k/canonical"
+    scope = snapshot(folder / "hub", "google/gemma-scope-2-270m-pt")
+    place = scope / "resid_post_all/layer_3_width_16k_l0_big"
+    write_scope_2(place, 640, 16384, "model.layers.3.output", threshold=3)
+    words = "cache --model gemma-3-270m --layer 3 --data pairs.jsonl --dtype float32 --device cpu"
+    done = fpo(folder, f"{words} --out gemma3.zarr")
+    assert done.returncode == 0, done.stderr
+    named, path = Store.open(folder / "gemma3.zarr"), str(place)
+    source = "gemma-scope-2-270m-pt-res-all/layer_3_width_16k_l0_big"
+    assert named.sites["layer_3.resid_post"]["sae"]["source"] == source
+    done = fpo(folder, f"{words} --out path.zarr --sae {path}")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(
+        named.read_array("features/layer_3.resid_post/value"),
+        Store.open(folder / "path.zarr").read_array("features/layer_3.resid_post/value"),
     )
-    with pytest.raises(UserError, match="no SAE is known for llama"):
-        default_sae("llama", 1, "resid_post")
+    done = fpo(folder, f"{words.replace('--layer 3', '--layer 4')} --out p4.zarr --sae {path}")
+    assert done.returncode == 2
+    assert "was trained at model.layers.3" in done.stderr and "use --layer 3" in done.stderr
 
 
 def runs(pair):

@@ -1,0 +1,22 @@
+"""The settings of fpo saes."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from typer import Argument, Option
+
+from fpocli.config.checks import check_values
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaesConfig:
+    """List the pre-trained SAEs that sae-lens knows for a model, as --sae takes them."""
+
+    model: Annotated[str, Argument(help="A hub id, gemma-2-2b, ..., or a local folder.")]
+    layer: Annotated[
+        int | None, Option(min=0, help="Only those of this decoder layer, from 0.")
+    ] = None
+    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)

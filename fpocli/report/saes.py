@@ -1,0 +1,74 @@
+"""fpo saes: the pre-trained SAEs of a model, from sae-lens's list. Nothing is downloaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fpocli.config import SaesConfig
+from fpocli.features.directory import base_model, known_saes, preferred_saes
+from fpocli.model.network import read_config
+from fpocli.system.console import console, progress
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import SHORT_NAMES, find_model
+
+
+def saes(config: SaesConfig) -> list[dict[str, Any]]:
+    """Print the SAEs of a model, and return them.
+
+    Args:
+        config: the model, and the layer if only one is of interest.
+
+    Returns:
+        by SAE: the model it was trained on, site, width, l0, id, and whether it is the default.
+
+    Raises:
+        UserError: sae-lens has none for this model or layer.
+    """
+    model: str | None = SHORT_NAMES.get(config.model, config.model)
+    local = Path(config.model).is_dir()
+    with progress("Reading sae-lens's list of SAEs", None):
+        if local:
+            folder = find_model(config.model, weights=False)
+            model = base_model(folder, read_config(folder))
+        known = known_saes(model) if model else []
+        defaults = set(preferred_saes(model).values()) if model else set()
+    if not known:
+        raise UserError(
+            f"sae-lens knows no SAE of {config.model}",
+            "`fpo cache --sae` takes any SAE that sae-lens can load; a fine-tuned model can use "
+            "those of its base model",
+        )
+    found = [sae for sae in known if config.layer in (None, sae.site.layer)]
+    if not found:
+        layers = dict.fromkeys(str(sae.site.layer) for sae in known)
+        raise UserError(
+            f"sae-lens knows no SAE of {config.model} at layer {config.layer}",
+            f"the layers it knows are {', '.join(layers)}",
+        )
+    rows = [
+        {
+            "model": model,
+            "site": str(sae.site),
+            "width": sae.width,
+            "l0": sae.l0,
+            "id": sae.source,
+            "default": sae.source in defaults,
+        }
+        for sae in found
+    ]
+    if config.json:
+        print(json.dumps(rows, indent=2))
+        return rows
+    if local:
+        console.print(f"{config.model} has the shape of {model}, on which these were trained")
+    table = Table("site", "width", "l0", "--sae", "", box=None, header_style="")
+    for sae, row in zip(found, rows, strict=True):
+        l0 = "-" if sae.l0 is None else f"{sae.l0:g}"
+        default = "default" if row["default"] else ""
+        table.add_row(str(sae.site), sae.width or "-", l0, sae.source, default)
+    # Wide enough for every id, which are there to be copied.
+    Console(highlight=False, markup=False, width=1000).print(table)
+    return rows
