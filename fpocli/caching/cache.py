@@ -62,8 +62,6 @@ def cache(config: CacheConfig) -> Store:
     source = open_source(config.data, config.split, config.limit)
     require_a_pair(source, config.strict)
     device = choose_device(config.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     trust = config.trust_remote_code
     folder = find_model(config.model, weights=False, trust_remote_code=trust)
     model_config = read_config(folder)

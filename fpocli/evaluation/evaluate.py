@@ -1,14 +1,13 @@
 """fpo eval: measure a policy on the pairs of a store, sample from it, write the results."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fpocli.config import EvalConfig, TrainConfig
-from fpocli.evaluation.measure import measure_pairs, write_pairs
+from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_pairs
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
@@ -17,10 +16,11 @@ from fpocli.model.packing import default_packed_length
 from fpocli.report.terminal import show_evaluation
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
 from fpocli.store.reader import Store
-from fpocli.system.console import console
+from fpocli.system.console import console, say
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder, find_model
+from fpocli.system.ranks import Ranks, connected_ranks
 from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import read_run
 
@@ -37,8 +37,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     Raises:
         UserError: the model, store, reference or prompts cannot be used.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError("fpo eval runs in one process", "run it without torchrun")
+    with connected_ranks() as ranks:
+        return _evaluate(config, ranks)
+
+
+def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
+    """The stage itself: every rank measures and samples its share, rank 0 writes the results."""
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
@@ -55,41 +59,67 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         packed_length=config.packed_length or default_packed_length(device),
         eval_fraction=trained.eval_fraction if trained else config.eval_fraction,
         seed=0,
-        rank=0,
-        world=1,
+        rank=ranks.rank,
+        world=ranks.world,
         sites=[str(site) for site in sites],
     )
     split = config.split or ("eval" if loader.held_out_pairs else "all")
     if trained and split != "eval":
-        console.print(f"note: {config.model} may have been trained on pairs of the split {split}")
+        say(f"note: {config.model} may have been trained on pairs of the split {split}")
     if not loader.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
             "choose another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
-    samples = Samples(config, folder, store, out) if config.generate else None
-    values = measure_pairs(config, store, folder, loader, sites, split, k, device)
-    result: dict[str, Any] = {
+    samples = Samples(config, folder, store, out, ranks) if config.generate else None
+    parts = ranks.gather(measure_pairs(config, store, folder, loader, sites, split, k, device))
+    sampled = []
+    if samples:
+        sampled = generate(config, samples, folder, tokenizer, store, device)
+    result = None
+    if ranks.rank == 0:
+        values = in_order(parts)
+        result = _describe(config, store, folder, trained, split, values, sampled)
+        _write(result, values, out)
+        _print(result, config)
+    return ranks.of_first(result)
+
+
+def _describe(
+    config: EvalConfig,
+    store: Store,
+    folder: ModelFolder,
+    trained: TrainConfig | None,
+    split: str,
+    values: Values,
+    sampled: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of eval.json."""
+    result = {
         "model": folder.source,
         "method": trained.method if trained else None,
         "store": {"path": str(store.path), "fingerprint": store.meta["fingerprint"]},
         "split": split,
         **summarise(values),
     }
-    write_pairs(out / "pairs.jsonl", values)
-    if samples:
-        result["generation"] = generate(config, samples, folder, tokenizer, store, device)
-    replace_text(out / "eval.json", json.dumps(result, indent=2))
+    return result | ({"generation": sampled} if config.generate else {})
+
+
+def _write(result: dict[str, Any], values: Values, out: Path) -> None:
     from fpocli.evaluation.charts import draw_evaluation
 
+    write_pairs(out / "pairs.jsonl", values)
+    replace_text(out / "eval.json", json.dumps(result, indent=2))
     draw_evaluation(values, out)
     console.print(f"the results are in {out}")
+
+
+def _print(result: dict[str, Any], config: EvalConfig) -> None:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
         show_evaluation(result, Console(highlight=False, markup=False, soft_wrap=True))
-    return result
 
 
 def find_policy(
@@ -132,6 +162,3 @@ def run_folder(model: str) -> Path | None:
         if (folder / "run.json").is_file():
             return folder
     return None
-
-
-# -- per pair --------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ def measure_pairs(
     split: str,
     k: int,
     device: torch.device,
-) -> Values:
-    """All measurements of the N pairs, in the store's order."""
+) -> list[Values]:
+    """All measurements of this rank's pairs, in parts; `in_order` puts those of all together."""
     dtype = getattr(torch, store.meta["model"]["dtype"])
     original = (
         find_reference(store, config.reference, trust_remote_code=config.trust_remote_code)
@@ -64,16 +64,24 @@ def measure_pairs(
     parts: list[Values] = []
     with (
         torch.inference_mode(),
-        progress("Scoring pairs", loader.split_size(split)) as bar,
+        progress("Scoring pairs", loader.split_size(split) // loader.world) as bar,
     ):
         for micro in loader.evaluation(device, split):
-            parts.append(_measure_row(policy, reference, encoders, micro, k, norms))
+            # A rank without work gets a pair of weight 0, for collectives that there are none of.
+            if micro.weights.any():
+                parts.append(_measure(policy, reference, encoders, micro, k, norms))
             bar.advance(len(micro.pairs))
+    return parts
+
+
+def in_order(ranks: list[list[Values]]) -> Values:
+    """The measurements of all ranks, in the store's order."""
+    parts = [part for rank in ranks for part in rank]
     order = np.argsort(np.concatenate([part["pair"] for part in parts]))
     return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
 
 
-def _measure_row(
+def _measure(
     policy: LanguageModel,
     reference: FrozenReference | None,
     encoders: dict[str, SparseEncoder],

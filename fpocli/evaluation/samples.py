@@ -1,8 +1,11 @@
-"""samples.jsonl: the sampled answers, saved batch by batch so that sampling can be resumed."""
+"""samples.jsonl: the sampled answers, saved batch by batch so that sampling can be resumed.
+
+Every rank but the first writes to a file of its own, such as samples.1.jsonl. Rank 0 merges them
+at the start, so that any number of ranks may resume, and at the end.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
+from fpocli.system.ranks import Ranks
 
 # Settings that decide an answer.
 _IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
@@ -25,15 +29,25 @@ class Samples:
         folder: the policy.
         store: whose template is used.
         out: where the file is.
+        ranks: the processes that sample.
 
     Raises:
         UserError: the prompts cannot be read, or `out` holds samples of other settings.
     """
 
-    def __init__(self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path) -> None:
+    def __init__(
+        self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path, ranks: Ranks
+    ) -> None:
         self.config, self.prompts = config, read_prompts(str(config.generate))
-        self.file = out / "samples.jsonl"
-        about = out / "samples.json"
+        self.file, self.ranks = out / "samples.jsonl", ranks
+        self._own = out / f"samples.{ranks.rank}.jsonl" if ranks.rank else self.file
+        ranks.on_first(lambda: self._open(folder, store))
+        self.done: dict[float, dict[int, dict[str, Any]]] = {t: {} for t in config.temperature}
+        self._read()
+
+    def _open(self, folder: ModelFolder, store: Store) -> None:
+        """Resume what was sampled with these settings, or start over."""
+        config, about = self.config, self.file.with_name("samples.json")
         text = json.dumps([prompt.row for prompt in self.prompts], sort_keys=True)
         identity = {name: getattr(config, name) for name in _IDENTITY} | {
             "prompts": hashlib.sha256(text.encode()).hexdigest(),
@@ -53,42 +67,63 @@ class Samples:
                     "choose another --out, or --overwrite",
                 )
         else:
+            for file in self._parts():
+                file.unlink()
             replace_text(self.file, "")
             replace_text(about, json.dumps(identity, indent=1))
-        self.done: dict[float, dict[int, dict[str, Any]]] = {t: {} for t in config.temperature}
-        self._read()
+        self._merge()
 
-    def missing(self) -> Iterator[tuple[float, int]]:
-        """Temperature and first prompt of every batch that is missing."""
-        for temperature in self.config.temperature:
-            for first in range(0, len(self.prompts), self.config.batch_size):
-                if first not in self.done[temperature]:
-                    yield temperature, first
+    def missing(self) -> list[tuple[float, int]]:
+        """Temperature and first prompt of this rank's share of the batches that are missing."""
+        batches = [
+            (temperature, first)
+            for temperature in self.config.temperature
+            for first in range(0, len(self.prompts), self.config.batch_size)
+            if first not in self.done[temperature]
+        ]
+        return batches[self.ranks.rank :: self.ranks.world]
 
     def add(self, temperature: float, first: int, rows: list[dict[str, Any]]) -> None:
         """Append the answers of a batch."""
-        lines = []
-        for number, row in enumerate(rows, first):
-            self.done[temperature][number] = row
-            lines.append(json.dumps({"prompt": number, "temperature": temperature, **row}) + "\n")
-        with self.file.open("a", encoding="utf-8") as file:
+        lines = [
+            json.dumps({"prompt": number, "temperature": temperature, **row}) + "\n"
+            for number, row in enumerate(rows, first)
+        ]
+        with self._own.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def _read(self) -> None:
-        """Read complete batches, and discard those that a crash interrupted."""
-        kept: dict[tuple[float, int], list[str]] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            first = row["prompt"] - row["prompt"] % self.config.batch_size
-            kept.setdefault((row["temperature"], first), []).append(line)
-        whole = []
-        for (temperature, first), lines in kept.items():
-            if len(lines) == min(self.config.batch_size, len(self.prompts) - first):
-                whole += lines
-                for line in lines:
+    def finish(self) -> None:
+        """Read the answers of all ranks, after the last one has added its own."""
+        self.ranks.gather(None)
+        self.ranks.on_first(self._merge)
+        self._read()
+
+    def _parts(self) -> list[Path]:
+        """The files of the other ranks."""
+        return sorted(self.file.parent.glob("samples.*.jsonl"))
+
+    def _merge(self) -> None:
+        """Bring complete batches into one file, and discard those that a crash interrupted."""
+        kept: dict[tuple[float, int], dict[int, str]] = {}
+        for file in (self.file, *self._parts()):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
                     row = json.loads(line)
-                    self.done[temperature][row.pop("prompt")] = row
+                except ValueError:
+                    continue
+                first = row["prompt"] - row["prompt"] % self.config.batch_size
+                kept.setdefault((row["temperature"], first), {})[row["prompt"]] = line
+        whole = [
+            line
+            for (_, first), lines in kept.items()
+            if len(lines) == min(self.config.batch_size, len(self.prompts) - first)
+            for line in lines.values()
+        ]
         replace_text(self.file, "".join(line + "\n" for line in whole))
+        for file in self._parts():
+            file.unlink()
+
+    def _read(self) -> None:
+        for line in self.file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            self.done[row["temperature"]][row.pop("prompt")] = row

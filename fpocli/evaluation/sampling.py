@@ -29,7 +29,7 @@ from fpocli.system.model_folder import ModelFolder
 
 def generate(
     config: EvalConfig,
-    samples: "Samples",
+    samples: Samples,
     folder: ModelFolder,
     tokenizer: Any,
     store: Store,
@@ -49,19 +49,21 @@ def generate(
         by temperature: number of responses, mean tokens, share that ended, entropy, distinct-n.
     """
     prompts = samples.prompts
-    if todo := list(samples.missing()):
+    if todo := samples.missing():
         sampler = Sampler(folder, tokenizer, store, config, device)
-        with progress("Sampling answers", len(config.temperature) * len(prompts)) as bar:
-            bar.advance(sum(len(done) for done in samples.done.values()))
+        share = sum(len(prompts[first : first + config.batch_size]) for _, first in todo)
+        with progress("Sampling answers", share) as bar:
             for temperature, first in todo:
                 batch = prompts[first : first + config.batch_size]
                 samples.add(temperature, first, sampler.answer(batch, temperature, first))
                 bar.advance(len(batch))
+    samples.finish()
     results = []
     for temperature in config.temperature:
         rows = [samples.done[temperature][number] for number in range(len(prompts))]
         name = f"{_name(config.model)}-t{temperature:g}"
-        write_answers(prompts, rows, name, samples.file.parent)
+        if samples.ranks.rank == 0:
+            write_answers(prompts, rows, name, samples.file.parent)
         results.append({"temperature": temperature, **diversity(rows)})
     return results
 

@@ -1,6 +1,7 @@
 """Loads transformers' configuration and model of a folder; no parameter is left to chance."""
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -114,9 +115,12 @@ def _check_size(folder: ModelFolder, config: Any) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The torch device of a name; None is the GPU if there is one, else the CPU."""
+    """The torch device of a name; None is the GPU if there is one, else the CPU. Of several GPUs
+    it is the one of this process, unless the name has an index."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device {name} cannot be used: {error}", "try --device cpu") from error

@@ -1,8 +1,16 @@
-"""The processes of one run: which of them speaks for all."""
+"""The processes of one launch: which of them speaks for all, and what they exchange."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 from fpocli.system.errors import UserError
+
+# Ranks that are done wait for the slowest one, and a lost one is noticed by its heartbeats.
+_PATIENCE = timedelta(days=30)
 
 
 def is_first_rank() -> bool:
@@ -13,3 +21,73 @@ def is_first_rank() -> bool:
 def same_on_all_ranks(error: UserError) -> BaseException:
     """What to raise where every rank meets the same error: rank 0 reports it, the others exit."""
     return error if is_first_rank() else SystemExit(2)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The connected processes of one launch, or a process on its own.
+
+    Args:
+        rank: of this process.
+        world: number of processes.
+        group: torch's process group; None is the default one.
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    def on_first(self, work: Callable[[], Any]) -> None:
+        """Do something on rank 0, while the others wait; if it fails, all ranks raise."""
+        failure: list[UserError | None] = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except UserError as error:
+                failure = [error]
+        failure = [self.of_first(failure[0])]
+        if failure[0] is not None:
+            raise same_on_all_ranks(failure[0])
+
+    def of_first(self, value: Any) -> Any:
+        """The value of rank 0, on all ranks."""
+        if self.world == 1:
+            return value
+        import torch
+
+        values = [value]
+        torch.distributed.broadcast_object_list(values, group=self.group)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks in their order, on rank 0; an empty list on the others."""
+        if self.world == 1:
+            return [value]
+        import torch
+
+        values: list[Any] = [None] * self.world if self.rank == 0 else []
+        torch.distributed.gather_object(value, values or None, group=self.group)
+        return values
+
+
+@contextmanager
+def connected_ranks() -> Iterator[Ranks]:
+    """Connect the processes of a launch on their CPUs, for results that are gathered at the end.
+
+    Without a launcher, or with one process, nothing is started.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks()
+        return
+    import torch
+
+    from fpocli.system.heartbeat import heartbeat
+
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    rank = torch.distributed.get_rank()
+    group = torch.distributed.new_group(backend="gloo", timeout=_PATIENCE)
+    with heartbeat(rank, world):
+        yield Ranks(rank, world, group)
+        torch.distributed.barrier(group)

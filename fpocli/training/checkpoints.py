@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fpocli.system.errors import UserError, report_write_errors
-from fpocli.training.heartbeat import is_of_a_lost_process
+from fpocli.system.heartbeat import is_of_a_lost_process
 
 _STEP = "fpo_step"
 

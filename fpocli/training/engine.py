@@ -40,7 +40,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         os.environ.update(alone)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     # DeepSpeed prints to stdout, which is reserved for data.
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed

@@ -18,7 +18,7 @@ from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
 from fpocli.system.json_yaml import read_json, read_yaml
 from fpocli.system.lock import WriterLock
-from fpocli.system.ranks import is_first_rank, same_on_all_ranks
+from fpocli.system.ranks import Ranks, is_first_rank
 from fpocli.training.checkpoints import newest_checkpoint
 
 
@@ -35,16 +35,8 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
 
 
 def _on_first_rank(work: Callable[[], Any]) -> None:
-    """Do something on rank 0; if it fails, all ranks raise."""
-    failure: list[UserError | None] = [None]
-    if is_first_rank():
-        try:
-            work()
-        except UserError as error:
-            failure = [error]
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise same_on_all_ranks(failure[0])
+    distributed = torch.distributed
+    Ranks(distributed.get_rank(), distributed.get_world_size()).on_first(work)
 
 
 class RunFolder:

@@ -29,6 +29,7 @@ from fpocli.store.reader import Store
 from fpocli.system.console import console, progress, say
 from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
+from fpocli.system.heartbeat import heartbeat
 from fpocli.system.model_folder import find_model
 from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
 from fpocli.training.engine import (
@@ -41,7 +42,6 @@ from fpocli.training.engine import (
     take_step,
 )
 from fpocli.training.first_step import check_dtype_and_kernel, check_policy_is_reference
-from fpocli.training.heartbeat import heartbeat
 from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
 from fpocli.training.means import Means
@@ -68,8 +68,6 @@ def train(settings: TrainConfig) -> Path:
     check_store_serves(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())
     with heartbeat(rank, world), locked_run_folder(Path(settings.out)):
         return _train(settings, store, device, rank, world)
 

@@ -154,7 +154,7 @@ def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path,
 
 PAUSED = """
 import sys, time
-from fpocli.training import heartbeat
+from fpocli.system import heartbeat
 from fpocli.training import train as training
 from fpocli.__main__ import main
 
