@@ -68,7 +68,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     from fpocli.store.writer import StoreWriter
     from fpocli.system.console import progress
     from fpocli.system.model_folder import find_model
-    from fpocli.training.train import peak_memory
+    from fpocli.training.memory import peak_memory
 
     device = choose_device(None)
     store = Store.open(arguments.store)
@@ -102,7 +102,7 @@ def bare(arguments: argparse.Namespace, line: Any) -> None:
     from fpocli.model.packing import default_packed_length, pack, plan_packing
     from fpocli.store.reader import Store
     from fpocli.system.model_folder import find_model
-    from fpocli.training.train import peak_memory
+    from fpocli.training.memory import peak_memory
 
     device = choose_device(None)
     store = Store.open(arguments.store)
@@ -131,7 +131,7 @@ def trl(arguments: argparse.Namespace, line: Any) -> None:
 
     from fpocli.model.network import choose_device
     from fpocli.store.reader import Store
-    from fpocli.training.train import peak_memory
+    from fpocli.training.memory import peak_memory
 
     store = Store.open(arguments.store)
     rows = peers.rows_of(store, list(range(store.pairs)))

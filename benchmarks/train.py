@@ -85,9 +85,9 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
         take_step,
     )
     from fpocli.training.losses import METHODS
+    from fpocli.training.memory import peak_memory
     from fpocli.training.objective import objective
     from fpocli.training.pair_loader import PairLoader
-    from fpocli.training.train import peak_memory
 
     device = choose_device(None)
     start_processes(device)
@@ -128,8 +128,8 @@ def theirs(arguments: argparse.Namespace, line: Any) -> None:
 
     from fpocli.model.network import choose_device
     from fpocli.store.reader import Store
+    from fpocli.training.memory import peak_memory
     from fpocli.training.pair_loader import PairLoader
-    from fpocli.training.train import peak_memory
 
     class Turns(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:

@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained here with
 sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then four
-commands of fpo run as a user would type them. With --prepare only the model and the SAE are made.
+commands of fpo run as a user would type them. With --prepare only the model and the SAE are made,
+with --prepare-sites also SAEs of two other layers, demo/sae-8 and demo/sae-16.
 """
 
 import json
@@ -27,6 +28,7 @@ MODEL, SAE, STORE, RUN = (
     WORK / name for name in ("SmolLM2-135M-Instruct", "sae", "ref.zarr", "run")
 )
 LAYER, FEATURES, ACTIVE = 24, 2048, 32
+OTHER_LAYERS = (8, 16)
 SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
 
 # Set before DeepSpeed looks for a GPU and warns.
@@ -41,9 +43,13 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     if not MODEL.is_dir():
         convert_model()
-    if not SAE.is_dir():
-        train_sae(collect_activations())
-    if sys.argv[1:] == ["--prepare"]:
+    wanted = {LAYER: SAE}
+    if sys.argv[1:] == ["--prepare-sites"]:
+        wanted |= {layer: WORK / f"sae-{layer}" for layer in OTHER_LAYERS}
+    for layer, folder in wanted.items():
+        if not folder.is_dir():
+            train_sae(collect_activations(layer), layer, folder)
+    if sys.argv[1:]:
         return
     fpo(
         f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 50 --block 25 "
@@ -85,15 +91,15 @@ def convert_model() -> None:
         tokenizer.save_pretrained(MODEL)
 
 
-def collect_activations() -> torch.Tensor:
-    """The residual stream after LAYER on texts of the pairs: [positions, width]."""
+def collect_activations(layer: int) -> torch.Tensor:
+    """The residual stream after a layer on texts of the pairs: [positions, width]."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModel.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
     rows = [json.loads(line) for line in islice(PAIRS.open(), SAE_TEXTS)]
     activations: list[torch.Tensor] = []
-    hook = model.layers[LAYER].register_forward_hook(
+    hook = model.layers[layer].register_forward_hook(
         # The first position is an outlier in every text; SAEs leave it out.
         lambda module, inputs, output: activations.append(output[0, 1:].float())
     )
@@ -109,8 +115,8 @@ def collect_activations() -> torch.Tensor:
     return torch.cat(activations)
 
 
-def train_sae(activations: torch.Tensor) -> None:
-    """A top-k SAE of sae-lens, trained on the activations and saved to SAE."""
+def train_sae(activations: torch.Tensor, layer: int, folder: Path) -> None:
+    """A top-k SAE of sae-lens, trained on the activations and saved to a folder."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -125,7 +131,7 @@ def train_sae(activations: torch.Tensor) -> None:
         k=ACTIVE,
         normalize_activations="expected_average_only_in",
     )
-    config.metadata.hook_name = f"model.layers.{LAYER}"
+    config.metadata.hook_name = f"model.layers.{layer}"
     config.metadata.model_name = MODEL.name
     settings = SAETrainerConfig(
         total_training_samples=SAE_STEPS * SAE_BATCH,
@@ -138,8 +144,8 @@ def train_sae(activations: torch.Tensor) -> None:
     sae = SAETrainer(settings, TopKTrainingSAE(config), batches()).fit()
     with torch.no_grad():
         left = (sae(activations) - activations).var(0).sum() / activations.var(0).sum()
-    out.print(f"The SAE explains {1 - left:.0%} of the variance of layer {LAYER}.")
-    sae.save_inference_model(SAE)
+    out.print(f"The SAE explains {1 - left:.0%} of the variance of layer {layer}.")
+    sae.save_inference_model(folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """fpo compare: cache, train and evaluate a grid of runs, and write the paper's tables."""
 
-import hashlib
 import json
 import subprocess
 from pathlib import Path
@@ -8,14 +7,21 @@ from typing import Any
 
 import yaml
 
-from fpocli.comparison.grid import Grid, Step, read_grid
-from fpocli.comparison.tables import REPORTS, collect, write_reports
-from fpocli.config import CompareConfig
-from fpocli.store.reader import Store
+from fpocli.comparison.estimate import estimate_costs
+from fpocli.comparison.grid import Grid, read_grid
+from fpocli.comparison.judge_script import write_judge_script
+from fpocli.comparison.records import collect
+from fpocli.comparison.steps import Step
+from fpocli.comparison.tables import REPORTS, write_reports
+from fpocli.config import JUDGES, CompareConfig
+from fpocli.evaluation.prompts import find_prompts
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
 from fpocli.system.signals import run_if_stopped
+
+# Endings of local files.
+_LOCAL = (".json", ".jsonl", ".parquet", ".csv", ".gz", ".zst", ".npz")
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -27,78 +33,89 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         config: the settings.
 
     Returns:
-        one record for each run, as in results.json.
+        one record for each run, as in results.json; with --plan for each command.
 
     Raises:
         UserError: the file is invalid, a file it names is missing, or a command failed.
     """
     grid = read_grid(config.config_file, REPORTS)
-    steps = [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
+    _require_files(grid)
     if config.plan:
-        for step in steps:
-            print(f"{'done' if _done(grid, step) else 'to do'}  {step.name}")
-        _require_files(config.config_file, steps)
-        return []
-    _require_files(config.config_file, steps)
+        return _print_plan(grid)
     grid.out.mkdir(parents=True, exist_ok=True)
-    for number, step in enumerate(steps, 1):
+    for number, step in enumerate(grid.steps, 1):
         if not _done(grid, step):
-            console.print(f"\n[{number} of {len(steps)}] {step.name}")
+            console.print(f"\n[{number} of {len(grid.steps)}] {step.name}")
             _run(grid, step)
-    rows = collect(grid.runs)
+    rows = collect(grid)
     replace_text(grid.out / "results.json", json.dumps(rows, indent=1))
+    if script := write_judge_script(grid):
+        console.print(f"the judges' commands are in {script}; then run this command again")
     write_reports(grid, rows)
     console.print(f"tables and figures are in {grid.out}")
     return rows
 
 
-def _require_files(config_file: str, steps: list[Step]) -> None:
+def _require_files(grid: Grid) -> None:
     """Refuse a grid that names files which do not exist, before anything runs.
 
     Raises:
         UserError: it names the file.
     """
-    for step in steps:
+    for step in grid.steps:
         for name, file in step.files.items():
             if not file.is_file():
-                hint = f"put it there, or remove `{name}` from {config_file}"
-                if file.name == "alpaca_eval.json":
-                    hint = (
-                        "download alpaca_eval.json from the hub's data set tatsu-lab/alpaca_eval, "
-                        f"or remove `{name}` from {config_file}, and with it the entropy column"
-                    )
-                raise UserError(f"{file}, which {config_file} names, does not exist", hint)
+                raise UserError(
+                    f"{file}, which {grid.file} names, does not exist",
+                    f"put it there, or remove `{name}` from {grid.file}",
+                )
+        named = [step.settings.get(name) for name in ("model", "data", "reference")]
+        for name in [*named, *(step.settings.get("sae") or [])]:
+            path = Path(str(name))
+            # Other names may be those of the hub or of sae-lens.
+            local = str(name).startswith(("/", "./", "../")) or path.suffix in _LOCAL
+            is_result = any(path in other.result.parents for other in grid.steps)
+            if name and local and not is_result and not path.exists():
+                raise UserError(
+                    f"{name}, which {grid.file} names, does not exist", "correct the path"
+                )
+
+
+def _print_plan(grid: Grid) -> list[dict[str, Any]]:
+    """Print every command, whether it is done, and what it is expected to take."""
+    plan = []
+    for step, cost in estimate_costs(grid):
+        state = "done" if _done(grid, step) else "to do"
+        print(f"{state:6} {cost.hours_text():>9} {cost.size_text():>9}  {step.name}")
+        plan.append({"name": step.name, "state": state, "hours": cost.hours, "bytes": cost.bytes})
+    for name in sorted({name for step in grid.steps for name in step.settings.get("generate", [])}):
+        if name in JUDGES:
+            print(f"{_where(name)}  the questions of {name}")
+    return plan
+
+
+def _where(judge: str) -> str:
+    try:
+        find_prompts(judge, download=False)
+    except UserError:
+        return "to be downloaded"
+    return "on this machine"
 
 
 def _done(grid: Grid, step: Step) -> bool:
     """Whether a step's result exists and was made from its current inputs."""
     mark = _mark(grid, step)
-    return step.result.is_file() and mark.is_file() and mark.read_text() == _inputs(step)
-
-
-def _inputs(step: Step) -> str:
-    """sha256 of everything a step's result depends on: settings, files, and the step before."""
-    digest = hashlib.sha256(json.dumps(step.settings, sort_keys=True).encode())
-    for file in step.files.values():
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    if step.after:
-        digest.update(_inputs(step.after).encode())
-        return digest.hexdigest()
-    # All later steps depend on the store, which the user may have made again.
-    store = Path(step.settings.get("cache") or step.settings["out"])
-    if (store / "zarr.json").is_file():
-        digest.update(Store.open(store).meta["fingerprint"].encode())
-    return digest.hexdigest()
+    return step.result.is_file() and mark.is_file() and mark.read_text() == step.inputs()
 
 
 def _run(grid: Grid, step: Step) -> None:
     mark = _mark(grid, step)
-    mark.parent.mkdir(exist_ok=True)
+    mark.parent.mkdir(parents=True, exist_ok=True)
     mark.unlink(missing_ok=True)
     file = mark.with_suffix(".yaml")
     replace_text(file, yaml.safe_dump(step.settings, sort_keys=False))
     # The model of fpo eval is an argument, not a flag.
-    model = [step.settings["model"]] if step.words[-1] == "eval" else []
+    model = [step.settings["model"]] if step.kind == "eval" else []
     # The commands' own tables would mix with those of fpo compare on stdout.
     words = [*step.words, *model, "--config", str(file)]
 
@@ -113,8 +130,11 @@ def _run(grid: Grid, step: Step) -> None:
             f"{step.name} failed with exit code {child.returncode}; its error is above",
             "correct it and run the same command again; finished steps are not repeated",
         )
-    replace_text(mark, _inputs(step))
+    replace_text(mark, step.inputs())
 
 
 def _mark(grid: Grid, step: Step) -> Path:
+    if step.kind == "sft":
+        # Grids may share it.
+        return step.result.parent / "fpo-compare.done"
     return grid.out / "configs" / f"{step.name}.done"

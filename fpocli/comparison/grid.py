@@ -1,72 +1,44 @@
-"""A grid's YAML file -> the commands for its stores, runs and evaluations.
+"""A grid's YAML file -> its content, checked.
 
 out: compare
-cache: {model: gemma-2-2b, layer: [25]}     # settings of fpo cache, or `store: ref.zarr`
+launch: torchrun --nproc-per-node 4         # starts Python on all GPUs; default: one process
+sft: {script: sft.py, model: gemma-2-2b}    # a stage before, whose result is the cache's model
+cache: {model: gemma-2-2b, layer: [0, 25]}  # settings of fpo cache, or `store: ref.zarr`
 train: {preset: paper-2b, epochs: 1}        # of fpo train
 eval: {reference: gemma-2-2b}               # of fpo eval
+baseline: fpo                               # the runs that others are compared with
 runs:                                       # lists are multiplied out
   - method: [dpo, simpo, fpo]
     seed: [0, 1, 2]
-  - {method: fpo, layer: [[7], [13]], site: [[resid_post], [mlp_out]]}
+  - {method: fpo, at: [[layer_0.resid_post], [layer_0.resid_post, layer_25.resid_post]]}
 reports: [table3, figure3]
 """
 
 import dataclasses
-import hashlib
-import json
 import shlex
 import sys
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
+from fpocli.comparison.alternatives import check_names, field_names, multiply, name_of
+from fpocli.comparison.steps import Step, evaluation_step, sft_step, store_step, training_step
 from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import is_file_name, read_yaml
 
-# Settings that fpo compare sets itself.
+# Settings that fpo compare sets itself. A file cannot allow remote code.
 _OWN = {
-    "cache": {"out", "join", "repair"},
-    "train": {"out", "cache"},
-    "eval": {"model", "cache", "out", "json"},
+    "cache": {"out", "join", "repair", "trust_remote_code"},
+    "train": {"out", "cache", "trust_remote_code"},
+    "eval": {"model", "cache", "out", "json", "trust_remote_code"},
 }
-# A file cannot allow remote code.
-_OWN = {section: names | {"trust_remote_code"} for section, names in _OWN.items()}
-# Settings of fpo cache that do not change the store's content.
-_HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
 # Most bytes of a folder's name; file systems allow 255.
 _LONGEST_NAME = 240
-_PROGRAM = (sys.executable, "-m", "fpocli")
-_FILES = ("feature_weights", "deepspeed", "generate")
-_SECTIONS = {
-    "out": str, "launch": str, "store": str, "cache": dict, "train": dict, "eval": dict,
-    "runs": list, "reports": list,
+_SECTIONS: dict[str, Any] = {
+    "out": str, "launch": str, "tflops": (int, float), "sft": dict, "store": str, "cache": dict,
+    "train": dict, "eval": dict, "baseline": (str, dict), "runs": list, "reports": list,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command.
-
-    Args:
-        name: unique in the grid.
-        words: the command line, up to the command's name.
-        settings: the content of its configuration file.
-        result: the file that exists when it is done.
-        after: the step whose result it reads, or None.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    settings: dict[str, Any]
-    result: Path
-    after: "Step | None" = None
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """Files of the user's that it reads, by the setting that names them."""
-        return {name: Path(self.settings[name]) for name in _FILES if self.settings.get(name)}
 
 
 @dataclass(frozen=True)
@@ -75,7 +47,7 @@ class Run:
 
     Args:
         name: made from the settings that the grid varies.
-        settings: all settings of its store and training: method, alpha, layer, ...
+        settings: all settings of its store and training: method, alpha, at, ...
         folder: of the run.
         train, evaluate: its two commands.
     """
@@ -86,22 +58,42 @@ class Run:
     train: Step
     evaluate: Step
 
+    def has(self, settings: dict[str, Any]) -> bool:
+        """Whether it has these settings."""
+        return all(self.settings.get(name) == value for name, value in settings.items())
+
 
 @dataclass(frozen=True)
 class Grid:
     """The content of a grid's file.
 
     Args:
+        file: the file.
         out: its folder.
+        launch: the words that start Python, on all GPUs.
+        tflops: useful TFLOP/s of one process, for the plan's hours; None for the default.
+        sft: the stage before, or None.
         stores: the caching commands, each store once.
         runs: in the file's order.
+        baseline: settings of the runs that others are compared with; None for no comparison.
         reports: names of tables and figures.
     """
 
+    file: str
     out: Path
+    launch: tuple[str, ...]
+    tflops: float | None
+    sft: Step | None
     stores: list[Step]
     runs: list[Run]
+    baseline: dict[str, Any] | None
     reports: list[str]
+
+    @property
+    def steps(self) -> list[Step]:
+        """All commands, in the order in which they run."""
+        first = [self.sft] if self.sft else []
+        return [*first, *self.stores, *(s for run in self.runs for s in (run.train, run.evaluate))]
 
 
 def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
@@ -117,9 +109,9 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
             f"{path} asks for the unknown report {unknown[0]}",
             f"known: {', '.join(known_reports)}",
         )
-    out = Path(content.get("out", Path(path).stem))
+    out, launch = Path(content.get("out", Path(path).stem)), _launch(content, path)
     base = {
-        "cache": content.get("cache", {}),
+        "cache": dict(content.get("cache", {})),
         "train": _with_preset(content.get("train", {})),
         "eval": content.get("eval", {}),
     }
@@ -128,11 +120,17 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
             f"{path} must have either `store` or `cache`",
             "name a finished store, or the settings of fpo cache",
         )
+    sft = None
+    if "sft" in content:
+        sft = sft_step(content["sft"], out, launch, path)
+        _use_result(sft, base, content, path)
     stores: dict[str, Step] = {}
     runs: dict[str, Run] = {}
     for entry in content["runs"]:
-        for choice in _multiply(entry, path):
-            cached = {name: value for name, value in choice.items() if name in _fields(CacheConfig)}
+        for choice in multiply(entry, _OWN, path):
+            cached = {
+                name: value for name, value in choice.items() if name in field_names(CacheConfig)
+            }
             if cached and "store" in content:
                 raise UserError(
                     f"{path} varies {', '.join(cached)}, but names a finished store",
@@ -140,37 +138,66 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
                 )
             step = None
             if "store" not in content:
-                step = _store(out, base["cache"] | cached, path)
+                settings = base["cache"] | cached
+                make_config(CacheConfig, settings | {"out": "unused"}, f"`cache` in {path}")
+                step = store_step(settings, out, launch, sft)
                 step = stores.setdefault(step.name, step)
-            run = _run(out, content, base, choice, step, path)
+            run = _run(out, launch, content, base, choice, step, path)
             if run.name in runs:
                 raise UserError(f"{path} has the run {run.name} twice", "list it once in `runs`")
             runs[run.name] = run
-    return Grid(out, list(stores.values()), list(runs.values()), content.get("reports", ["all"]))
+    return Grid(
+        file=path,
+        out=out,
+        launch=launch,
+        tflops=content.get("tflops"),
+        sft=sft,
+        stores=list(stores.values()),
+        runs=list(runs.values()),
+        baseline=_baseline(content, list(runs.values()), path),
+        reports=content.get("reports", ["all"]),
+    )
 
 
-def _store(out: Path, settings: dict[str, Any], path: str) -> Step:
-    """The command that makes a store; runs with the same settings share it."""
-    whole = dataclasses.asdict(_make(CacheConfig, settings, f"`cache` in {path}"))
-    # Settings that do not change the content are not part of the name.
-    whole = {name: value for name, value in whole.items() if name not in _HOW}
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
-    sites = zip(whole["layer"], whole["site"] * len(whole["layer"]), strict=False)
-    name = "+".join(f"{layer}.{kind}" for layer, kind in sites) + f"-{digest}"
-    file = out / "stores" / f"{name}.zarr"
-    settings = settings | {"out": str(file)}
-    return Step(f"cache.{name}", (*_PROGRAM, "cache"), settings, file / "zarr.json")
+def _launch(content: dict[str, Any], path: str) -> tuple[str, ...]:
+    try:
+        words = tuple(shlex.split(content.get("launch", "")))
+    except ValueError as error:
+        raise UserError(
+            f"`launch` in {path} is not a command line: {error}", "check its quotes"
+        ) from error
+    if "fpocli" in words or "fpo" in words:
+        raise UserError(
+            f"`launch` in {path} names fpo, which fpo compare adds itself",
+            "write what starts Python only, such as: torchrun --nproc-per-node 4",
+        )
+    return words or (sys.executable,)
+
+
+def _use_result(
+    sft: Step, base: dict[str, dict[str, Any]], content: dict[str, Any], path: str
+) -> None:
+    """Make the SFT stage's result the cache's model, and the evaluation's reference."""
+    if "store" in content or "model" in base["cache"]:
+        raise UserError(
+            f"{path} has a section `sft` and names a model or store as well",
+            "remove `model` from `cache`; the model is the result of `sft`",
+        )
+    base["cache"]["model"] = sft.settings["output_dir"]
+    if base["eval"].get("reference") == "sft":
+        base["eval"] = base["eval"] | {"reference": sft.settings["output_dir"]}
 
 
 def _run(
     out: Path,
+    launch: tuple[str, ...],
     content: dict[str, Any],
     base: dict[str, dict[str, Any]],
     choice: dict[str, Any],
     store: Step | None,
     path: str,
 ) -> Run:
-    name = _name(choice) or "run"
+    name = name_of(choice) or "run"
     if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise UserError(
             f"{path} has a run with the name {name:.80}, which no folder can have",
@@ -178,35 +205,39 @@ def _run(
         )
     folder = out / "runs" / name
     cache = store.settings["out"] if store else content["store"]
-    trained = {key: value for key, value in choice.items() if key not in _fields(CacheConfig)}
+    trained = {key: value for key, value in choice.items() if key not in field_names(CacheConfig)}
     settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
     evaluation = base["eval"] | {
         "model": str(folder), "cache": cache, "out": str(folder / "eval"),
     }  # fmt: skip
-    config = _make(TrainConfig, settings, f"`train` of {name} in {path}")
-    _make(EvalConfig, evaluation, f"`eval` in {path}")
-    sites = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
-    try:
-        launch = tuple(shlex.split(content.get("launch", ""))) or _PROGRAM
-    except ValueError as error:
-        raise UserError(
-            f"`launch` in {path} is not a command line: {error}", "check its quotes"
-        ) from error
-    train = Step(
-        f"train.{name}", (*launch, "train"), settings, folder / "final" / "config.json", store
-    )
+    config = make_config(TrainConfig, settings, f"`train` of {name} in {path}")
+    make_config(EvalConfig, evaluation, f"`eval` in {path}")
+    of_store = {}
+    if store:
+        cached = CacheConfig(**store.settings)
+        of_store = dataclasses.asdict(cached)
+        sites = [f"layer_{layer}.{kind}" for layer, kind in cached.sites]
+        if config.method == "fpo" and not sites:
+            raise UserError(
+                f"{name} in {path} compares features, and the store would have none",
+                "name a `layer` in `cache`",
+            )
+        if absent := [site for site in config.at if site not in sites]:
+            raise UserError(
+                f"{name} in {path} is at {absent[0]}, which the store would not have",
+                f"its sites are {', '.join(sites)}",
+            )
+    train = training_step(name, settings, folder, launch, store)
     return Run(
         name=name,
-        settings=sites | dataclasses.asdict(config),
+        settings=of_store | dataclasses.asdict(config),
         folder=folder,
         train=train,
-        evaluate=Step(
-            f"eval.{name}", (*_PROGRAM, "eval"), evaluation, folder / "eval" / "eval.json", train
-        ),
+        evaluate=evaluation_step(name, evaluation, folder, launch, train),
     )
 
 
-def _make(config: type, settings: dict[str, Any], where: str) -> Any:
+def make_config(config: type, settings: dict[str, Any], where: str) -> Any:
     """A command's config, checked before anything runs."""
     missing = [
         field.name
@@ -222,6 +253,24 @@ def _make(config: type, settings: dict[str, Any], where: str) -> Any:
         raise UserError(f"{where}: {error}", error.hint) from error
 
 
+def _baseline(content: dict[str, Any], runs: list[Run], path: str) -> dict[str, Any] | None:
+    named = content.get("baseline")
+    if named is None:
+        return None
+    wanted = {"method": named} if isinstance(named, str) else named
+    seeds = [run.settings["seed"] for run in runs if run.has(wanted)]
+    if not seeds:
+        raise UserError(
+            f"no run of {path} is the baseline {named}", "name a method, or settings, of `runs`"
+        )
+    if len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"several runs of {path} are the baseline {named}",
+            "name more of its settings: baseline: {method: fpo, alpha: 0.5}",
+        )
+    return wanted
+
+
 def _read(path: str) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict) or not content.get("runs"):
@@ -232,13 +281,15 @@ def _read(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path} has an unknown section {name}", f"known: {', '.join(_SECTIONS)}"
             )
-        if not isinstance(value, kind) or "\0" in value:
+        text = isinstance(value, str) and "\0" in value
+        if not isinstance(value, kind) or isinstance(value, bool) or text:
+            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
             raise UserError(
-                f"{name} in {path} is not of type {kind.__name__}", "see docs/evaluation.md"
+                f"{name} in {path} is not of type {' or '.join(names)}", "see docs/evaluation.md"
             )
     for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
-        known = _fields(config) - _OWN[section] | ({"preset"} if section == "train" else set())
-        _check_names(content.get(section, {}), known, f"`{section}` in {path}")
+        known = field_names(config) - _OWN[section] | ({"preset"} if section == "train" else set())
+        check_names(content.get(section, {}), known, f"`{section}` in {path}")
     return content
 
 
@@ -249,48 +300,3 @@ def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"the preset {name} is unknown", f"known: {', '.join(PRESETS)}")
     return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}
-
-
-def _multiply(entry: Any, path: str) -> list[dict[str, Any]]:
-    """All combinations of an entry of `runs`, in which a list stands for alternatives."""
-    if not isinstance(entry, dict):
-        raise UserError(
-            f"an entry of `runs` in {path} is not a mapping of settings", "write {method: fpo}"
-        )
-    known = _fields(TrainConfig) | _fields(CacheConfig)
-    _check_names(entry, known - _OWN["train"] - _OWN["cache"], f"`runs` in {path}")
-    several = {name for config in (CacheConfig, TrainConfig) for name in _lists(config)}
-    choices = []
-    for name, value in entry.items():
-        # For a setting that is a list, the alternatives are a list of lists.
-        of_lists = isinstance(value, list) and any(isinstance(item, list) for item in value)
-        listed = of_lists if name in several else isinstance(value, list)
-        choices.append([(name, item) for item in (value if listed else [value])])
-    return [dict(choice) for choice in product(*choices)]
-
-
-def _check_names(content: dict[str, Any], known: set[str], where: str) -> None:
-    if unknown := sorted(str(name) for name in content if name not in known):
-        raise UserError(
-            f"{where} sets {', '.join(unknown)}, which is unknown or set by fpo compare itself",
-            "see fpo --help",
-        )
-
-
-def _fields(config: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
-
-
-def _lists(config: type) -> set[str]:
-    hints = get_type_hints(config, include_extras=True)
-    return {name for name, hint in hints.items() if get_origin(get_args(hint)[0]) is list}
-
-
-def _name(choice: dict[str, Any]) -> str:
-    """Such as method-fpo_layer-0+25_seed-1."""
-
-    def text(value: Any) -> str:
-        parts = value if isinstance(value, list) else [value]
-        return "+".join(str(part).strip("/").replace("/", "-") for part in parts)
-
-    return "_".join(f"{name}-{text(value)}" for name, value in choice.items())

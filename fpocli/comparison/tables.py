@@ -1,196 +1,174 @@
-"""The runs of a grid -> the paper's tables and figures, over seeds.
+"""The runs of a grid -> the paper's tables and figures, over seeds."""
 
-Win rates need a judge and are not made here; fpo eval --generate writes what judges read.
-"""
-
-import json
+import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from fpocli.comparison.grid import Grid, Run
+from fpocli.comparison.columns import D_MARGIN, MEAN_MEMORY, TABLES, Column, Table
+from fpocli.comparison.grid import Grid
+from fpocli.comparison.records import Row, pair_values
+from fpocli.comparison.statistics import Difference, compare_means, compare_shares
 
-Row = dict[str, Any]
-# Of the answers whose entropy the tables show; the default of fpo eval.
-_TEMPERATURE = 0.7
+FIGURES = ("figure2", "figure3", "figure4")
+REPORTS = (*TABLES, *FIGURES)
 # Settings that do not tell kinds of runs apart.
 _NO_DIFFERENCE = ("seed", "out", "cache", "overwrite")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A measured column.
-
-    Args:
-        title: its heading, with the unit.
-        value: of a run's record; None where it was not measured.
-        digits: after the point.
-    """
-
-    title: str
-    value: Callable[[Row], float | None]
-    digits: int
-
-    def known(self, rows: list[Row]) -> list[float]:
-        """Its values for the runs in which it was measured."""
-        return [value for row in rows if (value := self.value(row)) is not None]
-
-
-def _path(*names: str) -> Callable[[Row], float | None]:
-    """A nested value of a record."""
-
-    def value(row: Row) -> float | None:
-        found: Any = row
-        for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
-        return found
-
-    return value
-
-
-def _percent(name: str) -> Callable[[Row], float]:
-    """A share of fpo eval in percent."""
-    return lambda row: 100 * row["eval"][name]["share"]
-
-
-def _entropy(row: Row) -> float | None:
-    """At temperature 0.7, the same in every table, or None if that was not sampled."""
-    for sampled in row["eval"].get("generation") or ():
-        if sampled["temperature"] == _TEMPERATURE:
-            return sampled["entropy"]
-    return None
-
-
-def _distance(side: str) -> Callable[[Row], float | None]:
-    """The mean over sites."""
-
-    def value(row: Row) -> float | None:
-        sites = row["eval"].get("distance")
-        return statistics.mean(site[side] for site in sites.values()) if sites else None
-
-    return value
-
-
-_D_MARGIN = Column("D margin", _distance("margin"), 5)
-_PEAK = Column("Peak (GB)", _path("peak_memory_gb"), 2)
-# The paper does not say which of the two its accuracy is, so both are shown.
-_ACCURACY = (
-    Column("Accuracy (%)", _percent("accuracy"), 1),
-    Column("Reward acc. (%)", _percent("reward_accuracy"), 1),
-)
-_ENTROPY = Column(f"Entropy at T = {_TEMPERATURE} (nats)", _entropy, 3)
-_PAPER = (*_ACCURACY, _ENTROPY)
-_ALL = (
-    *_ACCURACY,
-    _ENTROPY,
-    Column("KL chosen (nats)", _path("eval", "kl", "chosen"), 3),
-    Column("KL rejected (nats)", _path("eval", "kl", "rejected"), 3),
-    Column("KL margin", _path("eval", "kl", "margin"), 3),
-    Column("D chosen", _distance("chosen"), 5),
-    Column("D rejected", _distance("rejected"), 5),
-    _D_MARGIN,
-    Column("Time (s)", _path("seconds"), 0),
-    _PEAK,
-)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Args:
-        title: above it.
-        keys: settings that tell its rows apart.
-        columns: what is measured.
-    """
-
-    title: str
-    keys: tuple[str, ...]
-    columns: tuple[Column, ...]
-
-
-TABLES = {
-    "all": Table("All runs", ("method", "layer", "site", "alpha", "stop_gradient"), _ALL),
-    "table2": Table("The paper's Table 2, right", ("method",), _PAPER),
-    "table3": Table("The paper's Table 3", ("layer", "site", "alpha", "stop_gradient"), _PAPER),
-    "table6": Table("The paper's Table 6", ("method",), _PAPER),
-    "table7": Table("The paper's Table 7", ("layer",), _PAPER),
-}
-FIGURES = ("figure3", "figure4")
-REPORTS = (*TABLES, *FIGURES)
-
-
-def collect(runs: list[Run]) -> list[Row]:
-    """A record for each run: its settings, eval.json, curve, time and memory."""
-    rows = []
-    for run in runs:
-        lines = [
-            json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        train = [line for line in lines if line["split"] == "train"]
-        rows.append(
-            {
-                "name": run.name,
-                "settings": run.settings,
-                "eval": json.loads(run.evaluate.result.read_text()),
-                "curve": [line for line in lines if line["split"] == "eval"],
-                "seconds": sum(line["seconds"] for line in train),
-                # With --measure-kl the reference was in memory as well, for any method.
-                "peak_memory_gb": None
-                if run.settings["measure_kl"]
-                else max(line["peak_memory_gb"] for line in train),
-            }
-        )
-    return rows
+# By group of runs and column.
+Differences = dict[tuple[tuple[str, ...], str], Difference]
 
 
 def write_reports(grid: Grid, rows: list[Row]) -> None:
     """Write a table as NAME.md and NAME.csv, a figure as NAME.png, and print the tables."""
+    compared = Comparison(grid, rows)
     for name in grid.reports:
         if name in TABLES:
-            text, values = make_table(TABLES[name], rows)
+            text, values = make_table(TABLES[name], rows, compared)
             (grid.out / f"{name}.md").write_text(text)
             values.to_csv(grid.out / f"{name}.csv", index=False)
             print(text)
         else:
-            from fpocli.evaluation.charts import draw_figure3, draw_figure4
-
-            _, groups = grouped(rows, ("method",))
-            runs = {", ".join(key): group for key, group in groups.items()}
-            file = grid.out / f"{name}.png"
-            if name == "figure3":
-                draw_figure3(runs, file)
-            else:
-                panels = {"peak memory of training (GB)": _PEAK, "D margin": _D_MARGIN}
-                draw_figure4(
-                    {
-                        title: {method: column.known(group) for method, group in runs.items()}
-                        for title, column in panels.items()
-                    },
-                    file,
-                )
+            _draw(name, grid, rows)
+    if grid.baseline is not None:
+        text, values = compared.table()
+        (grid.out / "differences.md").write_text(text)
+        values.to_csv(grid.out / "differences.csv", index=False)
+        print(text)
 
 
-def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
+def _draw(name: str, grid: Grid, rows: list[Row]) -> None:
+    from fpocli.evaluation import charts
+    from fpocli.report.charts import draw_figure2
+    from fpocli.store.reader import Store
+
+    file = grid.out / f"{name}.png"
+    _, groups = grouped(rows, ("method",))
+    runs = {", ".join(key): group for key, group in groups.items()}
+    if name == "figure2":
+        store = Store.open(grid.runs[0].train.settings["cache"])
+        draw_figure2({site: store.mean(site) for site in store.sites}, file)
+    elif name == "figure3":
+        charts.draw_figure3(runs, file)
+    else:
+        panels = {"mean memory of training (GB)": MEAN_MEMORY, "D margin": D_MARGIN}
+        charts.draw_figure4(
+            {
+                title: {method: column.known(group) for method, group in runs.items()}
+                for title, column in panels.items()
+            },
+            file,
+        )
+
+
+class Comparison:
+    """The differences of every group of runs to the baseline, on the same held-out pairs.
+
+    Args:
+        grid: names the baseline; without one nothing is compared.
+        rows: records of its runs.
+    """
+
+    def __init__(self, grid: Grid, rows: list[Row]) -> None:
+        self._values: dict[str, dict[str, np.ndarray]] = {}
+        self.baseline = [row for row in rows if row["baseline"]]
+        if self.baseline:
+            self._values = {run.name: pair_values(run) for run in grid.runs}
+        self.name = ", ".join(map(str, (grid.baseline or {}).values()))
+        self._rows = rows
+
+    def difference(self, group: list[Row], column: Column) -> Difference | None:
+        """A group of runs against the baseline's runs of the same seeds; None where the group is
+        the baseline or the column was not measured in both."""
+        if column.per_pair is None or any(row["baseline"] for row in group):
+            return None
+        seeds = {row["settings"]["seed"]: row["name"] for row in self.baseline}
+        couples = [
+            (self._values[row["name"]], self._values[seeds[row["settings"]["seed"]]])
+            for row in group
+            if row["settings"]["seed"] in seeds
+        ]
+        known = [both for both in couples if all(column.per_pair in values for values in both)]
+        # Stores of other data have other pairs.
+        known = [both for both in known if np.array_equal(both[0]["pair"], both[1]["pair"])]
+        if not known:
+            return None
+        one, other = (np.stack([both[side][column.per_pair] for both in known]) for side in (0, 1))
+        return (compare_shares if column.share else compare_means)(one, other)
+
+    def table(self) -> tuple[str, pd.DataFrame]:
+        """All differences as Markdown, and as a frame."""
+        table = TABLES["all"]
+        keys, groups = grouped(self._rows, table.keys)
+        columns = [c for c in table.columns if c.per_pair and c.known(self._rows)]
+        records: list[dict[str, Any]] = []
+        for key, group in groups.items():
+            for column in columns:
+                found = self.difference(group, column)
+                if found is not None:
+                    scale = 100 if column.share else 1
+                    records.append(
+                        dict(zip(keys, key, strict=True))
+                        | {
+                            "quantity": column.title,
+                            "difference": scale * found.mean,
+                            "low": scale * found.low,
+                            "high": scale * found.high,
+                            "p": found.p_value,
+                            "beyond noise": found.beyond_noise,
+                            "digits": column.digits + 1,
+                        }
+                    )
+        heads = [*keys, "quantity", "difference", "95 % interval", "McNemar p", "beyond noise"]
+        lines = [
+            f"# Differences to {self.name}",
+            "",
+            "| " + " | ".join(heads) + " |",
+            "|---" * len(heads) + "|",
+        ]
+        for record in records:
+            digits = record.pop("digits")
+            low, high = (f"{record[side]:+.{digits}f}" for side in ("low", "high"))
+            cells = [record[name] for name in (*keys, "quantity")]
+            cells += [f"{record['difference']:+.{digits}f}", f"{low} to {high}"]
+            cells.append("" if record["p"] is None else f"{record['p']:.3f}")
+            cells.append("yes" if record["beyond noise"] else "no")
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            f"Paired over the same held-out pairs; intervals by {_RESAMPLED}. Of {len(records)} "
+            f"comparisons about {len(records) / 20:.0f} would be called beyond noise by chance "
+            "alone.",
+        ]
+        return "\n".join(lines) + "\n", pd.DataFrame(records)
+
+
+_RESAMPLED = "drawing pairs again, and seeds as clusters where there are several"
+
+
+def make_table(table: Table, rows: list[Row], compared: Comparison) -> tuple[str, pd.DataFrame]:
     """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
     keys, groups = grouped(rows, table.keys)
     columns = [column for column in table.columns if column.known(rows)]
-    lines, records = [], []
+    lines, records, starred = [], [], False
     for key, group in groups.items():
         record: Row = dict(zip(keys, key, strict=True)) | {"runs": len(group)}
         cells = [*key, str(len(group))]
         for column in columns:
-            known = column.known(group)
-            cells.append(_cell(known, column.digits))
+            known, error = column.known(group), _error(column, group)
+            found = compared.difference(group, column)
+            star = "\\*" if found is not None and found.beyond_noise else ""
+            starred = starred or bool(star)
+            cells.append(_cell(known, error, column.digits) + star)
             record[column.title] = statistics.mean(known) if known else None
             record[f"{column.title}, std"] = statistics.stdev(known) if len(known) > 1 else None
+            if column.error:
+                record[f"{column.title}, standard error"] = error
         lines.append("| " + " | ".join(cells) + " |")
         records.append(record)
     heads = [*keys, "runs", *(column.title for column in columns)]
-    splits = sorted({f"{row['eval']['split']} ({row['eval']['pairs']:,} pairs)" for row in rows})
     text = "\n".join(
         [
             f"# {table.title}",
@@ -199,11 +177,41 @@ def make_table(table: Table, rows: list[Row]) -> tuple[str, pd.DataFrame]:
             "|---" * len(heads) + "|",
             *lines,
             "",
-            f"Measured on the split {', '.join(splits)}. ± is the standard deviation over runs "
-            "that differ in nothing but the seed.",
+            *_notes(rows, columns, compared, starred=starred),
         ]
     )
     return text + "\n", pd.DataFrame(records)
+
+
+def _notes(
+    rows: list[Row], columns: list[Column], compared: Comparison, *, starred: bool
+) -> list[str]:
+    """What the cells mean."""
+    splits = sorted({f"{row['eval']['split']} ({row['eval']['pairs']:,} pairs)" for row in rows})
+    notes = [
+        f"Measured on the split {', '.join(splits)}. ± is the standard deviation over runs that "
+        "differ in nothing but the seed."
+    ]
+    if compared.baseline:
+        notes.append(
+            f"A star marks a difference to {compared.name} that is beyond noise (differences.md)."
+            if starred
+            else f"No difference to {compared.name} is beyond noise (differences.md)."
+        )
+    if any(column.error for column in columns):
+        notes.append(
+            f"WR and Δ score are those of {compared.name} against the run of that line, ± their "
+            "standard error over questions."
+        )
+    return notes
+
+
+def _error(column: Column, group: list[Row]) -> float | None:
+    """The standard error of a mean of runs that have one each."""
+    if column.error is None:
+        return None
+    errors = [error for row in group if (error := column.error(row)) is not None]
+    return math.sqrt(sum(error**2 for error in errors)) / len(errors) if errors else None
 
 
 def grouped(
@@ -236,8 +244,9 @@ def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _cell(values: list[float], digits: int) -> str:
+def _cell(values: list[float], error: float | None, digits: int) -> str:
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    spread = error if error is not None else statistics.stdev(values) if len(values) > 1 else None
+    return mean if spread is None else f"{mean} ± {spread:.{digits}f}"

@@ -10,11 +10,12 @@ from fpocli.config.compare import CompareConfig
 from fpocli.config.evaluate import EvalConfig
 from fpocli.config.inspect import InspectConfig
 from fpocli.config.saes import SaesConfig
-from fpocli.config.shared import DEFAULT_DATA
+from fpocli.config.shared import DEFAULT_DATA, JUDGES
 from fpocli.config.train import PRESETS, Method, TrainConfig
 
 __all__ = [
     "DEFAULT_DATA",
+    "JUDGES",
     "MAY_DIFFER",
     "PRESETS",
     "CacheConfig",

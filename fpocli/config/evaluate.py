@@ -51,20 +51,28 @@ class EvalConfig:
         int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")
     ] = None
     generate: Annotated[
-        str | None,
+        list[str],
         Option(
             metavar="PROMPTS",
-            help="Sample answers to the prompts of a JSON or JSONL file. The question files of "
-            "AlpacaEval, Arena-Hard and MT-Bench are known.",
+            help="Sample answers to alpaca_eval, arena_hard or mt_bench, whose questions are "
+            "fetched from the hub, or to the prompts of a JSON or JSONL file. Repeat for several.",
         ),
-    ] = None
+    ] = field(default_factory=list)
+    prompts: Annotated[int | None, Option(min=1, help="Answer only this many prompts.")] = None
     temperature: Annotated[
-        list[float], Option(help="Sampling temperature; repeat for several. 0 is greedy.")
-    ] = field(default_factory=lambda: [0.7])
+        list[float],
+        Option(
+            help="Sampling temperature; repeat for several. 0 is greedy. Default: 0.7; for "
+            "mt_bench FastChat's, by category."
+        ),
+    ] = field(default_factory=list)
     top_p: Annotated[float, Option(min=0, max=1, help="Nucleus sampling; 1 keeps all tokens.")] = (
         1.0
     )
-    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 512
+    max_new_tokens: Annotated[
+        int | None,
+        Option(min=1, help="Most tokens of an answer. Default: 2048 for the judges', else 512."),
+    ] = None
     batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
@@ -79,7 +87,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if not self.temperature or not all(0 <= t < math.inf for t in self.temperature):
+        if not all(0 <= t < math.inf for t in self.temperature):
             raise UserError("--temperature must be at least 0", "try --temperature 0.7")
         if len(set(self.temperature)) < len(self.temperature):
             raise UserError("a --temperature is repeated", "use each once")

@@ -21,4 +21,7 @@ class InspectConfig:
     verify: Annotated[
         bool, Option("--verify", help="Read everything and check every checksum.")
     ] = False
+    plot: Annotated[
+        str | None, Option(metavar="FILE", help="Draw the paper's Figure 2, left, as PNG.")
+    ] = None
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False

@@ -4,6 +4,18 @@ from typer import Option
 
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
 
+# The judges whose questions are known by name -> repository on the hub, its type, and the file.
+# Arena-Hard's first version, of 500 questions, is the paper's.
+JUDGES = {
+    "alpaca_eval": ("tatsu-lab/alpaca_eval", "dataset", "alpaca_eval.json"),
+    "arena_hard": (
+        "lmarena-ai/arena-hard-auto",
+        "dataset",
+        "data/arena-hard-v0.1/question.jsonl",
+    ),
+    "mt_bench": ("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl"),
+}
+
 
 TRUST_REMOTE_CODE = Option(
     "--trust-remote-code",

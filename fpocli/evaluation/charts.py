@@ -1,36 +1,17 @@
-"""Charts, as PNG files. The only importer of matplotlib.
+"""Charts of an evaluation and of a grid, as PNG files.
 
 Shapes: N pairs; column 0 is chosen, column 1 rejected.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 
-mpl.use("agg")
-from matplotlib import pyplot as plt
-
 from fpocli.evaluation.summary import measured_sites
+from fpocli.report.charts import COLOURS, figure
 
 SIDES = ("chosen", "rejected")
-_COLOURS = ("#2a6f97", "#c8553d")
-
-
-@contextmanager
-def figure(file: Path, panels: int = 1) -> Iterator[list[Any]]:
-    """The axes of a row of panels; the file is written at the end."""
-    made, axes = plt.subplots(
-        1, panels, figsize=(4.8 * panels, 3.8), squeeze=False, layout="constrained"
-    )
-    try:
-        yield list(axes[0])
-        made.savefig(file, dpi=150)
-    finally:
-        plt.close(made)
 
 
 def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
@@ -42,7 +23,7 @@ def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
     """
     ratio = (values["logp"] - values["ref_logp"]) / values["tokens"]
     with figure(out / "reward_margin.png") as (axis,):
-        axis.hist(ratio[:, 0] - ratio[:, 1], bins=40, color=_COLOURS[0])
+        axis.hist(ratio[:, 0] - ratio[:, 1], bins=40, color=COLOURS[0])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel="reward margin (nats per token)", ylabel="pairs")
     if "kl" not in values:
@@ -68,21 +49,23 @@ def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
 
 
 def _scatter(axis: Any, x: np.ndarray, y: np.ndarray) -> None:
-    for side, (name, colour) in enumerate(zip(SIDES, _COLOURS, strict=True)):
+    for side, (name, colour) in enumerate(zip(SIDES, COLOURS, strict=True)):
         axis.scatter(x[:, side], y[:, side], s=9, alpha=0.6, color=colour, label=name)
 
 
 def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     """The paper's Figure 3: sequential KL of held-out chosen and rejected responses over the steps,
-    and the margin |K_l - K_w|, taken pair by pair. The band spans the runs from least to largest.
+    the margin beta |K_l - K_w|, taken pair by pair, and the baseline's win rate against each method
+    over the temperatures of sampling (Arena-Hard). The band spans the runs from least to largest.
 
     Args:
-        runs: records of fpo compare by method; those without a measured KL are left out.
+        runs: records of fpo compare by method; those without a measured KL, or without verdicts,
+            are left out of these panels.
         file: PNG.
     """
-    titles = ("KL chosen", "KL rejected", "KL margin")
+    titles = ("KL chosen", "KL rejected", "beta times KL margin")
     names = ("kl_chosen", "kl_rejected", "kl_margin")
-    with figure(file, 3) as axes:
+    with figure(file, 4) as axes:
         for method, records in runs.items():
             curves = [
                 [[line[name] for name in ("step", *names)] for line in row["curve"]]
@@ -93,14 +76,34 @@ def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
                 continue
             points = np.array(curves)  # [runs, steps, 4]
             steps = points[0, :, 0]
-            for axis, values in zip(axes, np.moveaxis(points[..., 1:], -1, 0), strict=True):
+            points[..., 3] *= records[0]["settings"]["beta"]
+            for axis, values in zip(axes, np.moveaxis(points[..., 1:], -1, 0), strict=False):
                 (line,) = axis.plot(steps, values.mean(0), label=method)
                 low, high = values.min(0), values.max(0)
                 axis.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
-        for axis, title in zip(axes, titles, strict=True):
+        for axis, title in zip(axes, titles, strict=False):
             axis.set(title=title, xlabel="step", ylabel="nats")
-        if axes[-1].lines:
-            axes[-1].legend(fontsize="small")
+        for method, records in runs.items():
+            _draw_win_rates(axes[3], method, records)
+        axes[3].axhline(50, color="black", linewidth=0.8)
+        axes[3].set(title="win rate of the baseline (%)", xlabel="sampling temperature")
+        for axis in (axes[2], axes[3]):
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize="small")
+
+
+def _draw_win_rates(axis: Any, method: str, records: list[dict[str, Any]]) -> None:
+    """The mean over runs, with the standard error of one run."""
+    found: dict[float, list[tuple[float, float]]] = {}
+    for row in records:
+        for verdict in row["verdicts"]:
+            if verdict["judge"] == "arena_hard" and "win_rate" in verdict:
+                rate, error = verdict["win_rate"]
+                found.setdefault(verdict["temperature"], []).append((rate, error or 0.0))
+    if found:
+        points = [(t, *np.mean(found[t], axis=0)) for t in sorted(found)]
+        temperatures, rates, errors = zip(*points, strict=True)
+        axis.errorbar(temperatures, rates, yerr=errors, marker="o", capsize=3, label=method)
 
 
 def draw_figure4(panels: dict[str, dict[str, list[float]]], file: Path) -> None:
@@ -115,6 +118,6 @@ def draw_figure4(panels: dict[str, dict[str, list[float]]], file: Path) -> None:
             known = {method: found for method, found in values.items() if found}
             heights = [np.mean(found) for found in known.values()]
             errors = [np.std(found) for found in known.values()]
-            axis.bar(list(known), heights, yerr=errors, color=_COLOURS[0], capsize=3)
+            axis.bar(list(known), heights, yerr=errors, color=COLOURS[0], capsize=3)
             axis.set(title=title)
             axis.tick_params(axis="x", rotation=40)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fpocli.config import EvalConfig, TrainConfig
 from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_pairs
+from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
@@ -43,6 +44,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     """The stage itself: every rank measures and samples its share, rank 0 writes the results."""
+    prompts = load_prompts(config)
     store = Store.open(config.cache)
     store.require_complete()
     device = choose_device(config.device)
@@ -72,11 +74,9 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
             "choose another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
-    samples = Samples(config, folder, store, out, ranks) if config.generate else None
+    answers = [Samples(config, asked, folder, store, out, ranks) for asked in prompts]
     parts = ranks.gather(measure_pairs(config, store, folder, loader, sites, split, k, device))
-    sampled = []
-    if samples:
-        sampled = generate(config, samples, folder, tokenizer, store, device)
+    sampled = generate(config, answers, folder, tokenizer, store, device)
     result = None
     if ranks.rank == 0:
         values = in_order(parts)

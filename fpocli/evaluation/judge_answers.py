@@ -21,31 +21,31 @@ def write_answers(prompts: list[Prompt], rows: list[dict[str, Any]], name: str, 
         prompts: the questions.
         rows: per prompt `turns`, each with a `text`.
         name: of the model in the file.
-        out: the folder; each judge has a folder in it.
+        out: the folder; the file is in its folder model_answer.
 
     Returns:
         the file: MT-Bench's for questions with a `question_id`, Arena-Hard's for those with a
         `uid` or, as in its version 0.1, turns that are records; AlpacaEval's for any others.
     """
-    judge, make = "alpaca_eval", _alpaca_eval
+    make = _alpaca_eval
     if all("question_id" in prompt.row for prompt in prompts):
         turns = [turn for prompt in prompts for turn in prompt.row.get("turns", [""])]
-        judge, make = "mt_bench", _mt_bench
+        make = _mt_bench
         if all(isinstance(turn, dict) for turn in turns):
-            judge, make = "arena_hard", _arena_hard_01
+            make = _arena_hard_01
     elif all("uid" in prompt.row for prompt in prompts):
-        judge, make = "arena_hard", _arena_hard
+        make = _arena_hard
     answers = [
         make(prompt, [turn["text"] for turn in row["turns"]], name)
         for prompt, row in zip(prompts, rows, strict=True)
     ]
-    if judge == "alpaca_eval":
+    if make is _alpaca_eval:
         file, text = f"{name}.json", json.dumps(answers, indent=1, ensure_ascii=False)
     else:
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         file, text = f"{name}.jsonl", "".join(lines)
-    folder = out / judge
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out / "model_answer"
+    folder.mkdir(exist_ok=True)
     replace_text(folder / file, text)
     return folder / file
 

@@ -127,6 +127,18 @@ def _operator_norms(
     return norms
 
 
+def read_pairs(path: Path) -> Values:
+    """The measurements that `write_pairs` wrote."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    values = {"pair": np.array([row["pair"] for row in rows])}
+    for name in rows[0]:
+        if name.endswith("_chosen"):
+            sides = (name, name.removesuffix("_chosen") + "_rejected")
+            both = [[row[side] for side in sides] for row in rows]
+            values[name.removesuffix("_chosen")] = np.array(both)
+    return values
+
+
 def write_pairs(path: Path, values: Values) -> None:
     """Write the measurements as JSON lines, one per pair."""
     lines = []

@@ -1,4 +1,4 @@
-"""samples.jsonl: the sampled answers, saved batch by batch so that sampling can be resumed.
+"""NAME/samples.jsonl: the sampled answers, saved batch by batch so that sampling can be resumed.
 
 Every rank but the first writes to a file of its own, such as samples.1.jsonl. Rank 0 merges them
 at the start, so that any number of ranks may resume, and at the end.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fpocli.config import EvalConfig
-from fpocli.evaluation.prompts import read_prompts
+from fpocli.evaluation.prompts import PromptSet
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.files import replace_text
@@ -18,38 +18,51 @@ from fpocli.system.model_folder import ModelFolder
 from fpocli.system.ranks import Ranks
 
 # Settings that decide an answer.
-_IDENTITY = ("temperature", "top_p", "max_new_tokens", "batch_size", "seed")
+_IDENTITY = ("top_p", "batch_size", "seed")
 
 
 class Samples:
-    """The file samples.jsonl: one line per prompt and temperature, complete batches only.
+    """The answers to a set of prompts: one line per prompt and temperature, complete batches only.
 
     Args:
-        config: which prompts and how.
+        config: how they are sampled.
+        asked: the prompts.
         folder: the policy.
         store: whose template is used.
-        out: where the file is.
+        out: of the evaluation; the file is in the folder of the prompts' name.
         ranks: the processes that sample.
 
     Raises:
-        UserError: the prompts cannot be read, or `out` holds samples of other settings.
+        UserError: there are samples of other settings.
     """
 
     def __init__(
-        self, config: EvalConfig, folder: ModelFolder, store: Store, out: Path, ranks: Ranks
+        self,
+        config: EvalConfig,
+        asked: PromptSet,
+        folder: ModelFolder,
+        store: Store,
+        out: Path,
+        ranks: Ranks,
     ) -> None:
-        self.config, self.prompts = config, read_prompts(str(config.generate))
-        self.file, self.ranks = out / "samples.jsonl", ranks
-        self._own = out / f"samples.{ranks.rank}.jsonl" if ranks.rank else self.file
+        self.config, self.asked, self.ranks = config, asked, ranks
+        self.file = out / asked.name / "samples.jsonl"
+        name = f"samples.{ranks.rank}.jsonl" if ranks.rank else self.file.name
+        self._own = self.file.with_name(name)
         ranks.on_first(lambda: self._open(folder, store))
-        self.done: dict[float, dict[int, dict[str, Any]]] = {t: {} for t in config.temperature}
+        self.done: dict[float | None, dict[int, dict[str, Any]]] = {
+            temperature: {} for temperature in asked.temperatures
+        }
         self._read()
 
     def _open(self, folder: ModelFolder, store: Store) -> None:
         """Resume what was sampled with these settings, or start over."""
         config, about = self.config, self.file.with_name("samples.json")
-        text = json.dumps([prompt.row for prompt in self.prompts], sort_keys=True)
+        self.file.parent.mkdir(exist_ok=True)
+        text = json.dumps([prompt.row for prompt in self.asked.prompts], sort_keys=True)
         identity = {name: getattr(config, name) for name in _IDENTITY} | {
+            "temperature": list(self.asked.temperatures),
+            "max_new_tokens": self.asked.max_new_tokens,
             "prompts": hashlib.sha256(text.encode()).hexdigest(),
             "weights": folder.weights_hash(),
             "dtype": store.meta["model"]["dtype"],
@@ -73,17 +86,17 @@ class Samples:
             replace_text(about, json.dumps(identity, indent=1))
         self._merge()
 
-    def missing(self) -> list[tuple[float, int]]:
+    def missing(self) -> list[tuple[float | None, int]]:
         """Temperature and first prompt of this rank's share of the batches that are missing."""
         batches = [
             (temperature, first)
-            for temperature in self.config.temperature
-            for first in range(0, len(self.prompts), self.config.batch_size)
+            for temperature in self.asked.temperatures
+            for first in range(0, len(self.asked.prompts), self.config.batch_size)
             if first not in self.done[temperature]
         ]
         return batches[self.ranks.rank :: self.ranks.world]
 
-    def add(self, temperature: float, first: int, rows: list[dict[str, Any]]) -> None:
+    def add(self, temperature: float | None, first: int, rows: list[dict[str, Any]]) -> None:
         """Append the answers of a batch."""
         lines = [
             json.dumps({"prompt": number, "temperature": temperature, **row}) + "\n"
@@ -104,7 +117,7 @@ class Samples:
 
     def _merge(self) -> None:
         """Bring complete batches into one file, and discard those that a crash interrupted."""
-        kept: dict[tuple[float, int], dict[int, str]] = {}
+        kept: dict[tuple[float | None, int], dict[int, str]] = {}
         for file in (self.file, *self._parts()):
             for line in file.read_text(encoding="utf-8").splitlines():
                 try:
@@ -116,7 +129,7 @@ class Samples:
         whole = [
             line
             for (_, first), lines in kept.items()
-            if len(lines) == min(self.config.batch_size, len(self.prompts) - first)
+            if len(lines) == min(self.config.batch_size, len(self.asked.prompts) - first)
             for line in lines.values()
         ]
         replace_text(self.file, "".join(line + "\n" for line in whole))

@@ -29,7 +29,7 @@ from fpocli.system.model_folder import ModelFolder
 
 def generate(
     config: EvalConfig,
-    samples: Samples,
+    answers: list[Samples],
     folder: ModelFolder,
     tokenizer: Any,
     store: Store,
@@ -39,32 +39,38 @@ def generate(
 
     Args:
         config: of the sampling.
-        samples: the prompts, and the answers that exist already.
+        answers: to each set of prompts, those that exist already.
         folder: the policy.
         tokenizer: with the store's template.
         store: its template begins a prompt and ends a turn.
         device: where the policy runs.
 
     Returns:
-        by temperature: number of responses, mean tokens, share that ended, entropy, distinct-n.
+        by set of prompts and temperature: number of responses, mean tokens, share that ended,
+        entropy, distinct-n.
     """
-    prompts = samples.prompts
-    if todo := samples.missing():
+    todo = [(samples, *batch) for samples in answers for batch in samples.missing()]
+    if todo:
         sampler = Sampler(folder, tokenizer, store, config, device)
-        share = sum(len(prompts[first : first + config.batch_size]) for _, first in todo)
-        with progress("Sampling answers", share) as bar:
-            for temperature, first in todo:
-                batch = prompts[first : first + config.batch_size]
-                samples.add(temperature, first, sampler.answer(batch, temperature, first))
+        batches = [
+            samples.asked.prompts[first : first + config.batch_size] for samples, _, first in todo
+        ]
+        with progress("Sampling answers", sum(map(len, batches))) as bar:
+            for (samples, temperature, first), batch in zip(todo, batches, strict=True):
+                most = samples.asked.max_new_tokens
+                samples.add(temperature, first, sampler.answer(batch, temperature, first, most))
                 bar.advance(len(batch))
-    samples.finish()
     results = []
-    for temperature in config.temperature:
-        rows = [samples.done[temperature][number] for number in range(len(prompts))]
-        name = f"{_name(config.model)}-t{temperature:g}"
-        if samples.ranks.rank == 0:
-            write_answers(prompts, rows, name, samples.file.parent)
-        results.append({"temperature": temperature, **diversity(rows)})
+    for samples in answers:
+        samples.finish()
+        for temperature in samples.asked.temperatures:
+            prompts = samples.asked.prompts
+            rows = [samples.done[temperature][number] for number in range(len(prompts))]
+            name = _name(config.model) + ("" if temperature is None else f"-t{temperature:g}")
+            if samples.ranks.rank == 0:
+                write_answers(prompts, rows, name, samples.file.parent)
+            about = {"prompts": samples.asked.name, "temperature": temperature}
+            results.append(about | diversity(rows))
     return results
 
 
@@ -107,13 +113,17 @@ class Sampler:
         # Ignore penalties and filters in the model's own generation configuration.
         self.network.generation_config = GenerationConfig()
 
-    def answer(self, prompts: list[Prompt], temperature: float, first: int) -> list[dict[str, Any]]:
+    def answer(
+        self, prompts: list[Prompt], temperature: float | None, first: int, max_new_tokens: int
+    ) -> list[dict[str, Any]]:
         """Answers to a batch of prompts, turn by turn.
 
         Args:
             prompts: b of them.
-            temperature: 0 takes the likeliest token.
+            temperature: 0 takes the likeliest token; None stands for that of each prompt's
+                category.
             first: the number of the first prompt, which seeds the batch.
+            max_new_tokens: the most tokens of an answer.
 
         Returns:
             per prompt `turns`: text, ids, entropy in nats per token, and whether it ended.
@@ -126,13 +136,18 @@ class Sampler:
             speaking = [i for i, prompt in enumerate(prompts) if turn < len(prompt.turns)]
             for i in speaking:
                 talks[i].append({"role": "user", "content": prompts[i].turns[turn]})
-            replies = self._sample([talks[i] for i in speaking], temperature)
-            for i, reply in zip(speaking, replies, strict=True):
-                answers[i]["turns"].append(reply)
-                talks[i].append({"role": "assistant", "content": reply["text"]})
+            warmth = {i: prompts[i].temperature(temperature) for i in speaking}
+            for value in dict.fromkeys(warmth.values()):
+                group = [i for i in speaking if warmth[i] == value]
+                replies = self._sample([talks[i] for i in group], value, max_new_tokens)
+                for i, reply in zip(group, replies, strict=True):
+                    answers[i]["turns"].append(reply)
+                    talks[i].append({"role": "assistant", "content": reply["text"]})
         return answers
 
-    def _sample(self, talks: list[list[dict[str, str]]], temperature: float) -> list[dict]:
+    def _sample(
+        self, talks: list[list[dict[str, str]]], temperature: float, max_new_tokens: int
+    ) -> list[dict]:
         prompts = [encode_prompt(self.tokenizer, talk, self.bos) for talk in talks]
         width = max(len(ids) for ids in prompts)
         device = self.network.device
@@ -152,7 +167,7 @@ class Sampler:
             tokens = self.network.generate(
                 ids,
                 attention_mask=seen,
-                max_new_tokens=self.config.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 eos_token_id=single or None,
                 pad_token_id=padding,
                 **sampling,

@@ -48,6 +48,39 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     return result
 
 
+def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is compared between runs, for every pair: [N] each.
+
+    Args:
+        values: as for `summarise`.
+
+    Returns:
+        accuracy and reward_accuracy, 1, one half or 0; reward_margin_per_token, nats; and where
+        they were measured chosen, rejected and margin of distance (the mean over sites) and kl.
+    """
+    tokens, logp = values["tokens"], values["logp"]
+    average, ratio = logp / tokens, logp - values["ref_logp"]
+    size = np.abs(logp) + np.abs(values["ref_logp"])
+    found = {
+        "accuracy": wins(average[:, 0], average[:, 1], np.abs(average).sum(1)).value,
+        "reward_accuracy": wins(ratio[:, 0], ratio[:, 1], size.sum(1)).value,
+        "reward_margin_per_token": (ratio / tokens)[:, 0] - (ratio / tokens)[:, 1],
+    }
+    sites = measured_sites(values)
+    both = {"kl": values.get("kl")}
+    if sites:
+        both["distance"] = np.mean([values[f"distance.{site}"] for site in sites], axis=0)
+    for name, array in both.items():
+        if array is not None:
+            found[f"{name}_chosen"], found[f"{name}_rejected"] = array.T
+    if "kl" in values:
+        found["kl_margin"] = np.abs(values["kl"][:, 1] - values["kl"][:, 0])
+    if sites:
+        margins = [np.abs(np.subtract(*values[f"distance.{site}"].T)) for site in sites]
+        found["distance_margin"] = np.mean(margins, axis=0)
+    return found
+
+
 def measured_sites(values: dict[str, np.ndarray]) -> list[str]:
     """The sites at which D was measured."""
     return [name.removeprefix("distance.") for name in values if name.startswith("distance.")]

@@ -114,6 +114,17 @@ def _check_size(folder: ModelFolder, config: Any) -> None:
         )
 
 
+def count_parameters(folder: ModelFolder) -> int:
+    """Number of parameters of a model, from its configuration alone."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(
+            _read_config(folder), trust_remote_code=folder.trust_remote_code
+        )
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def choose_device(name: str | None) -> torch.device:
     """The torch device of a name; None is the GPU if there is one, else the CPU. Of several GPUs
     it is the one of this process, unless the name has an index."""

@@ -1,6 +1,7 @@
 """fpo inspect: what is in a store, as data; terminal.py prints it."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,8 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     else:
         shown = describe(store)
         show = show_store
+    if config.plot:
+        _plot(store, Path(config.plot))
     if config.verify:
         gaps = len(store.unscored_blocks())
         shown["verified"] = {"blocks": store.blocks - gaps, "gaps": gaps}
@@ -53,6 +56,16 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     else:
         show(shown, Console(highlight=False, markup=False, soft_wrap=True))
     return shown
+
+
+def _plot(store: Store, file: Path) -> None:
+    from fpocli.report.charts import draw_figure2
+
+    store.require_complete()
+    if not store.sites:
+        raise UserError(f"{store.path} has no features to plot", "cache again with --layer")
+    draw_figure2({site: store.mean(site) for site in store.sites}, file)
+    console.print(f"Figure 2 is in {file}")
 
 
 def describe(store: Store) -> dict[str, Any]:

@@ -168,18 +168,22 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
         )
     if sampled := result.get("generation"):
         heads = {
-            "temperature": "temp.", "responses": "answers", "tokens": "tokens", "ended": "ended",
-            "entropy": "entropy", "distinct_1": "distinct-1", "distinct_2": "-2",
-            "distinct_3": "-3",
+            "prompts": "prompts", "temperature": "temp.", "responses": "answers",
+            "tokens": "tokens", "ended": "ended", "entropy": "entropy",
+            "distinct_1": "distinct-1", "distinct_2": "-2", "distinct_3": "-3",
         }  # fmt: skip
         table = Table(*heads.values(), box=None, header_style="")
         for row in sampled:
-            table.add_row(*(_number(row[name]) for name in heads))
+            known = {name: value for name, value in row.items() if value is not None}
+            known = {"temperature": "by category"} | known
+            table.add_row(*(_number(known.get(name)) for name in heads))
         out.print("\nSamples (entropy in nats per token)")
         out.print(table)
 
 
-def _number(value: float | None, form: str = ".4g") -> str:
+def _number(value: float | str | None, form: str = ".4g") -> str:
+    if isinstance(value, str):
+        return value
     return "-" if value is None else f"{value:{form}}"
 
 

@@ -1,6 +1,5 @@
 """fpo train: read the store, score with the policy, step, log, save."""
 
-import resource
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +44,7 @@ from fpocli.training.first_step import check_dtype_and_kernel, check_policy_is_r
 from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
 from fpocli.training.means import Means
+from fpocli.training.memory import MemoryMeter
 from fpocli.training.objective import objective
 from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import RunFolder, locked_run_folder
@@ -147,6 +147,7 @@ def _train(
         sample = next(iter(loader.steps(0, 1, device)))[0]
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
+    memory = MemoryMeter(device)
     with progress("Training", steps) as bar:
         bar.advance(done)
         began, waited = time.perf_counter(), 0.0
@@ -169,13 +170,12 @@ def _train(
             norm = take_step(engine, lr, step + 1)
             now = time.perf_counter()
             tokens = line["tokens"] * loader.size(step)
-            line |= {
+            line |= memory.step() | {
                 "gradient_norm": norm,
                 "lr": lr,
                 "seconds": now - began,
                 "tokens_per_second": tokens / (now - began),
                 "data_wait": (prefetched.waited - waited) / (now - began),
-                "peak_memory_gb": peak_memory(device) / 1e9,
             }
             run.log({"step": step + 1, "split": "train"} | line)
             bar.advance(0, f"loss {line['loss']:.4f}")
@@ -246,10 +246,3 @@ def _load_models(
     if settings.model:
         check_against_transformers(reference, store.tokens(0))
     return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most this process held on the GPU, or in memory if there is no GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -166,7 +166,7 @@ def finished(material, tmp_path_factory):
             "measure_kl": True, "eval_every": 1, "packed_length": 400,
         },
         "eval": {
-            "reference": str(material / "model"), "generate": str(folder / "prompts.jsonl"),
+            "reference": str(material / "model"), "generate": [str(folder / "prompts.jsonl")],
             "max_new_tokens": 4,
         },
         "runs": [{"method": ["simpo", "fpo"]}],
@@ -248,7 +248,7 @@ def test_changes_upstream_repeat_a_step(finished, tmp_path):
     remark(out, file)
     assert plan() == []
     (tmp_path / "other.jsonl").write_text('{"prompt": "rat"}\n')
-    assert plan(eval={"generate": str(tmp_path / "other.jsonl")}) == ["eval", "eval"]
+    assert plan(eval={"generate": [str(tmp_path / "other.jsonl")]}) == ["eval", "eval"]
     assert plan(train={"lr": 5e-4}) == ["train", "eval", "train", "eval"]
     assert plan(cache={"limit": 9}) == ["cache", "train", "eval", "train", "eval"]
     (store,) = (out / "stores").glob("*.zarr")

@@ -1,9 +1,7 @@
-"""Sampling: entropy against plain transformers, seeds, resuming, and the judges' files."""
+"""Sampling: entropy against plain transformers, seeds, resuming."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from stores import cache_config
 
 from fpocli import EvalConfig, cache, evaluate
 from fpocli.data.tokenizer import encode_prompt
-from fpocli.evaluation.prompts import Prompt, read_prompts
+from fpocli.evaluation.prompts import Prompt
 from fpocli.evaluation.sampling import Sampler, diversity
 from fpocli.scoring.loading import tokenizer_of
 from fpocli.store.reader import Store
@@ -34,7 +32,7 @@ def config(material, prompts, out, **changes) -> EvalConfig:
     settings = {
         "model": str(material / "policy"),
         "cache": str(material / "ref.zarr"),
-        "generate": str(prompts),
+        "generate": [str(prompts)],
         "max_new_tokens": 10,
         "batch_size": 2,
         "device": "cpu",
@@ -65,7 +63,7 @@ def test_entropy_is_that_of_the_policys_distribution(
     mouth = sampler(material, folder, store, prompts)
     network = tiny.network(family)
     for text, answer in zip(
-        QUESTIONS, mouth.answer(questions(*QUESTIONS), temperature, 0), strict=True
+        QUESTIONS, mouth.answer(questions(*QUESTIONS), temperature, 0, 10), strict=True
     ):
         (turn,) = answer["turns"]
         prompt = encode_prompt(mouth.tokenizer, [{"role": "user", "content": text}], mouth.bos)
@@ -84,9 +82,9 @@ def test_entropy_is_that_of_the_policys_distribution(
 def test_tokens_are_drawn_from_the_policys_distribution(material, store_path, prompts):
     """The first token of 600 answers, against the softmax at the temperature."""
     store, temperature = Store.open(store_path), 0.5
-    mouth = sampler(material, material / "policy", store, prompts, max_new_tokens=1)
+    mouth = sampler(material, material / "policy", store, prompts)
     drawn = np.zeros(tiny.VOCABULARY)
-    for answer in mouth.answer(questions(*["say the cat"] * 600), temperature, 0):
+    for answer in mouth.answer(questions(*["say the cat"] * 600), temperature, 0, 1):
         (turn,) = answer["turns"]
         if turn["ids"]:
             drawn[turn["ids"][0]] += 1
@@ -104,7 +102,7 @@ def test_same_seed_same_answers_and_another_seed_others(material, store_path, tm
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         evaluate(config(material, prompts, tmp_path / name, seed=seed, temperature=[0.7, 1.0]))
-        files.append((tmp_path / name / "samples.jsonl").read_text())
+        files.append((tmp_path / name / "prompts/samples.jsonl").read_text())
     assert files[0] == files[1] != files[2]
     rows = [json.loads(line) for line in files[0].splitlines()]
     assert [(row["temperature"], row["prompt"]) for row in rows] == [
@@ -115,7 +113,7 @@ def test_same_seed_same_answers_and_another_seed_others(material, store_path, tm
 def test_interrupted_sampling_resumes_to_the_same_answers(material, store_path, tmp_path, prompts):
     settings = config(material, prompts, tmp_path / "out", temperature=[0.7, 1.0])
     whole = evaluate(settings)
-    file = tmp_path / "out/samples.jsonl"
+    file = tmp_path / "out/prompts/samples.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     # A batch of two of which one line was written, and a line cut by a kill.
     file.write_text("".join(lines[:4]) + lines[4][:20])
@@ -139,7 +137,7 @@ def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tm
     ids = mouth.tokenizer("if x < y: code<|im_end|> and", add_special_tokens=False).input_ids
     reply = mouth._reply(ids, [1.0] * len(ids))
     assert reply["text"] == "if x < y: code" and reply["ended"]
-    assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0))
+    assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0, 10))
 
 
 def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path, prompts):
@@ -148,7 +146,7 @@ def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_
     (folder / "generation_config.json").write_text(json.dumps(about))
     store = Store.open(store_path)
     one, other = (
-        sampler(material, path, store, prompts).answer(questions(*QUESTIONS), 0, 0)
+        sampler(material, path, store, prompts).answer(questions(*QUESTIONS), 0, 0, 10)
         for path in (material / "policy", folder)
     )
     assert one == other
@@ -159,7 +157,7 @@ def test_samples_of_another_template_are_not_reused(material, store_path, tmp_pa
     store = cache(cache_config(material, tmp_path / "chatml.zarr", chat_template="chatml"))
     with pytest.raises(UserError, match="template is"):
         evaluate(config(material, prompts, tmp_path / "out", cache=str(store.path)))
-    (tmp_path / "out/samples.json").write_text("{")
+    (tmp_path / "out/prompts/samples.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         evaluate(config(material, prompts, tmp_path / "out"))
 
@@ -179,14 +177,14 @@ def test_an_answer_ends_with_its_turn(material, store_path, prompts):
 def test_the_second_turn_sees_the_first_answer(material, store_path, prompts):
     mouth = sampler(material, material / "policy", Store.open(store_path), prompts)
     talk = [Prompt(("say the cat", "and more"), {}), Prompt(("rat",), {})]
-    first, second = mouth.answer(talk, 0, 0)
+    first, second = mouth.answer(talk, 0, 0, 10)
     assert len(first["turns"]) == 2 and len(second["turns"]) == 1
     history = [
         {"role": "user", "content": "say the cat"},
         {"role": "assistant", "content": first["turns"][0]["text"]},
         {"role": "user", "content": "and more"},
     ]
-    (alone,) = mouth._sample([history], 0)
+    (alone,) = mouth._sample([history], 0, 10)
     assert alone["ids"] == first["turns"][1]["ids"]
 
 
@@ -200,117 +198,6 @@ def test_distinct_n_by_hand():
     assert found["distinct_3"] == 2 / 2
     assert found["tokens"] == 3
     assert diversity([turn(1)])["distinct_2"] is None
-
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def test_alpaca_evals_own_loader_reads_the_answers(material, store_path, tmp_path):
-    file = tmp_path / "questions.json"
-    questions = [{"instruction": text, "dataset": "made up"} for text in QUESTIONS]
-    file.write_text(json.dumps(questions))
-    evaluate(config(material, file, tmp_path / "out"))
-    script = (
-        "import sys, json; from alpaca_eval import utils\n"
-        "frame = utils.load_or_convert_to_dataframe(sys.argv[1])\n"
-        "print(json.dumps([utils.get_generator_name(None, frame), frame.to_dict('records')]))\n"
-    )
-    (answers,) = (tmp_path / "out/alpaca_eval").iterdir()
-    done = subprocess.run(
-        [sys.executable, "-c", script, answers], capture_output=True, text=True, check=True
-    )
-    name, rows = json.loads(done.stdout.splitlines()[-1])
-    samples = (tmp_path / "out/samples.jsonl").read_text().splitlines()
-    assert name == "policy-t0.7"
-    assert [row["instruction"] for row in rows] == QUESTIONS
-    assert [row["output"] for row in rows] == [
-        json.loads(line)["turns"][0]["text"] for line in samples
-    ]
-
-
-def test_mt_bench_answers_are_as_fastchat_reads_them(material, store_path, tmp_path):
-    """Its judge takes answer[question_id]["choices"][0]["turns"][i]."""
-    file = tmp_path / "question.jsonl"
-    rows = [
-        {"question_id": 81 + i, "category": "writing", "turns": [text, "again"]}
-        for i, text in enumerate(QUESTIONS)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(config(material, file, tmp_path / "out"))
-    (answers,) = (tmp_path / "out/mt_bench").glob("*.jsonl")
-    found = {}
-    for line in answers.read_text().splitlines():
-        row = json.loads(line)
-        found[row["question_id"]] = row
-    assert list(found) == [81, 82, 83]
-    for row in found.values():
-        assert row["model_id"] == answers.stem
-        assert all(isinstance(text, str) for text in row["choices"][0]["turns"])
-        assert len(row["choices"][0]["turns"]) == 2
-
-
-def test_arena_hard_answers_are_as_its_judge_reads_them(material, store_path, tmp_path):
-    """It takes answer[uid]["messages"][-1]["content"]["answer"]."""
-    file = tmp_path / "question.jsonl"
-    rows = [{"uid": f"u{i}", "category": "x", "prompt": t} for i, t in enumerate(QUESTIONS)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(config(material, file, tmp_path / "out"))
-    (answers,) = (tmp_path / "out/arena_hard").glob("*.jsonl")
-    found = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [row["uid"] for row in found] == ["u0", "u1", "u2"]
-    for row, text in zip(found, QUESTIONS, strict=True):
-        assert row["messages"][0] == {"role": "user", "content": text}
-        assert isinstance(row["messages"][-1]["content"]["answer"], str)
-
-
-def test_arena_hard_01_answers_have_records_as_turns(material, store_path, tmp_path):
-    file = tmp_path / "question.jsonl"
-    rows = [{"question_id": f"q{i}", "turns": [{"content": t}]} for i, t in enumerate(QUESTIONS)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate(config(material, file, tmp_path / "out"))
-    (answers,) = (tmp_path / "out/arena_hard").glob("*.jsonl")
-    for line in answers.read_text().splitlines():
-        (turn,) = json.loads(line)["choices"][0]["turns"]
-        assert isinstance(turn["content"], str)
-
-
-@pytest.mark.parametrize(
-    ("text", "turns"),
-    [
-        ('{"prompt": "a"}\n\n{"instruction": "b"}\n', [("a",), ("b",)]),
-        ('[{"turns": ["a", "b"], "question_id": 1}]', [("a", "b")]),
-        ('{"turns": [{"content": "a"}]}', [("a",)]),
-        ('  [{"prompt": "ünï"}]', [("ünï",)]),
-        ('{"prompt": "one\u2028two"}\r\n{"prompt": "b"}', [("one\u2028two",), ("b",)]),
-    ],
-)
-def test_prompt_files(tmp_path, text, turns):
-    file = tmp_path / "prompts"
-    file.write_text(text)
-    assert [prompt.turns for prompt in read_prompts(str(file))] == turns
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": ""}', "record 1 of"),
-        ('{"prompt": "a"}\n{"question": "b"}', "record 2 of"),
-        ('["a"]', "record 1 of"),
-        ('{"turns": ["a", 3]}', "record 1 of"),
-        ('{"turns": []}', "record 1 of"),
-        ('{"turns": ["a", "b"]}', "several turns and no question_id"),
-        ("{", "neither JSON nor JSONL"),
-        ("[]", "has no prompts"),
-        ("", "has no prompts"),
-    ],
-)
-def test_invalid_prompts_are_reported(tmp_path, text, message):
-    file = tmp_path / "prompts"
-    file.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_prompts(str(file))
-    with pytest.raises(UserError, match="do not exist"):
-        read_prompts(str(tmp_path / "nothing"))
 
 
 def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path, prompts):

@@ -40,7 +40,7 @@ def one(words, tmp_path_factory):
 
 
 def sampled(out):
-    rows = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+    rows = map(json.loads, (out / "prompts/samples.jsonl").read_text().splitlines())
     return sorted(rows, key=lambda row: (row["temperature"], row["prompt"]))
 
 
@@ -53,20 +53,21 @@ def test_figures_and_answers_are_those_of_one_process(words, one, tmp_path, coun
     for name in ("eval.json", "pairs.jsonl"):
         assert (tmp_path / name).read_text() == (one / name).read_text()
     assert sampled(tmp_path) == sampled(one)
-    answers = [path.relative_to(one) for path in one.glob("alpaca_eval/*.json")]
+    answers = [path.relative_to(one) for path in one.glob("prompts/model_answer/*.json")]
     assert len(answers) == 2
     for path in answers:
         assert (tmp_path / path).read_text() == (one / path).read_text()
-    assert not list(tmp_path.glob("samples.*.jsonl"))
+    assert not list(tmp_path.glob("prompts/samples.*.jsonl"))
 
 
 def test_answers_of_a_killed_run_are_kept_whatever_the_number_of_processes(words, one, tmp_path):
     """As two killed processes leave them: complete batches in two files, and a cut line."""
-    lines = (one / "samples.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "prompts").mkdir()
+    lines = (one / "prompts/samples.jsonl").read_text().splitlines(keepends=True)
     marked = [json.dumps(json.loads(line) | {"kept": True}) + "\n" for line in lines[:4]]
-    (tmp_path / "samples.json").write_text((one / "samples.json").read_text())
-    (tmp_path / "samples.jsonl").write_text("".join(marked[:2]))
-    (tmp_path / "samples.1.jsonl").write_text("".join(marked[2:]) + lines[5][:20])
+    (tmp_path / "prompts/samples.json").write_text((one / "prompts/samples.json").read_text())
+    (tmp_path / "prompts/samples.jsonl").write_text("".join(marked[:2]))
+    (tmp_path / "prompts/samples.1.jsonl").write_text("".join(marked[2:]) + lines[5][:20])
     finish(together([*words, "--out", str(tmp_path)], 2))
     assert sum("kept" in row for row in sampled(tmp_path)) == 4
     plain = [{name: row[name] for name in row if name != "kept"} for row in sampled(tmp_path)]
@@ -75,8 +76,9 @@ def test_answers_of_a_killed_run_are_kept_whatever_the_number_of_processes(words
 
 def test_an_error_of_one_process_ends_all(words, tmp_path):
     """Samples of other settings are found by rank 0, which reports them; the others exit."""
-    (tmp_path / "samples.json").write_text("{}")
-    (tmp_path / "samples.jsonl").write_text("")
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts/samples.json").write_text("{}")
+    (tmp_path / "prompts/samples.jsonl").write_text("")
     processes = together([*words, "--out", str(tmp_path)], 2)
     assert [process.wait(120) for process in processes] == [2, 2]
     messages = [process.messages() for process in processes]

@@ -107,7 +107,7 @@ def test_flags(resolve):
     assert resolve("train --cache s") == TrainConfig(cache="s")
     assert resolve("inspect s --pair 3 --json") == InspectConfig(store="s", pair=3, json=True)
     assert resolve("compare c.yaml --plan") == CompareConfig(config_file="c.yaml", plan=True)
-    sampled = EvalConfig(model="run", cache="s", generate="p", temperature=[0.2, 1.0])
+    sampled = EvalConfig(model="run", cache="s", generate=["p"], temperature=[0.2, 1.0])
     flags = "--generate p --temperature 0.2 --temperature 1"
     assert resolve(f"eval run --cache s {flags}") == sampled
     assert resolve("train --cache s --no-bf16") == TrainConfig(cache="s", bf16=False)

@@ -8,9 +8,9 @@ from safetensors.numpy import save_file
 COMMIT = "c5ebcd40d208330abc697524c919956e692655cf"
 
 
-def snapshot(hub, name):
+def snapshot(hub, name, kind="model"):
     """The folder of a repository's files in the layout of the hub's cache."""
-    repository = hub / ("models--" + name.replace("/", "--"))
+    repository = hub / (f"{kind}s--" + name.replace("/", "--"))
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
     path = repository / "snapshots" / COMMIT

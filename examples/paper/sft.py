@@ -1,0 +1,103 @@
+"""The paper's first stage, by TRL: a base model and conversations -> a model to cache.
+
+    python examples/paper/sft.py --model google/gemma-2-2b --output_dir sft
+    torchrun --nproc-per-node 4 examples/paper/sft.py --config sft.yaml
+
+Takes all settings of TRL's SFTConfig. The conversations are UltraChat-200k or a local JSON, JSONL
+or Parquet file with a column `messages`; all turns of the assistant are scored. The tokeniser is
+saved with the template `halos`, by which `fpo cache` then formats the pairs. `fpo compare` runs
+this as the first step of a grid with a section `sft`. Needs trl: pip install "fpocli[bench]".
+
+The paper says no more of this stage than its data and format. The defaults are those of the
+alignment handbook's Zephyr: one epoch, learning rate 2e-5 with a cosine schedule.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+from fpocli.data.chat_templates import CHAT_TEMPLATES
+
+HALOS = CHAT_TEMPLATES["halos"]
+_ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclass
+class SftData:
+    """What is trained on what."""
+
+    model: str = field(metadata={"help": "Base model: a hub id or a local folder."})
+    data: str = field(
+        default=_ULTRACHAT,
+        metadata={"help": "Hub id, or a JSON, JSONL or Parquet file with a column `messages`."},
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Default: train_sft for UltraChat, else train."}
+    )
+    limit: int | None = field(default=None, metadata={"help": "Read only this many rows."})
+
+
+@dataclass
+class Settings(SFTConfig):
+    """TRL's settings, with other defaults."""
+
+    assistant_only_loss: bool = True
+    max_length: int | None = 2048
+    lr_scheduler_type: str = "cosine"
+    warmup_ratio: float = 0.1
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 4
+    save_strategy: str = "no"
+    report_to: str = "none"
+
+
+def main() -> None:
+    """Train, and save the model in transformers' format."""
+    data, settings = TrlParser((SftData, Settings)).parse_args_and_config()
+    tokenizer = AutoTokenizer.from_pretrained(data.model)
+    tokenizer.chat_template = scored_halos()
+    trainer = SFTTrainer(
+        model=data.model,
+        args=settings,
+        train_dataset=conversations(data),
+        processing_class=tokenizer,
+    )
+    # With --save_strategy steps, the same command resumes.
+    folder = Path(str(settings.output_dir))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    tokenizer.chat_template = HALOS
+    trainer.save_model(settings.output_dir)
+
+
+def scored_halos() -> str:
+    """The template `halos` with TRL's marks around what is scored: every answer and its end."""
+    answer = "message['content'] }}{{ eos_token if message['role'] == 'assistant' }}"
+    start = "{{ '<|' + message['role'] + '|>\n' + " + answer
+    assert start in HALOS
+    return HALOS.replace(
+        start,
+        "{{ '<|' + message['role'] + '|>\n' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+        "{% else %}{{ message['content'] }}{% endif %}",
+    )
+
+
+def conversations(data: SftData) -> Dataset:
+    """The rows, with the column `messages` alone."""
+    split = data.split or ("train_sft" if data.data == _ULTRACHAT else "train")
+    path = Path(data.data)
+    if path.is_file():
+        found = load_dataset(_BUILDERS[path.suffix], data_files=data.data, split="train")
+    else:
+        found = load_dataset(data.data, split=split)
+    found = found.select(range(min(data.limit or len(found), len(found))))
+    return found.select_columns(["messages"])
+
+
+if __name__ == "__main__":
+    main()

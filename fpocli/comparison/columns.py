@@ -1,0 +1,157 @@
+"""The columns of the paper's tables."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fpocli.comparison.records import Row
+
+# Of the answers that the tables describe; the default of fpo eval.
+TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Column:
+    """A measured column.
+
+    Args:
+        title: its heading, with the unit.
+        value: of a run's record; None where it was not measured.
+        digits: after the point.
+        per_pair: its name among the values of pairs, by which runs are compared; or None.
+        error: the standard error of a run's value, where it has one of its own.
+        share: whether it is a share of pairs.
+    """
+
+    title: str
+    value: Callable[[Row], float | None]
+    digits: int
+    per_pair: str | None = None
+    error: Callable[[Row], float | None] | None = None
+    share: bool = False
+
+    def known(self, rows: list[Row]) -> list[float]:
+        """Its values for the runs in which it was measured."""
+        return [value for row in rows if (value := self.value(row)) is not None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        title: above it.
+        keys: settings that tell its rows apart.
+        columns: what is measured.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+
+def _path(*names: str) -> Callable[[Row], float | None]:
+    """A nested value of a record."""
+
+    def value(row: Row) -> float | None:
+        found: Any = row
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    return value
+
+
+def _percent(name: str) -> Callable[[Row], float]:
+    """A share of fpo eval in percent."""
+    return lambda row: 100 * row["eval"][name]["share"]
+
+
+def _entropy(row: Row) -> float | None:
+    """At temperature 0.7, the same in every table, or None if that was not sampled. Of several sets
+    of prompts the first one's, so that it is one quantity."""
+    for sampled in row["eval"].get("generation") or ():
+        if sampled["temperature"] == TEMPERATURE:
+            return sampled["entropy"]
+    return None
+
+
+def _distance(side: str) -> Callable[[Row], float | None]:
+    """The mean over sites."""
+
+    def value(row: Row) -> float | None:
+        sites = row["eval"].get("distance")
+        return statistics.mean(site[side] for site in sites.values()) if sites else None
+
+    return value
+
+
+def _verdict(judge: str, name: str, part: int) -> Callable[[Row], float | None]:
+    """A judge's number about the baseline and this run: its value (0) or standard error (1)."""
+
+    def value(row: Row) -> float | None:
+        for verdict in row["verdicts"]:
+            wanted = verdict["judge"] == judge and verdict["temperature"] in (TEMPERATURE, None)
+            if wanted and verdict.get(name):
+                return verdict[name][part]
+        return None
+
+    return value
+
+
+def _judged(title: str, judge: str, name: str, digits: int = 1) -> Column:
+    value, error = (_verdict(judge, name, part) for part in (0, 1))
+    return Column(title, value, digits, error=error)
+
+
+D_MARGIN = Column("D margin", _distance("margin"), 5, per_pair="distance_margin")
+MEAN_MEMORY = Column("Mean memory (GB)", _path("memory_gb"), 2)
+_PEAK = Column("Peak (GB)", _path("peak_memory_gb"), 2)
+# The paper does not say which of the two its accuracy is, so both are shown.
+_ACCURACY = (
+    Column("Accuracy (%)", _percent("accuracy"), 1, per_pair="accuracy", share=True),
+    Column(
+        "Reward acc. (%)", _percent("reward_accuracy"), 1, per_pair="reward_accuracy", share=True
+    ),
+)
+_ENTROPY = Column(f"Entropy at T = {TEMPERATURE} (nats)", _entropy, 3)
+_ALPACA_EVAL = (
+    _judged("AlpacaEval WR-L (%)", "alpaca_eval", "length_controlled"),
+    _judged("AlpacaEval WR (%)", "alpaca_eval", "win_rate"),
+)
+_BENCHMARKS = (
+    *_ALPACA_EVAL,
+    _judged("Arena-Hard WR (%)", "arena_hard", "win_rate"),
+    _judged("MT-Bench WR (%)", "mt_bench", "win_rate"),
+    _judged("MT-Bench Δ score", "mt_bench", "grade", 2),
+)
+_PAPER = (*_ACCURACY, _ENTROPY)
+_ALL = (
+    *_ACCURACY,
+    _ENTROPY,
+    Column(
+        "Reward margin (nats/token)",
+        _path("eval", "reward_margin_per_token", "mean"),
+        4,
+        per_pair="reward_margin_per_token",
+    ),
+    Column("KL chosen (nats)", _path("eval", "kl", "chosen"), 3, per_pair="kl_chosen"),
+    Column("KL rejected (nats)", _path("eval", "kl", "rejected"), 3, per_pair="kl_rejected"),
+    Column("KL margin", _path("eval", "kl", "margin"), 3, per_pair="kl_margin"),
+    Column("D chosen", _distance("chosen"), 5, per_pair="distance_chosen"),
+    Column("D rejected", _distance("rejected"), 5, per_pair="distance_rejected"),
+    D_MARGIN,
+    Column("Time (s)", _path("seconds"), 0),
+    MEAN_MEMORY,
+    _PEAK,
+    *_BENCHMARKS,
+)
+_SITES = ("at", "layer", "site")
+TABLES = {
+    "all": Table("All runs", ("method", *_SITES, "alpha", "stop_gradient"), _ALL),
+    "table2": Table("The paper's Table 2", ("method",), (*_BENCHMARKS, *_PAPER)),
+    "table3": Table("The paper's Table 3", (*_SITES, "alpha", "stop_gradient"), _PAPER),
+    "table6": Table("The paper's Table 6", ("method",), (*_PAPER, *_ALPACA_EVAL)),
+    "table7": Table("The paper's Table 7", _SITES, (*_PAPER, *_ALPACA_EVAL)),
+}

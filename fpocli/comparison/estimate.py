@@ -1,0 +1,295 @@
+"""What the commands of a grid will take, from counted tokens: hours and bytes, for `--plan`.
+
+The hours are arithmetic over an assumed speed: 2 operations per parameter and token of a forward
+pass, 4 of a backward pass, at `tflops` useful TFLOP/s per process. docs/evaluation.md says more.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+
+from fpocli.comparison.grid import Grid
+from fpocli.comparison.steps import Step
+from fpocli.config import CacheConfig, EvalConfig, TrainConfig
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.data.sources import open_source
+from fpocli.evaluation.prompts import load_prompts
+from fpocli.features.directory import default_saes
+from fpocli.features.site import Site
+from fpocli.model.network import count_parameters, read_config
+from fpocli.store.layout import raw_bytes
+from fpocli.store.reader import Store
+from fpocli.system.console import console, progress
+from fpocli.system.errors import UserError
+from fpocli.system.model_folder import find_model
+from fpocli.training.losses import METHODS
+
+# Useful TFLOP/s of a process where the grid names none: half of an A100's, a sixth of an H100's.
+_TFLOPS = 150.0
+# A step of generation reads all weights, at one byte per 150 operations, and has a fixed cost.
+_OPERATIONS_PER_BYTE, _DECODING_STEP = 150, 0.03
+# Rows that are tokenised to count tokens.
+_SAMPLE = 1000
+# Bytes per parameter: of a bfloat16 model, and of a checkpoint with master weights and moments.
+_WEIGHTS, _CHECKPOINT = 2, 14
+_WIDTHS = re.compile(r"width_(\d+)([km])")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command is expected to take; None where it cannot be told.
+
+    Args:
+        hours: of all processes together working side by side.
+        bytes: written at most.
+    """
+
+    hours: float | None
+    bytes: int | None
+
+    def hours_text(self) -> str:
+        """Such as "1.5 h" or "12 min"."""
+        if self.hours is None:
+            return "?"
+        minutes = 60 * self.hours
+        return f"{self.hours:.1f} h" if minutes >= 100 else f"{max(minutes, 0.1):.2g} min"
+
+    def size_text(self) -> str:
+        """Such as "1.5 GB"."""
+        return "?" if self.bytes is None else decimal(self.bytes)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The data of a store.
+
+    Args:
+        pairs: that are kept.
+        tokens: of all, the prompt once.
+        bytes: of the store, before compression.
+        parameters: of its model.
+        width: d of its model.
+        features: m of each site.
+    """
+
+    pairs: int
+    tokens: int
+    bytes: int
+    parameters: int
+    width: int
+    features: tuple[int, ...]
+
+
+def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
+    """The expected cost of every command, in order. What cannot be told is said on stderr."""
+    speed = 1e12 * (grid.tflops or _TFLOPS) * processes(grid.launch)
+    stores = {step.settings["out"]: step for step in grid.stores}
+    counted: dict[str, Counted | None] = {}
+
+    def count(path: str) -> Counted | None:
+        if path not in counted:
+            try:
+                counted[path] = _count(path, stores.get(path))
+            except UserError as error:
+                console.print(f"no estimate for {path}: {error}")
+                counted[path] = None
+        return counted[path]
+
+    for step in grid.steps:
+        if step.kind == "sft":
+            yield step, _sft(step, speed)
+            continue
+        found = count(step.settings["out" if step.kind == "cache" else "cache"])
+        if found is None:
+            yield step, Cost(None, None)
+        elif step.kind == "cache":
+            # One encoding per position and site.
+            per_token = 2 * found.parameters + 2 * found.width * sum(found.features)
+            yield step, Cost(per_token * found.tokens / speed / 3600, found.bytes)
+        elif step.kind == "train":
+            yield step, _train(TrainConfig(**step.settings), found, speed)
+        else:
+            assert step.after is not None
+            trained = TrainConfig(**step.after.settings)
+            config = EvalConfig(**step.settings)
+            seconds = _scoring(config, trained, found) / speed
+            seconds += _sampling(config, found, speed, processes(grid.launch))
+            yield step, Cost(seconds / 3600, 0)
+
+
+def processes(launch: tuple[str, ...]) -> int:
+    """Number of processes that torchrun's flags name; 1 for other commands."""
+    count = 1
+    for flag in ("nproc", "nnodes"):
+        named = re.search(rf"--{flag}[-_]?(?:per[-_]node)?[ =](\d+)", " ".join(launch))
+        count *= int(named[1]) if named else 1
+    return count
+
+
+def _train(config: TrainConfig, found: Counted, speed: float) -> Cost:
+    passes = 8 if config.activation_checkpointing else 6
+    held_out = config.eval_fraction
+    with_kl = "distribution" in METHODS[config.method].needs
+    per_token = (passes + (2 if with_kl else 0)) * found.parameters * config.epochs * (1 - held_out)
+    # The held-out pairs, before and after, with the reference if the KL is measured.
+    times = 2
+    if config.eval_every:
+        times += config.epochs * found.pairs // (config.batch_size * config.eval_every)
+    per_token += times * held_out * (4 if config.measure_kl or with_kl else 2) * found.parameters
+    steps = config.epochs * found.pairs // config.batch_size
+    kept = config.keep_checkpoints if steps > config.save_every else 0
+    size = found.parameters * (_WEIGHTS + kept * _CHECKPOINT)
+    return Cost(per_token * found.tokens / speed / 3600, size)
+
+
+def _scoring(config: EvalConfig, trained: TrainConfig, found: Counted) -> float:
+    """Operations of measuring the pairs."""
+    share = {"eval": trained.eval_fraction, "train": 1 - trained.eval_fraction, "all": 1.0}
+    part = share[config.split or ("eval" if trained.eval_fraction else "all")]
+    return part * found.tokens * (4 if config.reference else 2) * found.parameters
+
+
+def _sampling(config: EvalConfig, found: Counted, speed: float, ranks: int) -> float:
+    """Seconds of sampling, if every answer has the most tokens."""
+    try:
+        asked = load_prompts(config)
+    except UserError as error:
+        console.print(f"without the time of sampling: {error}")
+        return 0.0
+    seconds = 0.0
+    read = _WEIGHTS * found.parameters * _OPERATIONS_PER_BYTE / (speed / ranks)
+    for one in asked:
+        batches = -(-len(one.prompts) // config.batch_size) * len(one.temperatures)
+        turns = max(len(prompt.turns) for prompt in one.prompts)
+        seconds += -(-batches // ranks) * turns * one.max_new_tokens * max(read, _DECODING_STEP)
+    return seconds
+
+
+def _sft(step: Step, speed: float) -> Cost:
+    """TRL's stage: forward, backward and recomputation of the conversations, once per epoch."""
+    settings = step.settings
+    try:
+        folder = find_model(str(settings["model"]), weights=False)
+        size = count_parameters(folder)
+        tokens = _count_conversations(
+            str(settings.get("data", "HuggingFaceH4/ultrachat_200k")),
+            settings.get("split"), settings.get("limit"), str(folder.path),
+        )  # fmt: skip
+    except (UserError, KeyError) as error:
+        console.print(f"no estimate for the SFT stage: {error}")
+        return Cost(None, None)
+    epochs = float(settings.get("num_train_epochs", 1))
+    return Cost(8 * size * tokens * epochs / speed / 3600, 4 * size)
+
+
+@cache
+def _count_conversations(data: str, split: str | None, limit: int | None, folder: str) -> int:
+    from transformers import AutoTokenizer
+
+    default = "train_sft" if data == "HuggingFaceH4/ultrachat_200k" else None
+    rows = open_source(data, split or default, limit).rows()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sample = [row for _, row in islice(rows, _SAMPLE)]
+    texts = ["\n".join(str(turn["content"]) for turn in row["messages"]) for row in sample]
+    tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
+    return round(tokens / max(len(sample), 1) * (len(sample) + sum(1 for _ in rows)))
+
+
+def _count(path: str, step: Step | None) -> Counted:
+    """Tokens and sizes of a store that exists, or of a sample of its data."""
+    if (Path(path) / "zarr.json").is_file():
+        store = Store.open(path)
+        source = store.meta["model"]["source"]
+        widths = tuple(about["d_sae"] for about in store.sites.values())
+        folder = find_model(source, weights=False)
+        about, tokens, pairs = store.meta, store.meta["tokens"], store.pairs
+    else:
+        assert step is not None
+        config = CacheConfig(**step.settings)
+        source = config.model
+        if step.after and not Path(source).exists():
+            # The SFT stage has not run yet; its base model has the same tokeniser and shape.
+            source = str(step.after.settings["model"])
+        folder = find_model(source, weights=False)
+        pairs, tokens = _count_pairs(config, source)
+        sites = [Site(layer, kind) for layer, kind in config.sites]
+        saes = config.sae
+        if sites and not saes:
+            saes, _ = default_saes(folder, read_config(folder), sites)
+        widths = tuple(map(_features, saes))
+        about = _about(config, pairs, tokens, widths)
+    return Counted(
+        pairs=pairs,
+        tokens=tokens,
+        bytes=raw_bytes(about),
+        parameters=count_parameters(folder),
+        width=read_config(folder).hidden_size,
+        features=widths,
+    )
+
+
+def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes by which a store's size is known."""
+    return {
+        "pairs": {"kept": pairs},
+        "tokens": tokens,
+        "block": config.block,
+        "sites": {
+            f"layer_{layer}.{kind}": {
+                "k": m if config.top_k == "all" else min(int(config.top_k), m),
+                "d_sae": m,
+                "value_dtype": config.value_dtype,
+            }
+            for (layer, kind), m in zip(config.sites, widths, strict=True)
+        },
+    }
+
+
+def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int]:
+    """Pairs and tokens of the data, extrapolated from the first rows."""
+    counts = (config.data, config.split, config.limit, model, config.chat_template)
+    return _counted(*counts, config.max_length, config.max_prompt_length)
+
+
+@cache
+def _counted(
+    data: str,
+    split: str | None,
+    limit: int | None,
+    model: str,
+    template: str | None,
+    length: int,
+    prompt_length: int,
+) -> tuple[int, int]:
+    dropped = DroppedRows()
+    folder = find_model(model, weights=False)
+    tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
+    first = open_source(data, split, min(limit or _SAMPLE, _SAMPLE))
+    with progress("Counting tokens", None):
+        sizes = [
+            len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            for pair in tokenizer(read_pairs(first, dropped))
+        ]
+        rows = sum(1 for _ in open_source(data, split, limit).rows())
+    if not sizes:
+        raise dropped.nothing_left()
+    scale = rows / max(dropped.read, 1)
+    return round(scale * len(sizes)), round(scale * sum(sizes))
+
+
+def _features(source: str) -> int:
+    """m of an SAE, from its configuration or its name; Gemma Scope's 16k if neither tells."""
+    file = Path(source) / "cfg.json"
+    if file.is_file():
+        return int(json.loads(file.read_text())["d_sae"])
+    named = _WIDTHS.search(source)
+    return int(named[1]) * {"k": 2**10, "m": 2**20}[named[2]] if named else 2**14

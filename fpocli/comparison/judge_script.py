@@ -1,0 +1,128 @@
+"""judge/judge.sh: the commands that have the runs' answers judged, for the user to run.
+
+fpo calls no judge itself. The baseline is compared with every other run on the same questions, by
+giving the other's answers as the reference: not with the judge's own default opponent.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+from fpocli.comparison.grid import Grid, Run
+from fpocli.config import JUDGES
+from fpocli.system.files import replace_text
+
+# The paper's judge is GPT-4 Turbo.
+_JUDGE = "gpt-4-1106-preview"
+# Clones of the judges' repositories, in the folder where the script is run.
+_FASTCHAT = Path("FastChat/fastchat/llm_judge/data")
+_ARENA = Path("arena-hard-auto")
+# The model that Arena-Hard compares with for these questions.
+_ARENA_BASELINE = "gpt-4-0314"
+_HEAD = """#!/bin/sh
+# Made by fpo compare. Run it from here with a key of the judge's service; it costs money. Then run
+# fpo compare again: it reads what was written to {folder} and fills in the win rates.
+# AlpacaEval: pip install alpaca-eval. MT-Bench: pip install "fschat[model_worker,llm_judge]" and
+# git clone https://github.com/lm-sys/FastChat. Arena-Hard: git clone
+# https://github.com/lmarena/arena-hard-auto, and enter the judge in its config/api_config.yaml.
+set -e
+"""
+
+
+def write_judge_script(grid: Grid) -> Path | None:
+    """Write the script; None if no answers to a judge's questions were sampled, or the grid has no
+    baseline."""
+    if grid.baseline is None:
+        return None
+    parts = []
+    for judge in JUDGES:
+        answers = {run.name: _answers(run, judge) for run in grid.runs}
+        parts += _commands(grid, judge, answers)
+    if not parts:
+        return None
+    folder = judged_folder(grid)
+    folder.mkdir(exist_ok=True)
+    script = folder / "judge.sh"
+    replace_text(script, _HEAD.format(folder=folder) + "\n".join(parts) + "\n")
+    return script
+
+
+def judged_folder(grid: Grid) -> Path:
+    """Where the judges write."""
+    return grid.out / "judge"
+
+
+def is_baseline(grid: Grid, run: Run) -> bool:
+    """Whether the others are compared with this run."""
+    return grid.baseline is not None and run.has(grid.baseline)
+
+
+def _answers(run: Run, judge: str) -> list[Path]:
+    return sorted((run.folder / "eval" / judge / "model_answer").glob("*"))
+
+
+def _commands(grid: Grid, judge: str, answers: dict[str, list[Path]]) -> list[str]:
+    """For every baseline run, the comparison with each other run of the same seed, at each
+    temperature."""
+    lines = []
+    for own in filter(lambda run: is_baseline(grid, run), grid.runs):
+        for other in grid.runs:
+            same_seed = own.settings["seed"] == other.settings["seed"]
+            if is_baseline(grid, other) or not same_seed:
+                continue
+            for one, two in zip(answers[own.name], answers[other.name], strict=False):
+                folder = judged_folder(grid) / f"{judge}/{one.stem}_vs_{two.stem}"
+                lines += _COMMANDS[judge](one, two, folder)
+    return lines
+
+
+def _alpaca_eval(one: Path, other: Path, folder: Path) -> list[str]:
+    words = [
+        "alpaca_eval", "--model_outputs", one, "--reference_outputs", other,
+        "--annotators_config", "weighted_alpaca_eval_gpt4_turbo", "--output_path", folder,
+    ]  # fmt: skip
+    return [_line(words)]
+
+
+def _mt_bench(one: Path, other: Path, folder: Path) -> list[str]:
+    """FastChat reads and writes in data/mt_bench of the current folder."""
+    place = folder / "data/mt_bench/model_answer"
+    pair = [one.stem, other.stem]
+    module = ["python", "-m", "fastchat.llm_judge.gen_judgment", "--judge-model", _JUDGE]
+    modes = (["--mode", "single"], ["--mode", "pairwise-baseline", "--baseline-model", other.stem])
+    judged = [_line([*module, *mode, "--model-list", *pair]) for mode in modes]
+    return [
+        _line(["mkdir", "-p", place]),
+        _line(["cp", one, other, place]),
+        _line(["cp", "-r", _FASTCHAT / "mt_bench/question.jsonl", place.parent]),
+        _line(["cp", "-r", _FASTCHAT / "mt_bench/reference_answer", place.parent]),
+        _line(["cp", _FASTCHAT / "judge_prompts.jsonl", place.parents[1]]),
+        # It asks for a confirmation.
+        *(f"(cd {shlex.quote(str(folder))}; yes '' | {command})" for command in judged),
+    ]
+
+
+def _arena_hard(one: Path, other: Path, folder: Path) -> list[str]:
+    """Its baseline is fixed by the questions' category, so the opponent's answers take the file
+    name of that baseline; the verdicts name the opponent itself."""
+    data = folder / "data/arena-hard-v0.1"
+    settings = {"model_list": [one.stem], "regex_patterns": [r"\[\[([AB<>=]+)\]\]"]}
+    lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
+    return [
+        _line(["mkdir", "-p", data / "model_answer"]),
+        _line(["cp", one, data / "model_answer"]),
+        _line(["cp", other, data / f"model_answer/{_ARENA_BASELINE}.jsonl"]),
+        _line(["cp", _ARENA / "data/arena-hard-v0.1/question.jsonl", data]),
+        _line(["cp", _ARENA / "config/arena-hard-v0.1.yaml", folder / "judge.yaml"]),
+        f"printf '%s\\n' '' {shlex.join(lines)} >> {shlex.quote(str(folder / 'judge.yaml'))}",
+        f"(top=$PWD; cd {shlex.quote(str(folder))}; PYTHONPATH=$top/{_ARENA} python "
+        f"$top/{_ARENA}/gen_judgment.py --setting-file judge.yaml "
+        f"--endpoint-file $top/{_ARENA}/config/api_config.yaml)",
+    ]
+
+
+_COMMANDS = {"alpaca_eval": _alpaca_eval, "mt_bench": _mt_bench, "arena_hard": _arena_hard}
+
+
+def _line(words: list) -> str:
+    return shlex.join(map(str, words))

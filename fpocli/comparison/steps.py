@@ -1,0 +1,134 @@
+"""The commands of a grid: SFT, caching, training, evaluation; what each depends on."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fpocli.config import JUDGES, CacheConfig
+from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
+
+# Settings of fpo cache that do not change the store's content.
+_HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
+_FPO = ("-m", "fpocli")
+# Settings that name files of the user's.
+_FILES = ("feature_weights", "deepspeed", "generate", "script")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Args:
+        name: unique in the grid.
+        words: the command line, up to the command's name.
+        settings: the content of its configuration file.
+        result: the file that exists when it is done.
+        after: the step whose result it reads, or None.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    settings: dict[str, Any]
+    result: Path
+    after: "Step | None" = None
+
+    @property
+    def kind(self) -> str:
+        """sft, cache, train or eval."""
+        return self.name.partition(".")[0]
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Files of the user's that it reads, by the setting that names them."""
+        named: dict[str, Path] = {}
+        for setting in _FILES:
+            values = self.settings.get(setting) or []
+            for value in values if isinstance(values, list) else [values]:
+                if value not in JUDGES:
+                    named[f"{setting}: {value}"] = Path(value)
+        if self.kind == "sft":
+            named["script"] = Path(self.words[-1])
+        return named
+
+    def inputs(self) -> str:
+        """sha256 of everything the result depends on: settings, files, and the steps before."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
+        for file in self.files.values():
+            digest.update(file.read_bytes() if file.is_file() else b"")
+        if self.after:
+            digest.update(self.after.inputs().encode())
+        if self.kind in ("cache", "train"):
+            # Which the user may have made again.
+            store = Path(self.settings.get("cache") or self.settings["out"])
+            if (store / "zarr.json").is_file():
+                digest.update(Store.open(store).meta["fingerprint"].encode())
+        return digest.hexdigest()
+
+
+def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: str) -> Step:
+    """The stage before: a script beside the grid's file, which takes its settings as TRL's do.
+
+    Args:
+        section: of the grid; `script`, and the script's settings.
+        out: the grid's folder.
+        launch: the words that start Python.
+        path: the grid's file.
+
+    Raises:
+        UserError: the section names no script.
+    """
+    settings = dict(section)
+    script = settings.pop("script", None)
+    if not isinstance(script, str) or "\0" in script:
+        raise UserError(
+            f"`sft` in {path} names no script", "write script: sft.py, as in examples/paper"
+        )
+    settings.setdefault("output_dir", str(out / "sft"))
+    result = Path(str(settings["output_dir"])) / "config.json"
+    words = (*launch, str(Path(path).parent / script))
+    return Step("sft", words, settings, result)
+
+
+def store_step(
+    settings: dict[str, Any], out: Path, launch: tuple[str, ...], after: Step | None
+) -> Step:
+    """The command that makes a store; runs with the same settings share it."""
+    whole = dataclasses.asdict(CacheConfig(**settings))
+    # Settings that do not change the content are not part of the name.
+    whole = {name: value for name, value in whole.items() if name not in _HOW}
+    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:8]
+    sites = [f"{layer}.{kind}" for layer, kind in CacheConfig(**settings).sites]
+    # Thirteen sites would be a long name.
+    name = "+".join(sites if len(sites) < 4 else [f"{len(sites)}-sites"]) or "no-sites"
+    file = out / "stores" / f"{name}-{digest}.zarr"
+    return Step(
+        f"cache.{name}-{digest}",
+        (*launch, *_FPO, "cache"),
+        settings | {"out": str(file)},
+        file / "zarr.json",
+        after,
+    )
+
+
+def training_step(
+    name: str,
+    settings: dict[str, Any],
+    folder: Path,
+    launch: tuple[str, ...],
+    store: Step | None,
+) -> Step:
+    """The command that trains a run."""
+    result = folder / "final" / "config.json"
+    return Step(f"train.{name}", (*launch, *_FPO, "train"), settings, result, store)
+
+
+def evaluation_step(
+    name: str, settings: dict[str, Any], folder: Path, launch: tuple[str, ...], train: Step
+) -> Step:
+    """The command that evaluates a run."""
+    result = folder / "eval" / "eval.json"
+    return Step(f"eval.{name}", (*launch, *_FPO, "eval"), settings, result, train)
