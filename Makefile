@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint compare compare-short bench bench-smoke wheel-check families clean
+.PHONY: demo test check lint compare paper-small bench bench-smoke wheel-check families clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -12,15 +12,21 @@ test: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
 # What CI runs.
-check: lint test bench-smoke wheel-check compare-short
+check: lint test bench-smoke wheel-check paper-small
 
 # Every method of the paper on SmolLM2, compared in one table; over an hour on two cores.
 compare: demo/sae/cfg.json
 	$(BIN)/fpo compare examples/paper/smollm2.yaml
 
-# The same in a step or two per method.
-compare-short: demo/sae/cfg.json
-	$(BIN)/fpo compare examples/paper/smollm2-short.yaml
+# From a base model to the paper's tables, a few steps each. The verdicts are those of a stand-in for
+# a judge, run by AlpacaEval's own code.
+paper-small: .venv/dev demo/sae-16/cfg.json
+	$(BIN)/fpo compare examples/paper/small.yaml
+	$(BIN)/python examples/paper/stub_judge.py demo/paper-small/judge/judge.sh
+	$(BIN)/fpo compare examples/paper/small.yaml
+
+demo/sae-16/cfg.json: .venv/demo
+	$(BIN)/python examples/demo.py --prepare-sites
 
 demo/sae/cfg.json: .venv/demo
 	$(BIN)/python examples/demo.py --prepare

@@ -16,7 +16,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from fpocli.comparison.grid import Grid
-from fpocli.comparison.steps import Step
+from fpocli.comparison.steps import Step, processes
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
@@ -106,7 +106,7 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
 
     for step in grid.steps:
         if step.kind == "sft":
-            yield step, _sft(step, speed)
+            yield step, _sft(step, speed, processes(grid.launch))
             continue
         found = count(step.settings["out" if step.kind == "cache" else "cache"])
         if found is None:
@@ -124,15 +124,6 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
             seconds = _scoring(config, trained, found) / speed
             seconds += _sampling(config, found, speed, processes(grid.launch))
             yield step, Cost(seconds / 3600, 0)
-
-
-def processes(launch: tuple[str, ...]) -> int:
-    """Number of processes that torchrun's flags name; 1 for other commands."""
-    count = 1
-    for flag in ("nproc", "nnodes"):
-        named = re.search(rf"--{flag}[-_]?(?:per[-_]node)?[ =](\d+)", " ".join(launch))
-        count *= int(named[1]) if named else 1
-    return count
 
 
 def _train(config: TrainConfig, found: Counted, speed: float) -> Cost:
@@ -174,25 +165,31 @@ def _sampling(config: EvalConfig, found: Counted, speed: float, ranks: int) -> f
     return seconds
 
 
-def _sft(step: Step, speed: float) -> Cost:
+def _sft(step: Step, speed: float, ranks: int) -> Cost:
     """TRL's stage: forward, backward and recomputation of the conversations, once per epoch."""
     settings = step.settings
     try:
         folder = find_model(str(settings["model"]), weights=False)
         size = count_parameters(folder)
-        tokens = _count_conversations(
+        count, tokens = _count_conversations(
             str(settings.get("data", "HuggingFaceH4/ultrachat_200k")),
             settings.get("split"), settings.get("limit"), str(folder.path),
         )  # fmt: skip
     except (UserError, KeyError) as error:
         console.print(f"no estimate for the SFT stage: {error}")
         return Cost(None, None)
-    epochs = float(settings.get("num_train_epochs", 1))
-    return Cost(8 * size * tokens * epochs / speed / 3600, 4 * size)
+    tokens *= float(settings.get("num_train_epochs", 1))
+    if settings.get("max_steps", -1) > 0:
+        rows = settings["max_steps"] * settings.get("per_device_train_batch_size", 4) * ranks
+        tokens = min(tokens, rows * tokens / max(count, 1))
+    return Cost(8 * size * tokens / speed / 3600, 4 * size)
 
 
 @cache
-def _count_conversations(data: str, split: str | None, limit: int | None, folder: str) -> int:
+def _count_conversations(
+    data: str, split: str | None, limit: int | None, folder: str
+) -> tuple[int, float]:
+    """Rows, and tokens of all, extrapolated from the first ones."""
     from transformers import AutoTokenizer
 
     default = "train_sft" if data == "HuggingFaceH4/ultrachat_200k" else None
@@ -201,7 +198,8 @@ def _count_conversations(data: str, split: str | None, limit: int | None, folder
     sample = [row for _, row in islice(rows, _SAMPLE)]
     texts = ["\n".join(str(turn["content"]) for turn in row["messages"]) for row in sample]
     tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
-    return round(tokens / max(len(sample), 1) * (len(sample) + sum(1 for _ in rows)))
+    count = len(sample) + sum(1 for _ in rows)
+    return count, tokens / max(len(sample), 1) * count
 
 
 def _count(path: str, step: Step | None) -> Counted:

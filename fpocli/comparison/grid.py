@@ -15,15 +15,21 @@ reports: [table3, figure3]
 """
 
 import dataclasses
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fpocli.comparison.alternatives import check_names, field_names, multiply, name_of
-from fpocli.comparison.steps import Step, evaluation_step, sft_step, store_step, training_step
+from fpocli.comparison.steps import (
+    Step,
+    evaluation_step,
+    launch_words,
+    sft_step,
+    store_step,
+    training_step,
+)
 from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
+from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import is_file_name, read_yaml
 
@@ -33,8 +39,7 @@ _OWN = {
     "train": {"out", "cache", "trust_remote_code"},
     "eval": {"model", "cache", "out", "json", "trust_remote_code"},
 }
-# Most bytes of a folder's name; file systems allow 255.
-_LONGEST_NAME = 240
+_LONGEST_NAME = 240  # bytes; file systems allow 255
 _SECTIONS: dict[str, Any] = {
     "out": str, "launch": str, "tflops": (int, float), "sft": dict, "store": str, "cache": dict,
     "train": dict, "eval": dict, "baseline": (str, dict), "runs": list, "reports": list,
@@ -103,13 +108,15 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
         UserError: it cannot be read, or has a setting that no command accepts.
     """
     content = _read(path)
-    unknown = [name for name in content.get("reports", []) if name not in known_reports]
-    if unknown:
+    if unknown := [name for name in content.get("reports", []) if name not in known_reports]:
         raise UserError(
             f"{path} asks for the unknown report {unknown[0]}",
             f"known: {', '.join(known_reports)}",
         )
-    out, launch = Path(content.get("out", Path(path).stem)), _launch(content, path)
+    out, launch = (
+        Path(content.get("out", Path(path).stem)),
+        launch_words(content.get("launch", ""), path),
+    )
     base = {
         "cache": dict(content.get("cache", {})),
         "train": _with_preset(content.get("train", {})),
@@ -159,21 +166,6 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     )
 
 
-def _launch(content: dict[str, Any], path: str) -> tuple[str, ...]:
-    try:
-        words = tuple(shlex.split(content.get("launch", "")))
-    except ValueError as error:
-        raise UserError(
-            f"`launch` in {path} is not a command line: {error}", "check its quotes"
-        ) from error
-    if "fpocli" in words or "fpo" in words:
-        raise UserError(
-            f"`launch` in {path} names fpo, which fpo compare adds itself",
-            "write what starts Python only, such as: torchrun --nproc-per-node 4",
-        )
-    return words or (sys.executable,)
-
-
 def _use_result(
     sft: Step, base: dict[str, dict[str, Any]], content: dict[str, Any], path: str
 ) -> None:
@@ -205,28 +197,28 @@ def _run(
         )
     folder = out / "runs" / name
     cache = store.settings["out"] if store else content["store"]
+    # At the same sites for all runs, whatever site they were trained at; else D would be compared
+    # at different ones.
+    sites = _sites(store, cache)
     trained = {key: value for key, value in choice.items() if key not in field_names(CacheConfig)}
     settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
-    evaluation = base["eval"] | {
+    evaluation = {"at": sites} | base["eval"] | {
         "model": str(folder), "cache": cache, "out": str(folder / "eval"),
     }  # fmt: skip
     config = make_config(TrainConfig, settings, f"`train` of {name} in {path}")
     make_config(EvalConfig, evaluation, f"`eval` in {path}")
-    of_store = {}
-    if store:
-        cached = CacheConfig(**store.settings)
-        of_store = dataclasses.asdict(cached)
-        sites = [f"layer_{layer}.{kind}" for layer, kind in cached.sites]
-        if config.method == "fpo" and not sites:
-            raise UserError(
-                f"{name} in {path} compares features, and the store would have none",
-                "name a `layer` in `cache`",
-            )
-        if absent := [site for site in config.at if site not in sites]:
-            raise UserError(
-                f"{name} in {path} is at {absent[0]}, which the store would not have",
-                f"its sites are {', '.join(sites)}",
-            )
+    of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
+    known = store is not None or Path(cache).exists()
+    if known and config.method == "fpo" and not sites:
+        raise UserError(
+            f"{name} in {path} compares features, and the store has none",
+            "name a `layer` in `cache`",
+        )
+    if known and (absent := [site for site in config.at if site not in sites]):
+        raise UserError(
+            f"{name} in {path} is at {absent[0]}, which the store does not have",
+            f"its sites are {', '.join(sites)}",
+        )
     train = training_step(name, settings, folder, launch, store)
     return Run(
         name=name,
@@ -235,6 +227,13 @@ def _run(
         train=train,
         evaluate=evaluation_step(name, evaluation, folder, launch, train),
     )
+
+
+def _sites(store: Step | None, path: str) -> list[str]:
+    """The sites of a store that will be made, or of a finished one."""
+    if store:
+        return [f"layer_{layer}.{kind}" for layer, kind in CacheConfig(**store.settings).sites]
+    return list(Store.open(path).sites) if Path(path).exists() else []
 
 
 def make_config(config: type, settings: dict[str, Any], where: str) -> Any:
@@ -281,8 +280,8 @@ def _read(path: str) -> dict[str, Any]:
             raise UserError(
                 f"{path} has an unknown section {name}", f"known: {', '.join(_SECTIONS)}"
             )
-        text = isinstance(value, str) and "\0" in value
-        if not isinstance(value, kind) or isinstance(value, bool) or text:
+        null = isinstance(value, str) and "\0" in value
+        if not isinstance(value, kind) or isinstance(value, bool) or null:
             names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
             raise UserError(
                 f"{name} in {path} is not of type {' or '.join(names)}", "see docs/evaluation.md"

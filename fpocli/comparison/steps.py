@@ -3,6 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +70,35 @@ class Step:
             if (store / "zarr.json").is_file():
                 digest.update(Store.open(store).meta["fingerprint"].encode())
         return digest.hexdigest()
+
+
+def launch_words(launch: str, path: str) -> tuple[str, ...]:
+    """The words that start Python on all GPUs; without any, this Python.
+
+    Raises:
+        UserError: they are not a command line, or name fpo.
+    """
+    try:
+        words = tuple(shlex.split(launch))
+    except ValueError as error:
+        raise UserError(
+            f"`launch` in {path} is not a command line: {error}", "check its quotes"
+        ) from error
+    if "fpocli" in words or "fpo" in words:
+        raise UserError(
+            f"`launch` in {path} names fpo, which fpo compare adds itself",
+            "write what starts Python only, such as: torchrun --nproc-per-node 4",
+        )
+    return words or (sys.executable,)
+
+
+def processes(launch: tuple[str, ...]) -> int:
+    """Number of processes that torchrun's flags name; 1 for other commands."""
+    count = 1
+    for flag in ("nproc", "nnodes"):
+        named = re.search(rf"--{flag}[-_]?(?:per[-_]node)?[ =](\d+)", " ".join(launch))
+        count *= int(named[1]) if named else 1
+    return count
 
 
 def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: str) -> Step:

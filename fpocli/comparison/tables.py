@@ -76,7 +76,7 @@ class Comparison:
         self.baseline = [row for row in rows if row["baseline"]]
         if self.baseline:
             self._values = {run.name: pair_values(run) for run in grid.runs}
-        self.name = ", ".join(map(str, (grid.baseline or {}).values()))
+        self.name = ", ".join(map(_text, (grid.baseline or {}).values()))
         self._rows = rows
 
     def difference(self, group: list[Row], column: Column) -> Difference | None:
@@ -93,6 +93,8 @@ class Comparison:
         known = [both for both in couples if all(column.per_pair in values for values in both)]
         # Stores of other data have other pairs.
         known = [both for both in known if np.array_equal(both[0]["pair"], both[1]["pair"])]
+        if column.per_pair.startswith("distance") and _sites(group) != _sites(self.baseline):
+            return None
         if not known:
             return None
         one, other = (np.stack([both[side][column.per_pair] for both in known]) for side in (0, 1))
@@ -142,9 +144,18 @@ class Comparison:
             f"comparisons about {len(records) / 20:.0f} would be called beyond noise by chance "
             "alone.",
         ]
+        if min((row["eval"]["pairs"] for row in self._rows), default=_FEW) < _FEW:
+            lines.append(f"With fewer than {_FEW} pairs these intervals are too narrow.")
         return "\n".join(lines) + "\n", pd.DataFrame(records)
 
 
+def _sites(rows: list[Row]) -> set[str]:
+    """Where the features of runs were compared."""
+    return {site for row in rows for site in row["eval"].get("distance", {})}
+
+
+# Pairs that a bootstrap interval wants.
+_FEW = 30
 _RESAMPLED = "drawing pairs again, and seeds as clusters where there are several"
 
 

@@ -1,39 +1,186 @@
-"""The configurations of examples/ mean what they should."""
+"""The configurations of examples/ mean what they should; the SFT script scores what it should."""
 
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from hub_cache import snapshot
+from transformers import AutoTokenizer
 
+from fpocli import CompareConfig
+from fpocli.comparison.compare import compare
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS
+from fpocli.config import JUDGES
+from fpocli.data.chat_templates import CHAT_TEMPLATES
 
-PAPER = Path(__file__).parents[2] / "examples/paper"
+ROOT = Path(__file__).parents[2]
+PAPER = ROOT / "examples/paper"
+GRIDS = {
+    # runs, sites of the store
+    "table2": (5, 1),
+    "table2-9b": (5, 1),
+    "authors": (4, 1),
+    "figure3": (5, 1),
+    "table3": (15, 8),
+    "table6": (4, 1),
+    "table7": (5, 4),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "stores", "runs"),
-    [
-        ("table2", 1, 5),
-        ("figure3", 1, 5),
-        ("table3", 8, 15),
-        ("table6", 1, 4),
-        ("table7", 5, 5),
-        ("smollm2", 1, 24),
-        ("smollm2-short", 1, 8),
-    ],
-)
-def test_grids_of_the_paper(name, stores, runs):
+def test_every_grid_is_tested():
+    assert {path.stem for path in PAPER.glob("*.yaml")} == {*GRIDS, "small", "smollm2"}
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_of_the_paper_make_one_store_and_run_on_all_gpus(name):
     grid = read_grid(str(PAPER / f"{name}.yaml"), REPORTS)
-    assert len(grid.stores) == stores
+    runs, sites = GRIDS[name]
+    (store,) = grid.stores
     assert len(grid.runs) == runs
-    if not name.startswith("smollm2"):
-        assert all(run.settings["lr"] == 5e-7 for run in grid.runs)
-        assert all(run.train.words[0] == "torchrun" for run in grid.runs)
+    assert len(store.settings["layer"]) == sites
+    assert store.settings["model"] == grid.sft.settings["output_dir"]
+    assert all(run.settings["lr"] == 5e-7 for run in grid.runs)
+    assert all(step.words[:3] == ("torchrun", "--nproc-per-node", "4") for step in grid.steps)
+    baselines = [run for run in grid.runs if run.has(grid.baseline)]
+    assert len(baselines) == 1
 
 
 def test_the_papers_choice_is_a_row_of_table_3():
     grid = read_grid(str(PAPER / "table3.yaml"), REPORTS)
-    keys = ("layer", "site", "alpha", "stop_gradient")
-    rows = [tuple(str(run.settings[key]) for key in keys) for run in grid.runs]
+    rows = [
+        (*run.settings["at"], run.settings["alpha"], run.settings["stop_gradient"])
+        for run in grid.runs
+    ]
     assert len(set(rows)) == 15
-    assert ("[25]", "['resid_post']", "0.5", "True") in rows
+    assert ("layer_25.resid_post", 0.5, True) in rows
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A hub cache with a small model under Gemma-2-2B's name, conversations and pairs in the data
+    library's layout, and the judges' questions."""
+    hub = tmp_path_factory.mktemp("hub")
+    tiny.model_folder(
+        snapshot(hub, "google/gemma-2-2b"), hidden_size=2304, num_hidden_layers=26,
+        intermediate_size=8, num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    tiny.model_folder(
+        snapshot(hub, "google/gemma-2-9b"), hidden_size=3584, num_hidden_layers=42,
+        intermediate_size=8, num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    for repository, kind, place in JUDGES.values():
+        file = snapshot(hub, repository, kind) / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"prompt": "why?", "uid": "1"}))
+    return hub
+
+
+def plan(path, hub):
+    return subprocess.run(
+        [sys.executable, "-m", "fpocli", "compare", str(path), "--plan"],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_passes_its_plan_with_and_without_hub_files(name, offline, tmp_path):
+    """Offline the data sets are never there, so no estimate can be made; that is said."""
+    for hub, where in ((offline, "on this machine"), (tmp_path / "empty", "to be downloaded")):
+        done = plan(PAPER / f"{name}.yaml", hub)
+        assert done.returncode == 0, done.stderr
+        steps = [line for line in done.stdout.splitlines() if line.startswith("to do")]
+        runs, _ = GRIDS[name]
+        assert len(steps) == 2 + 2 * runs
+        asked = [line for line in done.stdout.splitlines() if "the questions of" in line]
+        assert asked and all(line.startswith(where) for line in asked)
+        assert "no estimate for the SFT stage" in done.stderr
+
+
+def test_the_small_grid_passes_its_plan_with_hours_and_bytes(tmp_path, monkeypatch, capsys):
+    """With tiny stand-ins for SmolLM2 and its SAEs, in the places that the grid names."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    tiny.model_folder(tmp_path / "demo/SmolLM2-135M-Instruct", "llama", num_hidden_layers=30)
+    for name in ("sae-8", "sae-16", "sae"):
+        tiny.sae_folder(tmp_path / "demo" / name)
+    rows = compare(CompareConfig(config_file="examples/paper/small.yaml", plan=True))
+    assert [row["state"] for row in rows] == ["to do"] * 14
+    assert all(row["hours"] > 0 for row in rows)
+    assert all(row["bytes"] > 0 for row in rows if not row["name"].startswith("eval"))
+    assert capsys.readouterr().out.count("to do") == 14
+
+
+def test_the_grid_of_smollm2(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    grid = read_grid(str(PAPER / "smollm2.yaml"), REPORTS)
+    assert len(grid.runs) == 24 and len(grid.stores) == 1
+
+
+# -- the SFT script --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft():
+    spec = importlib.util.spec_from_file_location("sft", PAPER / "sft.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sft"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TALK = [
+    {"role": "user", "content": "the cat"},
+    {"role": "assistant", "content": "sat on the mat"},
+    {"role": "user", "content": "and then?"},
+    {"role": "assistant", "content": "it ran"},
+]
+
+
+def test_every_answer_and_its_end_are_scored_and_nothing_else(sft, material):
+    """TRL scores what the template marks."""
+    tokenizer = AutoTokenizer.from_pretrained(material / "model")
+    tokenizer.chat_template = sft.scored_halos()
+    made = tokenizer.apply_chat_template(
+        TALK, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+    )
+    ids, mask = made["input_ids"], made["assistant_masks"]
+    parts, before = [], 0
+    for token, scored in zip(ids, mask, strict=True):
+        if scored and not before:
+            parts.append([])
+        if scored:
+            parts[-1].append(token)
+        before = scored
+    end = tokenizer.eos_token
+    assert [tokenizer.decode(part) for part in parts] == [f"sat on the mat{end}", f"it ran{end}"]
+
+
+def test_the_marks_change_no_text(sft, material):
+    tokenizer = AutoTokenizer.from_pretrained(material / "model")
+    texts = []
+    for template in (CHAT_TEMPLATES["halos"], sft.scored_halos()):
+        tokenizer.chat_template = template
+        texts.append(tokenizer.apply_chat_template(TALK, tokenize=False))
+        texts.append(
+            tokenizer.apply_chat_template(TALK[:1], tokenize=False, add_generation_prompt=True)
+        )
+    assert texts[:2] == texts[2:]
+
+
+def test_conversations_keep_their_messages_alone(sft, tmp_path):
+    file = tmp_path / "talks.jsonl"
+    rows = [{"prompt": "x", "messages": TALK, "prompt_id": str(i)} for i in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = sft.conversations(sft.SftData(model="m", data=str(file), limit=2))
+    assert found.column_names == ["messages"] and len(found) == 2
+    assert found[0]["messages"] == TALK
