@@ -20,12 +20,12 @@ compare: demo/sae/cfg.json
 
 # From a base model to the paper's tables, a few steps each. The verdicts are those of a stand-in for
 # a judge, run by AlpacaEval's own code.
-paper-small: .venv/dev demo/sae-16/cfg.json
+paper-small: .venv/dev demo/sae-25/cfg.json
 	$(BIN)/fpo compare examples/paper/small.yaml
 	$(BIN)/python examples/paper/stub_judge.py demo/paper-small/judge/judge.sh
 	$(BIN)/fpo compare examples/paper/small.yaml
 
-demo/sae-16/cfg.json: .venv/demo
+demo/sae-25/cfg.json: .venv/demo
 	$(BIN)/python examples/demo.py --prepare-sites
 
 demo/sae/cfg.json: .venv/demo

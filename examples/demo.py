@@ -1,9 +1,10 @@
-"""The main job on a real model, on a CPU, in minutes: `make demo`.
+"""Cache, inspect, train and evaluate a real model on a CPU, in minutes: `make demo`.
 
 SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained here with
 sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then four
 commands of fpo run as a user would type them. With --prepare only the model and the SAE are made,
-with --prepare-sites also SAEs of two other layers, demo/sae-8 and demo/sae-16.
+with --prepare-sites the model and SAEs of three layers for examples/paper/small.yaml, which are
+trained for a few steps only.
 """
 
 import json
@@ -28,7 +29,8 @@ MODEL, SAE, STORE, RUN = (
     WORK / name for name in ("SmolLM2-135M-Instruct", "sae", "ref.zarr", "run")
 )
 LAYER, FEATURES, ACTIVE = 24, 2048, 32
-OTHER_LAYERS = (8, 16)
+# Those of Gemma-2-2B in the paper's Table 3, which SmolLM2 has as well.
+SITES = (7, 19, 25)
 SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
 
 # Set before DeepSpeed looks for a GPU and warns.
@@ -43,12 +45,12 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     if not MODEL.is_dir():
         convert_model()
-    wanted = {LAYER: SAE}
+    wanted, texts, steps = {LAYER: SAE}, SAE_TEXTS, SAE_STEPS
     if sys.argv[1:] == ["--prepare-sites"]:
-        wanted |= {layer: WORK / f"sae-{layer}" for layer in OTHER_LAYERS}
+        wanted, texts, steps = {layer: WORK / f"sae-{layer}" for layer in SITES}, 20, 100
     for layer, folder in wanted.items():
         if not folder.is_dir():
-            train_sae(collect_activations(layer), layer, folder)
+            train_sae(collect_activations(layer, texts), layer, folder, steps)
     if sys.argv[1:]:
         return
     fpo(
@@ -91,13 +93,13 @@ def convert_model() -> None:
         tokenizer.save_pretrained(MODEL)
 
 
-def collect_activations(layer: int) -> torch.Tensor:
+def collect_activations(layer: int, texts: int) -> torch.Tensor:
     """The residual stream after a layer on texts of the pairs: [positions, width]."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModel.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
-    rows = [json.loads(line) for line in islice(PAIRS.open(), SAE_TEXTS)]
+    rows = [json.loads(line) for line in islice(PAIRS.open(), texts)]
     activations: list[torch.Tensor] = []
     hook = model.layers[layer].register_forward_hook(
         # The first position is an outlier in every text; SAEs leave it out.
@@ -115,7 +117,7 @@ def collect_activations(layer: int) -> torch.Tensor:
     return torch.cat(activations)
 
 
-def train_sae(activations: torch.Tensor, layer: int, folder: Path) -> None:
+def train_sae(activations: torch.Tensor, layer: int, folder: Path, steps: int) -> None:
     """A top-k SAE of sae-lens, trained on the activations and saved to a folder."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -134,7 +136,7 @@ def train_sae(activations: torch.Tensor, layer: int, folder: Path) -> None:
     config.metadata.hook_name = f"model.layers.{layer}"
     config.metadata.model_name = MODEL.name
     settings = SAETrainerConfig(
-        total_training_samples=SAE_STEPS * SAE_BATCH,
+        total_training_samples=steps * SAE_BATCH,
         train_batch_size_samples=SAE_BATCH,
         lr=2e-3,
         lr_end=2e-4,

@@ -6,10 +6,11 @@
 Takes all settings of TRL's SFTConfig. The conversations are UltraChat-200k or a local JSON, JSONL
 or Parquet file with a column `messages`; all turns of the assistant are scored. The tokeniser is
 saved with the template `halos`, by which `fpo cache` then formats the pairs. `fpo compare` runs
-this as the first step of a grid with a section `sft`. Needs trl: pip install "fpocli[bench]".
+this as the first step of a grid with a section `sft`. Needs trl: pip install "fpocli[sft]".
 
-The paper says no more of this stage than its data and format. The defaults are those of the
-alignment handbook's Zephyr: one epoch, learning rate 2e-5 with a cosine schedule.
+The defaults are those of the paper's Table 5: one epoch, Adam, 150 steps of warm-up, then a
+constant learning rate of 5e-7; 32 conversations a step on four GPUs. The authors' own command has
+a learning rate of 5e-6 (COMMANDS.md of FeatureAlignment).
 """
 
 from dataclasses import dataclass, field
@@ -48,10 +49,12 @@ class Settings(SFTConfig):
 
     assistant_only_loss: bool = True
     max_length: int | None = 2048
-    lr_scheduler_type: str = "cosine"
-    warmup_ratio: float = 0.1
+    learning_rate: float = 5e-7
+    lr_scheduler_type: str = "constant_with_warmup"
+    warmup_steps: float = 150
     num_train_epochs: float = 1.0
-    per_device_train_batch_size: int = 4
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 4
     save_strategy: str = "no"
     report_to: str = "none"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fpocli.comparison.records import Row
+from fpocli.comparison.records import Record
 
 # Of the answers that the tables describe; the default of fpo eval.
 TEMPERATURE = 0.7
@@ -22,16 +22,18 @@ class Column:
         per_pair: its name among the values of pairs, by which runs are compared; or None.
         error: the standard error of a run's value, where it has one of its own.
         share: whether it is a share of pairs.
+        note: below the table, about columns of this kind; {baseline} stands for its name.
     """
 
     title: str
-    value: Callable[[Row], float | None]
+    value: Callable[[Record], float | None]
     digits: int
     per_pair: str | None = None
-    error: Callable[[Row], float | None] | None = None
+    error: Callable[[Record], float | None] | None = None
     share: bool = False
+    note: str = ""
 
-    def known(self, rows: list[Row]) -> list[float]:
+    def known(self, rows: list[Record]) -> list[float]:
         """Its values for the runs in which it was measured."""
         return [value for row in rows if (value := self.value(row)) is not None]
 
@@ -51,10 +53,10 @@ class Table:
     columns: tuple[Column, ...]
 
 
-def _path(*names: str) -> Callable[[Row], float | None]:
+def _path(*names: str) -> Callable[[Record], float | None]:
     """A nested value of a record."""
 
-    def value(row: Row) -> float | None:
+    def value(row: Record) -> float | None:
         found: Any = row
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
@@ -63,12 +65,12 @@ def _path(*names: str) -> Callable[[Row], float | None]:
     return value
 
 
-def _percent(name: str) -> Callable[[Row], float]:
+def _percent(name: str) -> Callable[[Record], float]:
     """A share of fpo eval in percent."""
     return lambda row: 100 * row["eval"][name]["share"]
 
 
-def _entropy(row: Row) -> float | None:
+def _entropy(row: Record) -> float | None:
     """At temperature 0.7, the same in every table, or None if that was not sampled. Of several sets
     of prompts the first one's, so that it is one quantity."""
     for sampled in row["eval"].get("generation") or ():
@@ -77,32 +79,54 @@ def _entropy(row: Row) -> float | None:
     return None
 
 
-def _distance(side: str) -> Callable[[Row], float | None]:
+def _distance(side: str) -> Callable[[Record], float | None]:
     """The mean over sites."""
 
-    def value(row: Row) -> float | None:
+    def value(row: Record) -> float | None:
         sites = row["eval"].get("distance")
         return statistics.mean(site[side] for site in sites.values()) if sites else None
 
     return value
 
 
-def _verdict(judge: str, name: str, part: int) -> Callable[[Row], float | None]:
-    """A judge's number about the baseline and this run: its value (0) or standard error (1)."""
+def _judged(title: str, judge: str, name: str, digits: int = 1, *, whole: float | None) -> Column:
+    """A judge's number about the baseline and a run, with its standard error.
 
-    def value(row: Row) -> float | None:
+    Args:
+        title: the column's heading.
+        judge, name: of the verdict.
+        digits: after the point.
+        whole: None for the baseline against the run (Table 2); for the run against the baseline
+            (Tables 6 and 7) what both numbers sum to.
+    """
+
+    def verdict(row: Record) -> tuple[float, float | None] | None:
         for verdict in row["verdicts"]:
             wanted = verdict["judge"] == judge and verdict["temperature"] in (TEMPERATURE, None)
             if wanted and verdict.get(name):
-                return verdict[name][part]
+                return verdict[name]
         return None
 
-    return value
+    def value(row: Record) -> float | None:
+        found = verdict(row)
+        return found and (found[0] if whole is None else whole - found[0])
+
+    def error(row: Record) -> float | None:
+        found = verdict(row)
+        return found and found[1]
+
+    sides = "{baseline} against the run of that line"
+    if whole is not None:
+        sides = "the run of that line against {baseline}"
+    note = f"WR and Δ score are those of {sides}, ± their standard error over questions."
+    return Column(title, value, digits, error=error, note=note)
 
 
-def _judged(title: str, judge: str, name: str, digits: int = 1) -> Column:
-    value, error = (_verdict(judge, name, part) for part in (0, 1))
-    return Column(title, value, digits, error=error)
+def _alpaca_eval(whole: float | None) -> tuple[Column, ...]:
+    return (
+        _judged("AlpacaEval WR-L (%)", "alpaca_eval", "length_controlled", whole=whole),
+        _judged("AlpacaEval WR (%)", "alpaca_eval", "win_rate", whole=whole),
+    )
 
 
 D_MARGIN = Column("D margin", _distance("margin"), 5, per_pair="distance_margin")
@@ -116,16 +140,14 @@ _ACCURACY = (
     ),
 )
 _ENTROPY = Column(f"Entropy at T = {TEMPERATURE} (nats)", _entropy, 3)
-_ALPACA_EVAL = (
-    _judged("AlpacaEval WR-L (%)", "alpaca_eval", "length_controlled"),
-    _judged("AlpacaEval WR (%)", "alpaca_eval", "win_rate"),
-)
 _BENCHMARKS = (
-    *_ALPACA_EVAL,
-    _judged("Arena-Hard WR (%)", "arena_hard", "win_rate"),
-    _judged("MT-Bench WR (%)", "mt_bench", "win_rate"),
-    _judged("MT-Bench Δ score", "mt_bench", "grade", 2),
+    *_alpaca_eval(None),
+    _judged("Arena-Hard WR (%)", "arena_hard", "win_rate", whole=None),
+    _judged("MT-Bench WR (%)", "mt_bench", "win_rate", whole=None),
+    _judged("MT-Bench Δ score", "mt_bench", "grade", 2, whole=None),
 )
+# The paper's Tables 6 and 7 have 50.0 for TDPO-2: win rates of each line against it.
+_AGAINST_BASELINE = _alpaca_eval(100.0)
 _PAPER = (*_ACCURACY, _ENTROPY)
 _ALL = (
     *_ACCURACY,
@@ -152,6 +174,6 @@ TABLES = {
     "all": Table("All runs", ("method", *_SITES, "alpha", "stop_gradient"), _ALL),
     "table2": Table("The paper's Table 2", ("method",), (*_BENCHMARKS, *_PAPER)),
     "table3": Table("The paper's Table 3", (*_SITES, "alpha", "stop_gradient"), _PAPER),
-    "table6": Table("The paper's Table 6", ("method",), (*_PAPER, *_ALPACA_EVAL)),
-    "table7": Table("The paper's Table 7", _SITES, (*_PAPER, *_ALPACA_EVAL)),
+    "table6": Table("The paper's Table 6", ("method",), (*_PAPER, *_AGAINST_BASELINE)),
+    "table7": Table("The paper's Table 7", _SITES, (*_PAPER, *_AGAINST_BASELINE)),
 }

@@ -66,8 +66,8 @@ def _require_files(grid: Grid) -> None:
         for name, file in step.files.items():
             if not file.is_file():
                 raise UserError(
-                    f"{file}, which {grid.file} names, does not exist",
-                    f"put it there, or remove `{name}` from {grid.file}",
+                    f"{file}, which {grid.file.path} names, does not exist",
+                    f"put it there, or remove `{name}` from {grid.file.path}",
                 )
         named = [step.settings.get(name) for name in ("model", "data", "reference")]
         for name in [*named, *(step.settings.get("sae") or [])]:
@@ -77,7 +77,7 @@ def _require_files(grid: Grid) -> None:
             is_result = any(path in other.result.parents for other in grid.steps)
             if name and local and not is_result and not path.exists():
                 raise UserError(
-                    f"{name}, which {grid.file} names, does not exist", "correct the path"
+                    f"{name}, which {grid.file.path} names, does not exist", "correct the path"
                 )
 
 

@@ -69,8 +69,8 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Counted:
-    """The data of a store.
+class StoreSize:
+    """What a store holds, and the model it is made from.
 
     Args:
         pairs: that are kept.
@@ -91,11 +91,12 @@ class Counted:
 
 def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
     """The expected cost of every command, in order. What cannot be told is said on stderr."""
-    speed = 1e12 * (grid.tflops or _TFLOPS) * processes(grid.launch)
+    ranks = processes(grid.file.launch)
+    speed = 1e12 * (grid.file.tflops or _TFLOPS) * ranks
     stores = {step.settings["out"]: step for step in grid.stores}
-    counted: dict[str, Counted | None] = {}
+    counted: dict[str, StoreSize | None] = {}
 
-    def count(path: str) -> Counted | None:
+    def count(path: str) -> StoreSize | None:
         if path not in counted:
             try:
                 counted[path] = _count(path, stores.get(path))
@@ -106,7 +107,7 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
 
     for step in grid.steps:
         if step.kind == "sft":
-            yield step, _sft(step, speed, processes(grid.launch))
+            yield step, _sft(step, speed)
             continue
         found = count(step.settings["out" if step.kind == "cache" else "cache"])
         if found is None:
@@ -118,15 +119,20 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
         elif step.kind == "train":
             yield step, _train(TrainConfig(**step.settings), found, speed)
         else:
-            assert step.after is not None
-            trained = TrainConfig(**step.after.settings)
             config = EvalConfig(**step.settings)
-            seconds = _scoring(config, trained, found) / speed
-            seconds += _sampling(config, found, speed, processes(grid.launch))
+            seconds = _scoring(config, _held_out(step), found) / speed
+            seconds += _sampling(config, found, speed, ranks)
             yield step, Cost(seconds / 3600, 0)
 
 
-def _train(config: TrainConfig, found: Counted, speed: float) -> Cost:
+def _held_out(step: Step) -> float:
+    """The share of the pairs that the policy of an evaluation was not trained on."""
+    if step.after and step.after.kind == "train":
+        return TrainConfig(**step.after.settings).eval_fraction
+    return EvalConfig(**step.settings).eval_fraction
+
+
+def _train(config: TrainConfig, found: StoreSize, speed: float) -> Cost:
     passes = 8 if config.activation_checkpointing else 6
     held_out = config.eval_fraction
     with_kl = "distribution" in METHODS[config.method].needs
@@ -142,14 +148,14 @@ def _train(config: TrainConfig, found: Counted, speed: float) -> Cost:
     return Cost(per_token * found.tokens / speed / 3600, size)
 
 
-def _scoring(config: EvalConfig, trained: TrainConfig, found: Counted) -> float:
+def _scoring(config: EvalConfig, held_out: float, found: StoreSize) -> float:
     """Operations of measuring the pairs."""
-    share = {"eval": trained.eval_fraction, "train": 1 - trained.eval_fraction, "all": 1.0}
-    part = share[config.split or ("eval" if trained.eval_fraction else "all")]
+    share = {"eval": held_out, "train": 1 - held_out, "all": 1.0}
+    part = share[config.split or ("eval" if held_out else "all")]
     return part * found.tokens * (4 if config.reference else 2) * found.parameters
 
 
-def _sampling(config: EvalConfig, found: Counted, speed: float, ranks: int) -> float:
+def _sampling(config: EvalConfig, found: StoreSize, speed: float, ranks: int) -> float:
     """Seconds of sampling, if every answer has the most tokens."""
     try:
         asked = load_prompts(config)
@@ -165,13 +171,13 @@ def _sampling(config: EvalConfig, found: Counted, speed: float, ranks: int) -> f
     return seconds
 
 
-def _sft(step: Step, speed: float, ranks: int) -> Cost:
+def _sft(step: Step, speed: float) -> Cost:
     """TRL's stage: forward, backward and recomputation of the conversations, once per epoch."""
     settings = step.settings
     try:
         folder = find_model(str(settings["model"]), weights=False)
         size = count_parameters(folder)
-        count, tokens = _count_conversations(
+        tokens = _count_conversations(
             str(settings.get("data", "HuggingFaceH4/ultrachat_200k")),
             settings.get("split"), settings.get("limit"), str(folder.path),
         )  # fmt: skip
@@ -179,17 +185,12 @@ def _sft(step: Step, speed: float, ranks: int) -> Cost:
         console.print(f"no estimate for the SFT stage: {error}")
         return Cost(None, None)
     tokens *= float(settings.get("num_train_epochs", 1))
-    if settings.get("max_steps", -1) > 0:
-        rows = settings["max_steps"] * settings.get("per_device_train_batch_size", 4) * ranks
-        tokens = min(tokens, rows * tokens / max(count, 1))
     return Cost(8 * size * tokens / speed / 3600, 4 * size)
 
 
 @cache
-def _count_conversations(
-    data: str, split: str | None, limit: int | None, folder: str
-) -> tuple[int, float]:
-    """Rows, and tokens of all, extrapolated from the first ones."""
+def _count_conversations(data: str, split: str | None, limit: int | None, folder: str) -> float:
+    """Tokens of all conversations, extrapolated from the first ones."""
     from transformers import AutoTokenizer
 
     default = "train_sft" if data == "HuggingFaceH4/ultrachat_200k" else None
@@ -199,10 +200,10 @@ def _count_conversations(
     texts = ["\n".join(str(turn["content"]) for turn in row["messages"]) for row in sample]
     tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
     count = len(sample) + sum(1 for _ in rows)
-    return count, tokens / max(len(sample), 1) * count
+    return tokens / max(len(sample), 1) * count
 
 
-def _count(path: str, step: Step | None) -> Counted:
+def _count(path: str, step: Step | None) -> StoreSize:
     """Tokens and sizes of a store that exists, or of a sample of its data."""
     if (Path(path) / "zarr.json").is_file():
         store = Store.open(path)
@@ -225,7 +226,7 @@ def _count(path: str, step: Step | None) -> Counted:
             saes, _ = default_saes(folder, read_config(folder), sites)
         widths = tuple(map(_features, saes))
         about = _about(config, pairs, tokens, widths)
-    return Counted(
+    return StoreSize(
         pairs=pairs,
         tokens=tokens,
         bytes=raw_bytes(about),

@@ -1,49 +1,27 @@
-"""A grid's YAML file -> its content, checked.
-
-out: compare
-launch: torchrun --nproc-per-node 4         # starts Python on all GPUs; default: one process
-sft: {script: sft.py, model: gemma-2-2b}    # a stage before, whose result is the cache's model
-cache: {model: gemma-2-2b, layer: [0, 25]}  # settings of fpo cache, or `store: ref.zarr`
-train: {preset: paper-2b, epochs: 1}        # of fpo train
-eval: {reference: gemma-2-2b}               # of fpo eval
-baseline: fpo                               # the runs that others are compared with
-runs:                                       # lists are multiplied out
-  - method: [dpo, simpo, fpo]
-    seed: [0, 1, 2]
-  - {method: fpo, at: [[layer_0.resid_post], [layer_0.resid_post, layer_25.resid_post]]}
-reports: [table3, figure3]
-"""
+"""The runs and commands of a grid, from the sections of its file, checked before anything runs."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fpocli.comparison.alternatives import check_names, field_names, multiply, name_of
+from fpocli.comparison.expand import expand_entry, field_names, name_of
+from fpocli.comparison.grid_file import OWN, GridFile, read_grid_file
 from fpocli.comparison.steps import (
     Step,
     evaluation_step,
-    launch_words,
     sft_step,
     store_step,
     training_step,
 )
-from fpocli.config import PRESETS, CacheConfig, EvalConfig, TrainConfig
+from fpocli.config import CacheConfig, EvalConfig, TrainConfig
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
-from fpocli.system.json_yaml import is_file_name, read_yaml
+from fpocli.system.json_yaml import is_file_name
 
-# Settings that fpo compare sets itself. A file cannot allow remote code.
-_OWN = {
-    "cache": {"out", "join", "repair", "trust_remote_code"},
-    "train": {"out", "cache", "trust_remote_code"},
-    "eval": {"model", "cache", "out", "json", "trust_remote_code"},
-}
+# The "method" of a run that measures the cache's model as it is.
+REFERENCE = "reference"
 _LONGEST_NAME = 240  # bytes; file systems allow 255
-_SECTIONS: dict[str, Any] = {
-    "out": str, "launch": str, "tflops": (int, float), "sft": dict, "store": str, "cache": dict,
-    "train": dict, "eval": dict, "baseline": (str, dict), "runs": list, "reports": list,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,13 +32,14 @@ class Run:
         name: made from the settings that the grid varies.
         settings: all settings of its store and training: method, alpha, at, ...
         folder: of the run.
-        train, evaluate: its two commands.
+        train: the command that trains it; None for the reference, which is not trained.
+        evaluate: the command that measures it.
     """
 
     name: str
     settings: dict[str, Any]
     folder: Path
-    train: Step
+    train: Step | None
     evaluate: Step
 
     def has(self, settings: dict[str, Any]) -> bool:
@@ -70,35 +49,42 @@ class Run:
 
 @dataclass(frozen=True)
 class Grid:
-    """The content of a grid's file.
+    """Everything that a grid's file asks for.
 
     Args:
-        file: the file.
-        out: its folder.
-        launch: the words that start Python, on all GPUs.
-        tflops: useful TFLOP/s of one process, for the plan's hours; None for the default.
+        file: its sections.
         sft: the stage before, or None.
         stores: the caching commands, each store once.
         runs: in the file's order.
-        baseline: settings of the runs that others are compared with; None for no comparison.
-        reports: names of tables and figures.
     """
 
-    file: str
-    out: Path
-    launch: tuple[str, ...]
-    tflops: float | None
+    file: GridFile
     sft: Step | None
     stores: list[Step]
     runs: list[Run]
-    baseline: dict[str, Any] | None
-    reports: list[str]
+
+    @property
+    def out(self) -> Path:
+        """The folder of everything."""
+        return self.file.out
 
     @property
     def steps(self) -> list[Step]:
         """All commands, in the order in which they run."""
         first = [self.sft] if self.sft else []
-        return [*first, *self.stores, *(s for run in self.runs for s in (run.train, run.evaluate))]
+        own = [step for run in self.runs for step in (run.train, run.evaluate) if step]
+        return [*first, *self.stores, *own]
+
+    def is_baseline(self, run: Run) -> bool:
+        """Whether the others are compared with this run."""
+        return self.file.baseline is not None and run.has(self.file.baseline)
+
+    def baselines_of(self, run: Run) -> list[Run]:
+        """The runs that a run is compared with: of the same seed, and not itself a baseline."""
+        if self.is_baseline(run):
+            return []
+        seed = run.settings["seed"]
+        return [own for own in self.runs if self.is_baseline(own) and own.settings["seed"] == seed]
 
 
 def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
@@ -107,133 +93,132 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     Raises:
         UserError: it cannot be read, or has a setting that no command accepts.
     """
-    content = _read(path)
-    if unknown := [name for name in content.get("reports", []) if name not in known_reports]:
-        raise UserError(
-            f"{path} asks for the unknown report {unknown[0]}",
-            f"known: {', '.join(known_reports)}",
-        )
-    out, launch = (
-        Path(content.get("out", Path(path).stem)),
-        launch_words(content.get("launch", ""), path),
-    )
-    base = {
-        "cache": dict(content.get("cache", {})),
-        "train": _with_preset(content.get("train", {})),
-        "eval": content.get("eval", {}),
-    }
-    if ("store" in content) == bool(base["cache"]):
-        raise UserError(
-            f"{path} must have either `store` or `cache`",
-            "name a finished store, or the settings of fpo cache",
-        )
-    sft = None
-    if "sft" in content:
-        sft = sft_step(content["sft"], out, launch, path)
-        _use_result(sft, base, content, path)
+    file = read_grid_file(path, known_reports)
+    sft = sft_step(file.sft, file.out, file.launch, path) if file.sft is not None else None
+    if sft:
+        file = _start_from(sft, file)
     stores: dict[str, Step] = {}
     runs: dict[str, Run] = {}
-    for entry in content["runs"]:
-        for choice in multiply(entry, _OWN, path):
-            cached = {
-                name: value for name, value in choice.items() if name in field_names(CacheConfig)
-            }
-            if cached and "store" in content:
-                raise UserError(
-                    f"{path} varies {', '.join(cached)}, but names a finished store",
-                    "replace `store` by `cache` with the settings of fpo cache",
-                )
-            step = None
-            if "store" not in content:
-                settings = base["cache"] | cached
-                make_config(CacheConfig, settings | {"out": "unused"}, f"`cache` in {path}")
-                step = store_step(settings, out, launch, sft)
-                step = stores.setdefault(step.name, step)
-            run = _run(out, launch, content, base, choice, step, path)
+    for entry in file.runs:
+        for choice in expand_entry(entry, OWN, path):
+            store = _store(file, choice, sft)
+            if store:
+                store = stores.setdefault(store.name, store)
+            run = _run(file, choice, store)
             if run.name in runs:
                 raise UserError(f"{path} has the run {run.name} twice", "list it once in `runs`")
             runs[run.name] = run
-    return Grid(
-        file=path,
-        out=out,
-        launch=launch,
-        tflops=content.get("tflops"),
-        sft=sft,
-        stores=list(stores.values()),
-        runs=list(runs.values()),
-        baseline=_baseline(content, list(runs.values()), path),
-        reports=content.get("reports", ["all"]),
-    )
+    grid = Grid(file, sft, list(stores.values()), list(runs.values()))
+    _check_baseline(grid)
+    return grid
 
 
-def _use_result(
-    sft: Step, base: dict[str, dict[str, Any]], content: dict[str, Any], path: str
-) -> None:
+def _start_from(sft: Step, file: GridFile) -> GridFile:
     """Make the SFT stage's result the cache's model, and the evaluation's reference."""
-    if "store" in content or "model" in base["cache"]:
+    if file.store is not None or "model" in file.cache:
         raise UserError(
-            f"{path} has a section `sft` and names a model or store as well",
-            "remove `model` from `cache`; the model is the result of `sft`",
+            f"{file.path} has a section `sft` and names a model or store as well",
+            "remove it; the cache's model is the result of `sft`",
         )
-    base["cache"]["model"] = sft.settings["output_dir"]
-    if base["eval"].get("reference") == "sft":
-        base["eval"] = base["eval"] | {"reference": sft.settings["output_dir"]}
+    model = sft.settings["output_dir"]
+    evaluation = file.evaluation
+    if evaluation.get("reference") == "sft":
+        evaluation = evaluation | {"reference": model}
+    return replace(file, cache=file.cache | {"model": model}, evaluation=evaluation)
 
 
-def _run(
-    out: Path,
-    launch: tuple[str, ...],
-    content: dict[str, Any],
-    base: dict[str, dict[str, Any]],
-    choice: dict[str, Any],
-    store: Step | None,
-    path: str,
-) -> Run:
+def _store(file: GridFile, choice: dict[str, Any], sft: Step | None) -> Step | None:
+    """The command that makes the store of a run; None if the file names a finished one."""
+    varied = {name: value for name, value in choice.items() if name in field_names(CacheConfig)}
+    if file.store is None:
+        settings = file.cache | varied
+        make_config(CacheConfig, settings | {"out": "unused"}, f"`cache` in {file.path}")
+        return store_step(settings, file.out, file.launch, sft)
+    if varied:
+        raise UserError(
+            f"{file.path} varies {', '.join(varied)}, but names a finished store",
+            "replace `store` by `cache` with the settings of fpo cache",
+        )
+    return None
+
+
+def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     name = name_of(choice) or "run"
     if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise UserError(
-            f"{path} has a run with the name {name:.80}, which no folder can have",
+            f"{file.path} has a run with the name {name:.80}, which no folder can have",
             "put a long list of values, or one with unusual characters, into `train`",
         )
-    folder = out / "runs" / name
-    cache = store.settings["out"] if store else content["store"]
-    # At the same sites for all runs, whatever site they were trained at; else D would be compared
-    # at different ones.
-    sites = _sites(store, cache)
+    folder = file.out / "runs" / name
+    cache = store.settings["out"] if store else str(file.store)
+    # A setting that both commands have is that of fpo cache.
     trained = {key: value for key, value in choice.items() if key not in field_names(CacheConfig)}
-    settings = base["train"] | trained | {"cache": cache, "out": str(folder)}
-    evaluation = {"at": sites} | base["eval"] | {
-        "model": str(folder), "cache": cache, "out": str(folder / "eval"),
-    }  # fmt: skip
-    config = make_config(TrainConfig, settings, f"`train` of {name} in {path}")
-    make_config(EvalConfig, evaluation, f"`eval` in {path}")
+    settings = file.train | trained | {"cache": cache, "out": str(folder)}
+    untrained = settings.get("method") == REFERENCE
+    if untrained:
+        # No command reads these. They tell it apart from other runs, and sft needs no features.
+        settings |= {"method": "sft"}
+    config = make_config(TrainConfig, settings, f"`train` of {name} in {file.path}")
+    sites = _sites(store, cache)
+    if sites is not None:
+        _check_sites(config.method, config.at, sites, f"{name} in {file.path}")
+        _check_sites("", file.evaluation.get("at", []), sites, f"`eval` in {file.path}")
     of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
-    known = store is not None or Path(cache).exists()
-    if known and config.method == "fpo" and not sites:
-        raise UserError(
-            f"{name} in {path} compares features, and the store has none",
-            "name a `layer` in `cache`",
-        )
-    if known and (absent := [site for site in config.at if site not in sites]):
-        raise UserError(
-            f"{name} in {path} is at {absent[0]}, which the store does not have",
-            f"its sites are {', '.join(sites)}",
-        )
-    train = training_step(name, settings, folder, launch, store)
+    train = None if untrained else training_step(name, settings, folder, file.launch, store)
+    evaluation = _evaluation(file, folder, cache, sites or [], store, config, untrained=untrained)
     return Run(
         name=name,
-        settings=of_store | dataclasses.asdict(config),
+        settings=of_store
+        | dataclasses.asdict(config)
+        | ({"method": REFERENCE} if untrained else {}),
         folder=folder,
         train=train,
-        evaluate=evaluation_step(name, evaluation, folder, launch, train),
+        evaluate=evaluation_step(name, evaluation, folder, file.launch, train or store),
     )
 
 
-def _sites(store: Step | None, path: str) -> list[str]:
-    """The sites of a store that will be made, or of a finished one."""
+def _evaluation(
+    file: GridFile,
+    folder: Path,
+    cache: str,
+    sites: list[str],
+    store: Step | None,
+    config: TrainConfig,
+    *,
+    untrained: bool,
+) -> dict[str, Any]:
+    """The settings of a run's fpo eval. All runs of a store are measured at the same sites,
+    whatever site they were trained at; else D would be compared at different ones."""
+    settings = {"at": sites} | file.evaluation
+    model = str(folder)
+    if untrained:
+        # The model of a finished store is the one it was made from.
+        model = store.settings["model"] if store else Store.open(cache).meta["model"]["source"]
+        # The pairs that the trained runs hold out.
+        settings = {"eval_fraction": config.eval_fraction, "k": config.k} | settings
+    settings |= {"model": model, "cache": cache, "out": str(folder / "eval")}
+    make_config(EvalConfig, settings, f"`eval` in {file.path}")
+    return settings
+
+
+def _sites(store: Step | None, path: str) -> list[str] | None:
+    """The sites of a store that will be made, or of a finished one; None if that does not exist
+    yet."""
     if store:
         return [f"layer_{layer}.{kind}" for layer, kind in CacheConfig(**store.settings).sites]
-    return list(Store.open(path).sites) if Path(path).exists() else []
+    return list(Store.open(path).sites) if Path(path).exists() else None
+
+
+def _check_sites(method: str, at: list[str], sites: list[str], where: str) -> None:
+    if method == "fpo" and not sites:
+        raise UserError(
+            f"{where} compares features, and the store has none", "name a `layer` in `cache`"
+        )
+    if absent := [site for site in at if site not in sites]:
+        raise UserError(
+            f"{where} is at {absent[0]}, which the store does not have",
+            f"its sites are {', '.join(sites)}",
+        )
 
 
 def make_config(config: type, settings: dict[str, Any], where: str) -> Any:
@@ -245,19 +230,20 @@ def make_config(config: type, settings: dict[str, Any], where: str) -> Any:
         and field.name not in settings
     ]
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}", "see fpo --help")
+        raise UserError(f"{where} lacks {', '.join(missing)}", "see docs/evaluation.md")
     try:
         return config(**settings)
     except UserError as error:
         raise UserError(f"{where}: {error}", error.hint) from error
 
 
-def _baseline(content: dict[str, Any], runs: list[Run], path: str) -> dict[str, Any] | None:
-    named = content.get("baseline")
-    if named is None:
-        return None
-    wanted = {"method": named} if isinstance(named, str) else named
-    seeds = [run.settings["seed"] for run in runs if run.has(wanted)]
+def _check_baseline(grid: Grid) -> None:
+    """Refuse a baseline that names no run, or several runs of the same seed."""
+    wanted, path = grid.file.baseline, grid.file.path
+    if wanted is None:
+        return
+    named = ", ".join(map(str, wanted.values()))
+    seeds = [run.settings["seed"] for run in grid.runs if grid.is_baseline(run)]
     if not seeds:
         raise UserError(
             f"no run of {path} is the baseline {named}", "name a method, or settings, of `runs`"
@@ -267,35 +253,3 @@ def _baseline(content: dict[str, Any], runs: list[Run], path: str) -> dict[str, 
             f"several runs of {path} are the baseline {named}",
             "name more of its settings: baseline: {method: fpo, alpha: 0.5}",
         )
-    return wanted
-
-
-def _read(path: str) -> dict[str, Any]:
-    content = read_yaml(path)
-    if not isinstance(content, dict) or not content.get("runs"):
-        raise UserError(f"{path} has no `runs`", "list them: runs: [{method: [dpo, fpo]}]")
-    for name, value in content.items():
-        kind = _SECTIONS.get(name)
-        if kind is None:
-            raise UserError(
-                f"{path} has an unknown section {name}", f"known: {', '.join(_SECTIONS)}"
-            )
-        null = isinstance(value, str) and "\0" in value
-        if not isinstance(value, kind) or isinstance(value, bool) or null:
-            names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]
-            raise UserError(
-                f"{name} in {path} is not of type {' or '.join(names)}", "see docs/evaluation.md"
-            )
-    for section, config in (("cache", CacheConfig), ("train", TrainConfig), ("eval", EvalConfig)):
-        known = field_names(config) - _OWN[section] | ({"preset"} if section == "train" else set())
-        check_names(content.get(section, {}), known, f"`{section}` in {path}")
-    return content
-
-
-def _with_preset(train: dict[str, Any]) -> dict[str, Any]:
-    if "preset" not in train:
-        return train
-    name = train["preset"]
-    if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"the preset {name} is unknown", f"known: {', '.join(PRESETS)}")
-    return PRESETS[name] | {key: value for key, value in train.items() if key != "preset"}

@@ -5,6 +5,7 @@ giving the other's answers as the reference: not with the judge's own default op
 """
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -32,12 +33,7 @@ set -e
 def write_judge_script(grid: Grid) -> Path | None:
     """Write the script; None if no answers to a judge's questions were sampled, or the grid has no
     baseline."""
-    if grid.baseline is None:
-        return None
-    parts = []
-    for judge in JUDGES:
-        answers = {run.name: _answers(run, judge) for run in grid.runs}
-        parts += _commands(grid, judge, answers)
+    parts = [line for judge in JUDGES for line in _commands(grid, judge)]
     if not parts:
         return None
     folder = judged_folder(grid)
@@ -52,27 +48,25 @@ def judged_folder(grid: Grid) -> Path:
     return grid.out / "judge"
 
 
-def is_baseline(grid: Grid, run: Run) -> bool:
-    """Whether the others are compared with this run."""
-    return grid.baseline is not None and run.has(grid.baseline)
+def answer_files(run: Run, judge: str) -> dict[float | None, Path]:
+    """The files of a run's answers to a judge's questions, by the temperature of the sampling; None
+    stands for the temperatures of the questions' categories."""
+    files = (run.folder / "eval" / judge / "model_answer").glob("*")
+    found = {file: re.search(r"-t(\d[\d.e-]*)$", file.stem) for file in sorted(files)}
+    return {float(named[1]) if named else None: file for file, named in found.items()}
 
 
-def _answers(run: Run, judge: str) -> list[Path]:
-    return sorted((run.folder / "eval" / judge / "model_answer").glob("*"))
-
-
-def _commands(grid: Grid, judge: str, answers: dict[str, list[Path]]) -> list[str]:
+def _commands(grid: Grid, judge: str) -> list[str]:
     """For every baseline run, the comparison with each other run of the same seed, at each
     temperature."""
     lines = []
-    for own in filter(lambda run: is_baseline(grid, run), grid.runs):
-        for other in grid.runs:
-            same_seed = own.settings["seed"] == other.settings["seed"]
-            if is_baseline(grid, other) or not same_seed:
-                continue
-            for one, two in zip(answers[own.name], answers[other.name], strict=False):
-                folder = judged_folder(grid) / f"{judge}/{one.stem}_vs_{two.stem}"
-                lines += _COMMANDS[judge](one, two, folder)
+    for other in grid.runs:
+        theirs = answer_files(other, judge)
+        for own in grid.baselines_of(other):
+            for temperature, one in answer_files(own, judge).items():
+                if two := theirs.get(temperature):
+                    folder = judged_folder(grid) / f"{judge}/{one.stem}_vs_{two.stem}"
+                    lines += _COMMANDS[judge](one, two, folder)
     return lines
 
 

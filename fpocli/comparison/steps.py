@@ -159,8 +159,8 @@ def training_step(
 
 
 def evaluation_step(
-    name: str, settings: dict[str, Any], folder: Path, launch: tuple[str, ...], train: Step
+    name: str, settings: dict[str, Any], folder: Path, launch: tuple[str, ...], after: Step | None
 ) -> Step:
-    """The command that evaluates a run."""
+    """The command that evaluates a run, after the one that makes its policy."""
     result = folder / "eval" / "eval.json"
-    return Step(f"eval.{name}", (*launch, *_FPO, "eval"), settings, result, train)
+    return Step(f"eval.{name}", (*launch, *_FPO, "eval"), settings, result, after)

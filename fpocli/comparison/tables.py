@@ -10,7 +10,7 @@ import pandas as pd
 
 from fpocli.comparison.columns import D_MARGIN, MEAN_MEMORY, TABLES, Column, Table
 from fpocli.comparison.grid import Grid
-from fpocli.comparison.records import Row, pair_values
+from fpocli.comparison.records import Record, pair_values
 from fpocli.comparison.statistics import Difference, compare_means, compare_shares
 
 FIGURES = ("figure2", "figure3", "figure4")
@@ -21,10 +21,10 @@ _NO_DIFFERENCE = ("seed", "out", "cache", "overwrite")
 Differences = dict[tuple[tuple[str, ...], str], Difference]
 
 
-def write_reports(grid: Grid, rows: list[Row]) -> None:
+def write_reports(grid: Grid, rows: list[Record]) -> None:
     """Write a table as NAME.md and NAME.csv, a figure as NAME.png, and print the tables."""
-    compared = Comparison(grid, rows)
-    for name in grid.reports:
+    compared = BaselineDifferences(grid, rows)
+    for name in grid.file.reports:
         if name in TABLES:
             text, values = make_table(TABLES[name], rows, compared)
             (grid.out / f"{name}.md").write_text(text)
@@ -32,14 +32,14 @@ def write_reports(grid: Grid, rows: list[Row]) -> None:
             print(text)
         else:
             _draw(name, grid, rows)
-    if grid.baseline is not None:
+    if grid.file.baseline is not None:
         text, values = compared.table()
         (grid.out / "differences.md").write_text(text)
         values.to_csv(grid.out / "differences.csv", index=False)
         print(text)
 
 
-def _draw(name: str, grid: Grid, rows: list[Row]) -> None:
+def _draw(name: str, grid: Grid, rows: list[Record]) -> None:
     from fpocli.evaluation import charts
     from fpocli.report.charts import draw_figure2
     from fpocli.store.reader import Store
@@ -48,7 +48,7 @@ def _draw(name: str, grid: Grid, rows: list[Row]) -> None:
     _, groups = grouped(rows, ("method",))
     runs = {", ".join(key): group for key, group in groups.items()}
     if name == "figure2":
-        store = Store.open(grid.runs[0].train.settings["cache"])
+        store = Store.open(grid.runs[0].evaluate.settings["cache"])
         draw_figure2({site: store.mean(site) for site in store.sites}, file)
     elif name == "figure3":
         charts.draw_figure3(runs, file)
@@ -63,7 +63,7 @@ def _draw(name: str, grid: Grid, rows: list[Row]) -> None:
         )
 
 
-class Comparison:
+class BaselineDifferences:
     """The differences of every group of runs to the baseline, on the same held-out pairs.
 
     Args:
@@ -71,15 +71,15 @@ class Comparison:
         rows: records of its runs.
     """
 
-    def __init__(self, grid: Grid, rows: list[Row]) -> None:
+    def __init__(self, grid: Grid, rows: list[Record]) -> None:
         self._values: dict[str, dict[str, np.ndarray]] = {}
         self.baseline = [row for row in rows if row["baseline"]]
         if self.baseline:
             self._values = {run.name: pair_values(run) for run in grid.runs}
-        self.name = ", ".join(map(_text, (grid.baseline or {}).values()))
+        self.name = ", ".join(map(_text, (grid.file.baseline or {}).values()))
         self._rows = rows
 
-    def difference(self, group: list[Row], column: Column) -> Difference | None:
+    def difference(self, group: list[Record], column: Column) -> Difference | None:
         """A group of runs against the baseline's runs of the same seeds; None where the group is
         the baseline or the column was not measured in both."""
         if column.per_pair is None or any(row["baseline"] for row in group):
@@ -149,7 +149,7 @@ class Comparison:
         return "\n".join(lines) + "\n", pd.DataFrame(records)
 
 
-def _sites(rows: list[Row]) -> set[str]:
+def _sites(rows: list[Record]) -> set[str]:
     """Where the features of runs were compared."""
     return {site for row in rows for site in row["eval"].get("distance", {})}
 
@@ -159,13 +159,15 @@ _FEW = 30
 _RESAMPLED = "drawing pairs again, and seeds as clusters where there are several"
 
 
-def make_table(table: Table, rows: list[Row], compared: Comparison) -> tuple[str, pd.DataFrame]:
+def make_table(
+    table: Table, rows: list[Record], compared: BaselineDifferences
+) -> tuple[str, pd.DataFrame]:
     """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
     keys, groups = grouped(rows, table.keys)
     columns = [column for column in table.columns if column.known(rows)]
     lines, records, starred = [], [], False
     for key, group in groups.items():
-        record: Row = dict(zip(keys, key, strict=True)) | {"runs": len(group)}
+        record: Record = dict(zip(keys, key, strict=True)) | {"runs": len(group)}
         cells = [*key, str(len(group))]
         for column in columns:
             known, error = column.known(group), _error(column, group)
@@ -195,7 +197,7 @@ def make_table(table: Table, rows: list[Row], compared: Comparison) -> tuple[str
 
 
 def _notes(
-    rows: list[Row], columns: list[Column], compared: Comparison, *, starred: bool
+    rows: list[Record], columns: list[Column], compared: BaselineDifferences, *, starred: bool
 ) -> list[str]:
     """What the cells mean."""
     splits = sorted({f"{row['eval']['split']} ({row['eval']['pairs']:,} pairs)" for row in rows})
@@ -209,15 +211,12 @@ def _notes(
             if starred
             else f"No difference to {compared.name} is beyond noise (differences.md)."
         )
-    if any(column.error for column in columns):
-        notes.append(
-            f"WR and Δ score are those of {compared.name} against the run of that line, ± their "
-            "standard error over questions."
-        )
+    found = dict.fromkeys(column.note for column in columns if column.note)
+    notes += [note.format(baseline=compared.name) for note in found]
     return notes
 
 
-def _error(column: Column, group: list[Row]) -> float | None:
+def _error(column: Column, group: list[Record]) -> float | None:
     """The standard error of a mean of runs that have one each."""
     if column.error is None:
         return None
@@ -226,8 +225,8 @@ def _error(column: Column, group: list[Row]) -> float | None:
 
 
 def grouped(
-    rows: list[Row], keys: tuple[str, ...]
-) -> tuple[list[str], dict[tuple[str, ...], list[Row]]]:
+    rows: list[Record], keys: tuple[str, ...]
+) -> tuple[list[str], dict[tuple[str, ...], list[Record]]]:
     """Runs that differ in nothing but the seed, in order, and the settings that tell them apart.
 
     Args:
@@ -235,11 +234,11 @@ def grouped(
         keys: settings to tell them apart by, if they differ; others are added if necessary.
     """
 
-    def differ(names: Iterable[str], among: list[Row]) -> list[str]:
+    def differ(names: Iterable[str], among: list[Record]) -> list[str]:
         return [n for n in names if len({_text(row["settings"].get(n)) for row in among}) > 1]
 
-    def split(names: list[str]) -> dict[tuple[str, ...], list[Row]]:
-        groups: dict[tuple[str, ...], list[Row]] = {}
+    def split(names: list[str]) -> dict[tuple[str, ...], list[Record]]:
+        groups: dict[tuple[str, ...], list[Record]] = {}
         for row in rows:
             groups.setdefault(tuple(_text(row["settings"].get(n)) for n in names), []).append(row)
         return groups

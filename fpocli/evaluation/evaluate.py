@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from fpocli.config import EvalConfig, TrainConfig
-from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_pairs
+from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_measurements
 from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
@@ -109,7 +109,7 @@ def _describe(
 def _write(result: dict[str, Any], values: Values, out: Path) -> None:
     from fpocli.evaluation.charts import draw_evaluation
 
-    write_pairs(out / "pairs.jsonl", values)
+    write_measurements(out / "pairs.jsonl", values)
     replace_text(out / "eval.json", json.dumps(result, indent=2))
     draw_evaluation(values, out)
     console.print(f"the results are in {out}")

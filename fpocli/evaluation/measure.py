@@ -127,8 +127,8 @@ def _operator_norms(
     return norms
 
 
-def read_pairs(path: Path) -> Values:
-    """The measurements that `write_pairs` wrote."""
+def read_measurements(path: Path) -> Values:
+    """The measurements that `write_measurements` wrote."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     values = {"pair": np.array([row["pair"] for row in rows])}
     for name in rows[0]:
@@ -139,7 +139,7 @@ def read_pairs(path: Path) -> Values:
     return values
 
 
-def write_pairs(path: Path, values: Values) -> None:
+def write_measurements(path: Path, values: Values) -> None:
     """Write the measurements as JSON lines, one per pair."""
     lines = []
     for row in range(len(values["pair"])):

@@ -439,7 +439,6 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
         ),
         ({"layer": [1, 1], "sae": ["a", "b"]}, "a site is named twice"),
         ({"join": True, "overwrite": True}, "need a process of their own"),
-        ({"sae": []}, "no SAE is known for nowhere/model"),
     ],
 )
 def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(

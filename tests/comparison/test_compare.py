@@ -4,15 +4,15 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
 from stores import set_attributes
 
-from fpocli.comparison.compare import _inputs
 from fpocli.comparison.grid import read_grid
-from fpocli.comparison.tables import REPORTS, TABLES, make_table
+from fpocli.comparison.tables import REPORTS, TABLES, BaselineDifferences, make_table
 from fpocli.store.metadata import attributes
 from fpocli.system.errors import UserError
 
@@ -122,6 +122,10 @@ def test_a_hub_cache_without_the_model_is_reported(tmp_path):
         ({"runs": [{"seed": "abc"}]}, "--seed abc is not of type int"),
         ({"runs": [{"cache": "x"}]}, "sets cache"),
         ({"launch": "torchrun 'x"}, "not a command line"),
+        ({"launch": "torchrun -m fpocli"}, "names fpo, which fpo compare adds itself"),
+        ({"sft": {"script": "s.py"}}, "names a model or store as well"),
+        ({"baseline": "dpo"}, "no run of .* is the baseline dpo"),
+        ({"runs": [{"method": "fpo", "alpha": [1, 2]}], "baseline": "fpo"}, "several runs"),
     ],
 )
 def test_mistakes_in_a_grid_are_reported_before_anything_runs(tmp_path, content, message):
@@ -131,12 +135,8 @@ def test_mistakes_in_a_grid_are_reported_before_anything_runs(tmp_path, content,
 
 def remark(out, file):
     """Mark every step as done."""
-    for step in comparison_steps(read_grid(str(file), REPORTS)):
-        (out / "configs" / f"{step.name}.done").write_text(_inputs(step))
-
-
-def comparison_steps(grid):
-    return [*grid.stores, *(step for run in grid.runs for step in (run.train, run.evaluate))]
+    for step in read_grid(str(file), REPORTS).steps:
+        (out / "configs" / f"{step.name}.done").write_text(step.inputs())
 
 
 def fpo(*words, cwd=None):
@@ -219,7 +219,9 @@ def test_finished_steps_are_not_repeated(finished):
     assert len(plan.stdout.splitlines()) == 5
     (folder / "out/runs/method-simpo/eval/eval.json").unlink()
     plan = fpo("compare", folder / "grid.yaml", "--plan")
-    assert "to do  eval.method-simpo" in plan.stdout
+    assert [line.split()[-1] for line in plan.stdout.splitlines() if line.startswith("to do")] == [
+        "eval.method-simpo"
+    ]
     again = fpo("compare", folder / "grid.yaml")
     assert again.returncode == 0, again.stderr[-2000:]
     assert final.stat().st_mtime_ns == before
@@ -267,8 +269,15 @@ def test_a_failing_step_stops_the_comparison(finished, tmp_path):
     assert "train.method-fpo_k-80 failed with exit code 2" in done.stderr
 
 
+# What BaselineDifferences reads of a grid that names none.
+NO_BASELINE = SimpleNamespace(file=SimpleNamespace(baseline=None), runs=[])
+
+
 def row(share, **settings):
     return {
+        "name": "run",
+        "baseline": False,
+        "verdicts": [],
         "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1]}
         | settings,
         "eval": {
@@ -286,7 +295,7 @@ def test_means_and_deviations_over_seeds():
         row(0.7, method="fpo", seed=1),
         row(0.25, method="simpo", seed=0),
     ]
-    text, frame = make_table(TABLES["table2"], rows)
+    text, frame = make_table(TABLES["table2"], rows, BaselineDifferences(NO_BASELINE, rows))
     assert "| fpo | 2 | 60.0 ± 14.1 | 60.0 ± 14.1 |" in text
     assert "| simpo | 1 | 25.0 | 25.0 |" in text
     assert frame["runs"].tolist() == [2, 1]
@@ -298,6 +307,6 @@ def test_means_and_deviations_over_seeds():
 
 def test_runs_of_other_settings_are_not_averaged():
     rows = [row(0.5, method="fpo", alpha=0.1), row(0.9, method="fpo", alpha=2.0)]
-    text, frame = make_table(TABLES["table2"], rows)
+    text, frame = make_table(TABLES["table2"], rows, BaselineDifferences(NO_BASELINE, rows))
     assert list(frame.columns[:1]) == ["alpha"] or list(frame.columns[:2]) == ["method", "alpha"]
     assert "50.0" in text and "90.0" in text and "±" not in text.splitlines()[4]

@@ -35,8 +35,11 @@ def alpaca(tmp_path_factory):
             for i, text in enumerate(texts)
         ]
         (folder / f"{name}.json").write_text(json.dumps(rows))
-    words = ["alpaca_eval", "--model_outputs", folder / "fpo.json", "--reference_outputs",
-             folder / "dpo.json", "--annotators_config", "w", "--output_path", folder / "out"]  # fmt: skip
+    words = [
+        "alpaca_eval", "--model_outputs", folder / "fpo.json",
+        "--reference_outputs", folder / "dpo.json",
+        "--annotators_config", "w", "--output_path", folder / "out",
+    ]  # fmt: skip
     (folder / "judge.sh").write_text(f"set -e\n{shlex.join(map(str, words))}\n")
     subprocess.run(
         [sys.executable, ROOT / "examples/paper/stub_judge.py", folder / "judge.sh"],
@@ -100,11 +103,9 @@ def test_mt_benchs_figures_are_those_that_fastchat_prints(mt_bench):
         grades = found.grades["mt_bench", model].values()
         assert np.mean(list(grades)) == pytest.approx(mean, abs=1e-5)
     gap, error = found.grade("mt_bench", "fpo", "dpo")
-    # Turn by turn: 0, 4, -2, 0.5, 0 of six questions, the fifth without a grade of fpo's.
-    both = {k: v for k, v in found.grades["mt_bench", "fpo"].items()}
     other = found.grades["mt_bench", "dpo"]
     gaps = {}
-    for (question, turn), value in both.items():
+    for (question, turn), value in found.grades["mt_bench", "fpo"].items():
         gaps.setdefault(question, []).append(value - other[question, turn])
     means = [np.mean(part) for part in gaps.values()]
     assert gap == pytest.approx(np.mean(means))

@@ -25,6 +25,7 @@ from fpocli import (
     CompareConfig,
     EvalConfig,
     InspectConfig,
+    SaesConfig,
     TrainConfig,
     UserError,
     cli,
@@ -38,15 +39,17 @@ COMMANDS = {
     "eval": EvalConfig,
     "compare": CompareConfig,
     "inspect": InspectConfig,
+    "saes": SaesConfig,
 }
 FUNCTIONS = {name: "evaluate" if name == "eval" else name for name in COMMANDS}
-POSITIONAL = {"eval": "model", "compare": "config_file", "inspect": "store"}
+POSITIONAL = {"eval": "model", "compare": "config_file", "inspect": "store", "saes": "model"}
 REQUIRED = {
     "cache": "--model m --layer 1",
     "train": "--cache s",
     "eval": "m --cache s",
     "compare": "c.yaml",
     "inspect": "s",
+    "saes": "m",
 }
 ORDERS = [
     " ".join(order)
@@ -260,7 +263,7 @@ def error(*arguments):
         ({"sae": "none.npz"}, "the SAE none.npz does not exist"),
         ({"sae": "none"}, "the SAE none is neither a file, a folder nor a sae-lens release/id"),
         ({"sae": "notes"}, "the SAE notes cannot be loaded"),
-        ({"sae": []}, "no SAE is known for model"),
+        ({"sae": []}, "no default SAE is known for model"),
         ({"sae": "narrow"}, "reads states of width 24, the model's are 32 wide"),
         (
             {"sae": "elsewhere"},

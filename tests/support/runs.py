@@ -9,7 +9,7 @@ import pytest
 from processes import Command, together
 
 # Wall-clock and memory of a step are not part of its result.
-MEASURED = ("seconds", "tokens_per_second", "data_wait", "peak_memory_gb")
+MEASURED = ("seconds", "tokens_per_second", "data_wait", "memory_gb", "peak_memory_gb")
 
 
 def command(material: Path, out: Path, *flags: object, processes: int = 1, **settings: object):

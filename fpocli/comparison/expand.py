@@ -11,7 +11,7 @@ from fpocli.system.errors import UserError
 _OF_A_SITE = ("layer", "site", "sae")
 
 
-def multiply(entry: Any, own: dict[str, set[str]], path: str) -> list[dict[str, Any]]:
+def expand_entry(entry: Any, own: dict[str, set[str]], path: str) -> list[dict[str, Any]]:
     """All combinations of an entry of `runs`, in which a list stands for alternatives. Those of
     layer, site and sae belong together and are taken in turn.
 
