@@ -84,12 +84,12 @@ def test_when_one_of_four_is_killed_the_others_finish_all_but_its_blocks(start, 
     lost.kill(signal.SIGKILL)
     for command in set(commands) - {lost}:
         assert command.wait(120) == 2, command.printed()
-        told = command.printed()
+        printed = command.printed()
         assert (
-            f"scored but {', '.join(map(str, held))}, which were left by process {lost.pid} on"
-            in told
+            f"has unscored blocks ({', '.join(map(str, held))}): they were claimed by process "
+            f"{lost.pid} on" in printed
         )
-        assert "Traceback" not in told
+        assert "Traceback" not in printed
     assert Store.open(path).unscored_blocks() == held
     again = start()
     assert again.wait(120) == 0, again.printed()

@@ -184,8 +184,17 @@ def test_no_file_can_enable_remote_code(model, material, store_path, tmp_path, m
     monkeypatch.setattr("fpocli.train", taken.append)
     monkeypatch.setattr("fpocli.evaluate", taken.append)
     file = tmp_path / "flags.yaml"
-    file.write_text("cache: s\ntrust-remote-code: true\ntrust_remote_code: true\n")
     run = CliRunner().invoke
+    for name in ("trust-remote-code", "trust_remote_code"):
+        file.write_text(f"cache: s\n{name}: true\n")
+        for words in (["train"], ["eval", "m"], ["train", "--trust-remote-code"]):
+            result = run(app, [*words, "--config", str(file)])
+            assert result.exit_code == 2
+            assert "flags.yaml sets trust_remote_code" in " ".join(
+                result.output.replace("│", " ").split()
+            )
+    assert not taken
+    file.write_text("cache: s\ntrust_remote_code: false\n")
     assert run(app, ["train", "--config", str(file)]).exit_code == 0
     assert run(app, ["eval", "m", "--config", str(file)]).exit_code == 0
     assert run(app, ["train", "--config", str(file), "--trust-remote-code"]).exit_code == 0
