@@ -79,8 +79,8 @@ class BlockClaims:
             blocks, owners = zip(*lost, strict=True)
             claimed_by = " and ".join(map(str, dict.fromkeys(owners)))
             raise UserError(
-                f"{self._store.path} has unscored blocks ({', '.join(map(str, blocks))}): they were "
-                f"claimed by {claimed_by}, which exited before scoring them",
+                f"{self._store.path} has unscored blocks ({', '.join(map(str, blocks))}): they "
+                f"were claimed by {claimed_by}, which exited before scoring them",
                 "run the same command again; it scores them",
             )
         time.sleep(_LOOK_EVERY)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from processes import Command, together
 
-# Wall-clock and memory of a step are not part of its result.
+# Time and memory of a step are not part of its result.
 MEASURED = ("seconds", "tokens_per_second", "data_wait", "peak_memory_gb")
 
 
