@@ -177,8 +177,8 @@ DEEP = ["[" * 10**5, "[" * 10**5 + "]" * 10**5, '{"a":' * 10**5, "9" * 5000, "-"
 
 
 def naive(row):
-    """A row, read as docs/data.md describes: prompt as (role, text), chosen and rejected; None for a
-    row that is no pair."""
+    """A row, read as docs/data.md describes: prompt as (role, text), chosen and rejected. None for
+    a row that is no pair."""
 
     def talk(value):
         if not isinstance(value, list) or not value:
