@@ -19,7 +19,7 @@ JUDGES = {
 
 TRUST_REMOTE_CODE = Option(
     "--trust-remote-code",
-    help="Run Python code that comes with the models. An error in a YAML file.",
+    help="Run Python code that comes with the models. Not allowed in a YAML file.",
 )
 
 
