@@ -149,12 +149,12 @@ Command: `python benchmarks/breakdown.py --data PAIRS.jsonl`.
 {table}
 | seconds | {" | ".join(f"{total:.1f}" for total in totals.values())} |
 
-The matrix products of scoring run at {product:.0f} billion operations a second, and there is no way
-round them: at that speed alone they allow {tokens / found["scoring"]["matrix products"]:,.0f}
-tokens a second.
+The matrix products of scoring run at {product:.0f} billion operations a second. They cannot be
+avoided, and at that speed they alone limit scoring to
+{tokens / found["scoring"]["matrix products"]:,.0f} tokens a second.
 
-Attention by sequence over torch's fused kernel on the same sequences, forward and backward: {ratio}
-of its time.
+Attention by sequence takes {ratio} of the time of torch's fused kernel on the same sequences,
+forward and backward.
 """,
     )
 

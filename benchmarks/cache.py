@@ -1,11 +1,11 @@
-"""Caching beside TRL's precomputation, and what fpo does on top of the bare forward pass.
+"""Caching compared with TRL's precomputation, and with the bare forward pass.
 
     .venv/bin/python benchmarks/cache.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
 Each contestant is a separate process and takes its turn on the same 16 pairs, in the same dtype:
 TRL in batches of 4, fpo as a block: scored in packed sequences, features pooled, the largest taken,
-compressed and written. The bare forward pass scores the same rows and keeps nothing. Defaults are
-the demo's model and SAE (run `make demo` first) and this repository's pairs.
+compressed and written. The bare forward pass scores the same packed sequences and keeps nothing.
+Defaults are the demo's model and SAE (run `make demo` first) and this repository's pairs.
 """
 
 import argparse

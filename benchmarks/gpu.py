@@ -5,8 +5,9 @@
 
 Random weights, bfloat16, pairs of UltraFeedback's lengths up to 2,048 tokens. First flex_attention
 and the fused head are compared with attention sequence by sequence and the chunked head, in
-scores and gradients, in float32 on a small model. Then rows are scored and trained on, and the
-model's operations per second are compared with the device's peak for bfloat16 (--peak, in TFLOP/s).
+scores and gradients, in float32 on a small model. Then packed sequences are scored and trained on,
+and the model's operations per second are compared with the device's peak for bfloat16 (--peak, in
+TFLOP/s).
 """
 
 import argparse
@@ -146,7 +147,7 @@ def report(
     text = f"""# On a GPU, {datetime.now(UTC):%Y-%m-%d}
 
 {shape}, random weights, {arguments.pairs} pairs, {speeds["tokens"]:,.0f} tokens in
-{speeds["rows"]:.0f} rows of {arguments.packed_length:,}.
+{speeds["rows"]:.0f} packed sequences of {arguments.packed_length:,}.
 
 {machine()}
 Command: `python benchmarks/gpu.py --peak {arguments.peak:g}`.

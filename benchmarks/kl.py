@@ -92,7 +92,8 @@ Command: `python benchmarks/kl.py --data PAIRS.jsonl`.
 |---|---|---|
 {rows}
 
-The two KLs of a response differ by at most {((one - other).abs() / other).max():.1e} of it.
+The relative difference of the two KLs of a response is at most
+{((one - other).abs() / other).max():.1e}.
 """,
     )
 

@@ -51,8 +51,12 @@ def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
         if not isinstance(values, dict):
             raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
         names = {str(name).replace("-", "_"): value for name, value in values.items()}
-        # Allowed on the command line only: the file may be somebody else's.
-        names.pop("trust_remote_code", None)
+        # The file may be somebody else's.
+        if names.pop("trust_remote_code", False):
+            raise typer.BadParameter(
+                f"{path} sets trust_remote_code, which is allowed on the command line only: remove "
+                "it from the file and add --trust-remote-code if you trust the code"
+            )
         flags = {flag.name: flag for flag in context.command.params if flag.name != "config"}
         if unknown := sorted(names.keys() - flags.keys()):
             raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is not a flag")

@@ -77,10 +77,11 @@ class BlockClaims:
         ]
         if unscored and len(lost) == len(unscored):
             blocks, owners = zip(*lost, strict=True)
+            claimed_by = " and ".join(map(str, dict.fromkeys(owners)))
             raise UserError(
-                f"all blocks of {self._store.path} are scored but {', '.join(map(str, blocks))}, "
-                f"which were left by {' and '.join(map(str, dict.fromkeys(owners)))}, now gone",
-                "give the same command again; it scores them",
+                f"{self._store.path} has unscored blocks ({', '.join(map(str, blocks))}): they "
+                f"were claimed by {claimed_by}, which exited before scoring them",
+                "run the same command again; it scores them",
             )
         time.sleep(_LOOK_EVERY)
 

@@ -66,7 +66,8 @@ def _repair(
         # The root's metadata may be lost, and with it what the blocks were made from.
         if StoreWriter.fingerprint_of_blocks(path) != fingerprint(identity):
             raise UserError(
-                f"it cannot be established that {path} was made with these settings",
+                f"{path} is too damaged to check which settings it was made with, or they differ "
+                "from these",
                 "use the flags it was made with, or write it again with --overwrite",
             ) from error
     else:

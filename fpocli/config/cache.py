@@ -31,7 +31,10 @@ class CacheConfig:
     ] = field(default_factory=list)
     site: Annotated[
         list[str],
-        Option(help="resid_post (the layer's output) or mlp_out. Once, or once for each layer."),
+        Option(
+            help="resid_post (the layer's output) or mlp_out. Give it once for all layers, or once "
+            "per --layer, in the same order."
+        ),
     ] = field(default_factory=lambda: ["resid_post"])
     sae: Annotated[
         list[str],
@@ -69,10 +72,17 @@ class CacheConfig:
         Literal["float32", "float16"], Option(help="Dtype of stored feature values.")
     ] = "float32"
     max_length: Annotated[
-        int, Option(min=2, help="Tokens of prompt plus response; longer responses are truncated.")
+        int,
+        Option(
+            min=2, help="Maximum tokens of prompt plus response; longer responses are truncated."
+        ),
     ] = 2048
     max_prompt_length: Annotated[
-        int, Option(min=1, help="Pairs with a longer prompt are dropped and counted.")
+        int,
+        Option(
+            min=1,
+            help="Maximum tokens of a prompt; pairs with a longer one are dropped and counted.",
+        ),
     ] = 1024
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
@@ -87,17 +97,22 @@ class CacheConfig:
     ] = 1024
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     allow: Annotated[
-        list[str], Option(help="Continue a store although this differs: dtype, kernel.")
+        list[str],
+        Option(
+            help="Resume the store even if this setting differs from it: dtype or kernel. "
+            "Repeatable."
+        ),
     ] = field(default_factory=list)
     drop_non_finite: Annotated[
         bool,
         Option(
             "--drop-non-finite",
-            help="Leave out pairs whose scores or features are NaN or infinite.",
+            help="Store no reference values for pairs whose scores or features are NaN or "
+            "infinite; training skips them.",
         ),
     ] = False
     join: Annotated[
-        bool, Option("--join", help="Score blocks of a store that other commands are writing, too.")
+        bool, Option("--join", help="Help other `fpo cache` commands write the same store.")
     ] = False
     repair: Annotated[
         bool, Option("--repair", help="Find damage in the store and score those blocks again.")

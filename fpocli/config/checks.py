@@ -16,6 +16,7 @@ def check_values(config: Any) -> None:
     Raises:
         UserError: a value has the wrong type or is out of range; it names the flag.
     """
+    command = type(config).__name__.removesuffix("Config").lower()
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value, (kind, *flags) = getattr(config, name), get_args(hint)
         if value is None:
@@ -33,20 +34,24 @@ def check_values(config: Any) -> None:
         if get_origin(kind) is list:
             if not isinstance(value, (list, tuple)):
                 raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
-            value = [_convert(flag, item, get_args(kind)[0]) for item in value]
+            value = [_convert(command, flag, item, get_args(kind)[0]) for item in value]
             if name == "allow" and (wrong := [item for item in value if item not in MAY_DIFFER]):
                 raise UserError(f"--allow {wrong[0]} is unknown", f"use {' or '.join(MAY_DIFFER)}")
         else:
-            value = _convert(flag, value, kind)
+            value = _convert(command, flag, value, kind)
         object.__setattr__(config, name, value)
         for bound in flags:
             low, high = bound.min, bound.max
             # Written so that nan fails the comparison.
             if (low is not None and not value >= low) or (high is not None and not value <= high):
-                raise UserError(f"{flag} {value} is out of range", f"see `fpo --help` for {flag}")
+                raise UserError(f"{flag} {value} is out of range", _help(command, flag))
 
 
-def _convert(flag: str, value: Any, kind: type) -> Any:
+def _help(command: str, flag: str) -> str:
+    return f"see `fpo {command} --help` for {flag}"
+
+
+def _convert(command: str, flag: str, value: Any, kind: type) -> Any:
     """The value converted to its type; YAML reads 2e-5 as text, and 3 where 3.0 is meant."""
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
@@ -62,6 +67,4 @@ def _convert(flag: str, value: Any, kind: type) -> Any:
             # 2.5 is not an integer.
             if kind is not int or isinstance(value, str) or converted == value:
                 return converted
-    raise UserError(
-        f"{flag} {value} is not of type {kind.__name__}", f"see `fpo --help` for {flag}"
-    )
+    raise UserError(f"{flag} {value} is not of type {kind.__name__}", _help(command, flag))

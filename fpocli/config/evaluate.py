@@ -36,7 +36,10 @@ class EvalConfig:
     ] = None
     sae: Annotated[
         list[str],
-        Option(help="Where the SAEs are now, in the store's order. Default: their places then."),
+        Option(
+            help="Where the SAEs are now, in the store's order. Default: the paths recorded in the "
+            "store."
+        ),
     ] = field(default_factory=list)
     at: Annotated[
         list[str],
@@ -71,7 +74,11 @@ class EvalConfig:
     )
     max_new_tokens: Annotated[
         int | None,
-        Option(min=1, help="Most tokens of an answer. Default: 2048 for the judges', else 512."),
+        Option(
+            min=1,
+            help="Maximum tokens of an answer. Default: 2048 for alpaca_eval, arena_hard and "
+            "mt_bench, else 512.",
+        ),
     ] = None
     batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
@@ -82,7 +89,9 @@ class EvalConfig:
     out: Annotated[
         str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
     ] = None
-    overwrite: Annotated[bool, Option("--overwrite", help="Sample again.")] = False
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Delete existing samples and sample again.")
+    ] = False
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False
 
     def __post_init__(self) -> None:

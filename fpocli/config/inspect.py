@@ -16,12 +16,20 @@ class InspectConfig:
     ] = None
     model: Annotated[
         str | None,
-        Option(help="Where the store's model is now, for the texts of --pair. Default: its place."),
+        Option(
+            help="Where the store's model is now, for the texts of --pair. Default: the path "
+            "recorded in the store."
+        ),
     ] = None
     verify: Annotated[
         bool, Option("--verify", help="Read everything and check every checksum.")
     ] = False
     plot: Annotated[
-        str | None, Option(metavar="FILE", help="Draw the paper's Figure 2, left, as PNG.")
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Write the mean of the 50 largest features (the paper's Figure 2, left) to FILE "
+            "as PNG.",
+        ),
     ] = None
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False

@@ -41,7 +41,11 @@ class TrainConfig:
         ),
     ] = field(default_factory=list)
     stop_gradient: Annotated[
-        bool, Option(help="Let the constraint act on the rejected response only.")
+        bool,
+        Option(
+            help="Detach the chosen response's term of the constraint, so only the rejected "
+            "response gets its gradient."
+        ),
     ] = True
     feature_weights: Annotated[
         str | None,
@@ -53,17 +57,19 @@ class TrainConfig:
     ] = None
     reference: Annotated[
         str | None,
-        Option(
-            help="Where the reference model is now. Default: its place when the store was made."
-        ),
+        Option(help="Where the reference model is now. Default: the path recorded in the store."),
     ] = None
     sae: Annotated[
         list[str],
-        Option(help="Where the SAEs are now, in the store's order. Default: their places then."),
+        Option(
+            help="Where the SAEs are now, in the store's order. Default: the paths recorded in the "
+            "store."
+        ),
     ] = field(default_factory=list)
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     optimizer: Annotated[
-        Literal["adamw", "rmsprop"], Option(help="AdamW with weight decay 0 is the paper's Adam.")
+        Literal["adamw", "rmsprop"],
+        Option(help="Optimiser. adamw with weight decay 0 is Adam, as in the paper."),
     ] = "adamw"
     lr: Annotated[float, Option(min=0, help="Peak learning rate.")] = 5e-7
     weight_decay: Annotated[float, Option(min=0, help="Weight decay, decoupled for adamw.")] = 0.0
@@ -86,7 +92,11 @@ class TrainConfig:
     ] = True
     zero: Annotated[int, Option(min=0, max=3, help="DeepSpeed ZeRO stage.")] = 2
     deepspeed: Annotated[
-        str | None, Option(help="DeepSpeed JSON file, which overrides the flags.")
+        str | None,
+        Option(
+            help="DeepSpeed JSON file with additional settings. A value that contradicts a flag is "
+            'an error; "auto" keeps the flag\'s.'
+        ),
     ] = None
     device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
     eval_fraction: Annotated[
@@ -107,7 +117,10 @@ class TrainConfig:
         ),
     ] = False
     allow: Annotated[
-        list[str], Option(help="Train although this differs from the store: dtype, kernel.")
+        list[str],
+        Option(
+            help="Train even if this setting differs from the store's: dtype or kernel. Repeatable."
+        ),
     ] = field(default_factory=list)
     save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 500
     keep_checkpoints: Annotated[
@@ -116,7 +129,9 @@ class TrainConfig:
     out: Annotated[str, Option(help="Folder of the run: config, metrics, checkpoints, final/.")] = (
         "run"
     )
-    overwrite: Annotated[bool, Option("--overwrite", help="Start the run over.")] = False
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Delete an existing run and start over.")
+    ] = False
 
     def __post_init__(self) -> None:
         check_values(self)

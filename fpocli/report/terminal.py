@@ -74,7 +74,8 @@ def _show_features(site: str, about: dict[str, Any], out: Console) -> None:
     largest = about["largest_mean"]
     out.print(
         f"\n{site}: {about['active']:,} features are active somewhere.\n"
-        f"Mean activation of the {len(largest)} largest, sorted (the paper's Figure 2)"
+        f"Mean activation of the {len(largest)} largest features, in descending order (the paper's "
+        "Figure 2)"
     )
     top = largest[0]["mean"] or 1.0
     height = 8

@@ -14,7 +14,7 @@ from fpocli.store.layout import FORMAT, TOKENS_PER_CHUNK, layout
 from fpocli.system.errors import UserError
 
 DOCUMENT = "zarr.json"
-REPAIR = "run the command that made it again with --repair, which keeps all undamaged blocks"
+REPAIR = "run the original `fpo cache` command with --repair added; undamaged blocks are kept"
 _NO_SUM = "0" * 64
 
 

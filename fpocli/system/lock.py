@@ -278,8 +278,9 @@ class WriterLock:
 
     def _lost(self) -> UserError:
         return UserError(
-            f"another process considered this one exited and may write {self.path} in its place",
-            "run the same command again; what is written is complete",
+            f"this process did not respond for two minutes, so another one took over its part of "
+            f"{self.path}",
+            "run the same command again; what is finished is kept",
         )
 
 

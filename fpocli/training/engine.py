@@ -228,7 +228,7 @@ def take_step(engine: Any, lr: float, step: int) -> float:
         error = UserError(
             f"step {step}: the gradient is non-finite although the loss is finite; the weights "
             "were not updated",
-            "start a run with a lower --lr in another --out, or with --overwrite",
+            "start again with a lower --lr (new --out, or --overwrite)",
         )
         raise same_on_all_ranks(error)
     return norm

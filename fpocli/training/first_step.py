@@ -45,7 +45,8 @@ def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[st
             f"{name} {' and '.join(there[name])} in the store, {here[name]} here" for name in other
         )
         raise UserError(
-            f"the policy would not compute as the reference of {store.path} did: {listed}",
+            f"the policy would run with another dtype or attention kernel than the reference of "
+            f"{store.path}: {listed}",
             "cache again, or add "
             + " ".join(f"--allow {name}" for name in other)
             + "; then u, D and the KL start at rounding error instead of 0",

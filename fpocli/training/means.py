@@ -69,7 +69,7 @@ class Means:
         more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
         error = UserError(
             f"{what}, from the pairs {', '.join(named[:_NAMED])}{more} of the store",
-            "look at one with `fpo inspect --pair`; if it is sound, start a run with a lower --lr, "
-            "in another --out or with --overwrite",
+            "look at one with `fpo inspect --pair`; if the pair looks fine, start again with a "
+            "lower --lr (new --out, or --overwrite)",
         )
         return same_on_all_ranks(error)

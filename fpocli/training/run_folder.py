@@ -57,6 +57,8 @@ class RunFolder:
         self.settings = settings
         self._metrics = self.folder / "metrics.jsonl"
         config = dataclasses.asdict(settings)
+        # Allowed on the command line only, so a saved config may not set it.
+        del config["trust_remote_code"]
         identity = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
         identity["store"] = fingerprint
         if settings.feature_weights:

@@ -425,7 +425,7 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
         cache(cache_config(material, tmp_path / "ref.zarr", model=str(tmp_path / "model")))
 
 
-# -- cheap mistakes come first -------------------------------------------------------------------
+# -- mistakes that are found before a model is read ----------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_the_content_is_the_same_for_any_number_of_processes(start, many, tmp_pa
 
 
 def held_by(command, path):
-    """The blocks that a process has taken."""
+    """The blocks that a process has claimed."""
     found = []
     for file in path.with_name(path.name + ".writers").glob("block-*"):
         with WriterLock(path, join=True) as writers:
@@ -84,12 +84,12 @@ def test_when_one_of_four_is_killed_the_others_finish_all_but_its_blocks(start, 
     lost.kill(signal.SIGKILL)
     for command in set(commands) - {lost}:
         assert command.wait(120) == 2, command.printed()
-        told = command.printed()
+        printed = command.printed()
         assert (
-            f"scored but {', '.join(map(str, held))}, which were left by process {lost.pid} on"
-            in told
+            f"has unscored blocks ({', '.join(map(str, held))}): they were claimed by process "
+            f"{lost.pid} on" in printed
         )
-        assert "Traceback" not in told
+        assert "Traceback" not in printed
     assert Store.open(path).unscored_blocks() == held
     again = start()
     assert again.wait(120) == 0, again.printed()
@@ -98,7 +98,7 @@ def test_when_one_of_four_is_killed_the_others_finish_all_but_its_blocks(start, 
 
 
 def test_a_slow_process_does_not_stop_the_others(start, many, tmp_path):
-    """The others do all other blocks and wait; when it continues, all exit with 0."""
+    """The others score all other blocks and wait; when it continues, all exit with 0."""
     path = tmp_path / "ref.zarr"
     commands = [start() for _ in range(3)]
     slow, held = stop_at_work(commands, path)
@@ -138,7 +138,7 @@ def test_torchrun_starts_processes_of_one_run(material, many, tmp_path):
         [*words, "-m", "fpocli", "cache", *flags(config)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("is complete", done.stderr)) == 1, "told once"
+    assert len(re.findall("is complete", done.stderr)) == 1, "reported once"
     assert_equal(path, many[1])
 
 

@@ -248,8 +248,8 @@ def error(*arguments):
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    *_, told = result.stderr.partition("error: ")
-    sentence, _, advice = told.partition("\nhint: ")
+    *_, message = result.stderr.partition("error: ")
+    sentence, _, advice = message.partition("\nhint: ")
     assert advice.strip()
     return sentence.strip()
 
@@ -322,21 +322,21 @@ def test_an_unreadable_store_is_reported(work, command):
     assert error(*command, "ref.zarr") == "ref.zarr/ref/margin/zarr.json is missing"
 
 
-def test_train_wants_a_complete_store(work):
+def test_train_needs_a_complete_store(work):
     set_attributes(Path("ref.zarr"), state="partial")
     zarr.open_array("ref.zarr/blocks/digest")[2] = 0
     assert error("train", "--cache", "ref.zarr") == "ref.zarr is partial: 2 of 3 blocks are scored"
 
 
-def test_train_wants_as_many_features_as_it_compares(work):
+def test_train_needs_as_many_features_as_it_compares(work):
     sentence = error("train", "--cache", "ref.zarr", "--k", 17)
     assert "--k 17 compares more features than ref.zarr has" in sentence
 
 
-def test_train_wants_the_tokeniser_of_the_store(work):
+def test_train_needs_the_tokeniser_of_the_store(work):
     command = "train --cache ref.zarr --k 16 --model other --device cpu --no-bf16"
-    told = error(*command.split())
-    assert "the tokeniser of other is not the one that ref.zarr was made with" in told
+    message = error(*command.split())
+    assert "the tokeniser of other is not the one that ref.zarr was made with" in message
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -404,7 +404,7 @@ def test_libraries_print_nothing_among_the_messages(work):
     ("typed", "offered"), [("fpo ca", "cache"), ("fpo train --eval-f", "--eval-fraction")]
 )
 def test_a_shell_completes_commands_and_flags(typed, offered):
-    """Called as bash calls it; it must load nothing heavy, since a person waits."""
+    """Called as bash calls it. It must load no heavy library, since the user waits for it."""
     words = typed.split()
     environment = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(

@@ -72,9 +72,9 @@ def seconds_of(words: list[str]) -> float:
 def end_of(words: list[str], **settings) -> int:
     """Run a command until it exits."""
     command = Command(*words, **settings)
-    code, told = command.wait(300), command.printed()
+    code, printed = command.wait(300), command.printed()
     command.close()
-    assert code in (0, -signal.SIGKILL), told
+    assert code in (0, -signal.SIGKILL), printed
     return code
 
 
@@ -84,7 +84,7 @@ def same_store(one: Path, other: Path) -> None:
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Weights equal to the bit, and all that was logged except times."""
+    """Assert that the weights are bit-identical and the logs are equal, except what is measured."""
     weights = "final/model.safetensors"
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
     logs = [
@@ -101,8 +101,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 def kill_often(job, same, folder: Path, kills: int, seed: int) -> None:
-    """Kill a command at random moments, again and again, until so many kills have hit a running
-    process."""
+    """Kill a command at random moments until `kills` of them have hit a running process."""
     words, whole, seconds = job
     rng, hit, ends = random.Random(seed), 0, 0
     print(f"seed {seed}")
@@ -125,7 +124,7 @@ def kill_often(job, same, folder: Path, kills: int, seed: int) -> None:
 
 
 def die_everywhere(job, same, folder: Path, numbers) -> None:
-    """Die before and after changes of the file system, each time in a run of its own."""
+    """Let one run die before and another after each of these changes of the file system."""
     words, whole, _ = job
     for number in numbers:
         reached = False
@@ -154,7 +153,7 @@ def test_caching_killed_at_a_file_operation_resumes_to_the_same_store(caching, t
 
 
 def test_training_killed_at_a_file_operation_resumes_to_the_same_weights(training, tmp_path):
-    # Where the first file of a run gets its name, and at any other change.
+    # At change 11 the first file of a run gets its name; the other change is drawn at random.
     die_everywhere(training, same_run, tmp_path, [11, random.randrange(60)])
 
 

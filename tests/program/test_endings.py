@@ -1,5 +1,5 @@
-"""Runs that are stopped, that lose a process, or that find the disk full: real processes, real
-signals, writes that fail; and then the same command until it completes."""
+"""Runs that are interrupted, lose a process or meet a full disk: real processes, real signals and
+writes that fail. Afterwards the same command is repeated until it completes."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def unbroken(material, store_path, tmp_path_factory) -> Path:
 
 
 def start(words: list[str], limit: int | None = None, **environment: str) -> subprocess.Popen:
-    """A command, whose files may not grow beyond `limit` bytes."""
+    """Start a command whose files may not grow beyond `limit` bytes."""
 
     def restrict() -> None:
         if limit is not None:
@@ -110,7 +110,8 @@ def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
     assert stop(start(words), signal.SIGTERM, (out / "run.json").exists) == words
     assert not held.exists()
 
-    # No checkpoint is written, so the metrics are the first file, or the model, that is too large.
+    # No checkpoint is written, so the first file that is too large is metrics.jsonl here, and the
+    # final model below.
     rare = [*words, "--save-every", "99"]
     fails(rare, 1500, f"{out} cannot be written: File too large")
     assert stop(start(words), signal.SIGINT, lambda: list(checkpoints.glob("step-*"))) == words
@@ -208,13 +209,13 @@ def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
         assert other.returncode == 1, stderr[-3000:]
         if number is not None:
             lost.kill()
-        _, told = lost.communicate()
-        assert "Traceback" not in stderr + told
+        _, own_stderr = lost.communicate()
+        assert "Traceback" not in stderr + own_stderr
         assert printed(stderr)[-len(own) :] == own
-        return [stderr, told]
+        return [stderr, own_stderr]
 
-    told, reason = lose(1, 0, None)
-    assert "another process of this run was lost" in told
+    message, reason = lose(1, 0, None)
+    assert "another process of this run was lost" in message
     assert "partial-1 cannot be written" in reason
     assert "another process of this run was lost" in lose(1, 3, signal.SIGKILL)[0]
     assert "another process of this run was lost" in lose(0, 4, signal.SIGKILL)[0]

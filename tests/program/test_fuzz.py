@@ -1,7 +1,7 @@
-"""Random and damaged files and flags: each is read as it is meant, or refused in a sentence.
+"""Random and damaged files and flags: each is read as it is meant, or refused with an error.
 
 Every target writes an input and reads it with the product. It must not raise anything but a
-UserError, hang, or give another result than a naive reader. `pytest -m long` takes many more.
+UserError, hang, or give another result than a naive reader. `pytest -m long` tries many more.
 """
 
 import contextlib
@@ -177,8 +177,8 @@ DEEP = ["[" * 10**5, "[" * 10**5 + "]" * 10**5, '{"a":' * 10**5, "9" * 5000, "-"
 
 
 def naive(row):
-    """A row read by docs/data.md: prompt as (role, text), chosen and rejected; None if it is no
-    pair."""
+    """A row, read as docs/data.md describes: prompt as (role, text), chosen and rejected. None for
+    a row that is no pair."""
 
     def talk(value):
         if not isinstance(value, list) or not value:
@@ -232,8 +232,8 @@ def naive(row):
     (one_role, one), (other_role, other) = talks[0][0], talks[1][0]
     everything = "".join(said for _, said in [*head, *talks[0], *talks[1]])
     whole = not re.search("[\ud800-\udfff]", everything)
-    told = any(said.strip() for _, said in head) and one.strip() and other.strip()
-    if not whole or not told or {one_role, other_role} != {"assistant"}:
+    has_text = any(said.strip() for _, said in head) and one.strip() and other.strip()
+    if not whole or not has_text or {one_role, other_role} != {"assistant"}:
         return None
     return head, one, other
 
@@ -555,7 +555,8 @@ def tokenise(folder):
     return list(tokenizer(pairs))
 
 
-# Target: (inputs, check, of the files made before; how many inputs, and how many in the long run).
+# Target: (inputs, check, number of inputs, number of inputs in the long run). Those of FILES are
+# functions of the original files.
 TARGETS = {
     "jsonl": (jsonl(), check_jsonl, 60, 2500),
     "json": (json_file(), check_json, 50, 1500),
@@ -573,7 +574,7 @@ FILES = {
 
 
 def fuzz(inputs, check, count, **profile):
-    """Run a check on so many inputs, each with an empty folder."""
+    """Run a check on `count` inputs, each in an empty folder; returns how many were tried."""
     tried = 0
 
     @settings(
@@ -630,8 +631,8 @@ def npz_of(head):
         ("npz", npz_of("(")),
     ],
 )
-def test_what_was_found(name, content, originals, tmp_path):
-    """Inputs that ended in a traceback or in an infinite weight."""
+def test_inputs_that_once_failed(name, content, originals, tmp_path):
+    """Inputs that once gave a traceback or an infinite weight."""
     _, check, *_ = inputs_of(name, originals)
     check(tmp_path, content)
 

@@ -1,4 +1,4 @@
-"""Small files, a sentence for every room, a docstring for everything public."""
+"""Conventions of the code: small files, a docstring for every room and everything public."""
 
 import ast
 from pathlib import Path

@@ -86,7 +86,7 @@ class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("mark"),)
 
-told = []
+messages = []
 for zero, bf16 in ((0, True), (1, False), (2, True), (3, False)):
     out = Path(f"run{zero}")
     settings = TrainConfig(cache=sys.argv[1], out=str(out), zero=zero, bf16=bf16, batch_size=8,
@@ -102,14 +102,14 @@ for zero, bf16 in ((0, True), (1, False), (2, True), (3, False)):
         try:
             train(settings)
         except UserError as error:
-            told.append(error.message)
+            messages.append(error.message)
         assert not Path("mark").exists()
         file.write_bytes(whole)
     train(settings)
     assert losses == [json.loads(line)["loss"] for line in log.read_text().splitlines()]
 pickle.loads(pickle.dumps(Bomb()))
 assert Path("mark").exists()
-print(json.dumps(told))
+print(json.dumps(messages))
 """
 
 
@@ -119,10 +119,10 @@ def test_a_checkpoint_is_data(store_path, tmp_path):
     words = [sys.executable, "-W", "ignore", "-c", CHECKPOINTS, str(store_path)]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    messages = json.loads(done.stdout.splitlines()[-1])
     # One file of a checkpoint without ZeRO, two with it.
-    assert len(told) == 7
-    assert all("is damaged, or contains code, which is not run" in message for message in told)
+    assert len(messages) == 7
+    assert all("is damaged, or contains code, which is not run" in message for message in messages)
 
 
 CODE = """
@@ -184,8 +184,17 @@ def test_no_file_can_enable_remote_code(model, material, store_path, tmp_path, m
     monkeypatch.setattr("fpocli.train", taken.append)
     monkeypatch.setattr("fpocli.evaluate", taken.append)
     file = tmp_path / "flags.yaml"
-    file.write_text("cache: s\ntrust-remote-code: true\ntrust_remote_code: true\n")
     run = CliRunner().invoke
+    for name in ("trust-remote-code", "trust_remote_code"):
+        file.write_text(f"cache: s\n{name}: true\n")
+        for words in (["train"], ["eval", "m"], ["train", "--trust-remote-code"]):
+            result = run(app, [*words, "--config", str(file)])
+            assert result.exit_code == 2
+            assert "flags.yaml sets trust_remote_code" in " ".join(
+                result.output.replace("│", " ").split()
+            )
+    assert not taken
+    file.write_text("cache: s\ntrust_remote_code: false\n")
     assert run(app, ["train", "--config", str(file)]).exit_code == 0
     assert run(app, ["eval", "m", "--config", str(file)]).exit_code == 0
     assert run(app, ["train", "--config", str(file), "--trust-remote-code"]).exit_code == 0
@@ -321,7 +330,7 @@ def test_an_adapter_that_names_another_model_is_refused(model):
 
 
 def test_paths_in_a_tokenizer_config_are_not_opened(model, tmp_path):
-    """Old indexes hold paths of the machine that wrote them; only the file in the folder counts."""
+    """Old configurations hold paths of the machine that wrote them; they are ignored."""
     expected = vocabulary_hash(load_tokenizer(find_model(str(model))))
     other = tmp_path / "other.json"
     other.write_text((model / "tokenizer.json").read_text().replace('"the"', '"teh"'))

@@ -75,7 +75,7 @@ def test_stored_values_follow_the_rules_of_the_format(store_path):
     assert (index[used] < 96).all()
     nonzero = arrays[f"features/{SITE}/nonzero"]
     assert (used.sum(-1) == np.minimum(nonzero, 64)).all()
-    assert (nonzero < 64).any(), "a row with unused slots is among them"
+    assert (nonzero < 64).any(), "some response has unused slots"
     counts = np.diff(arrays["spans"][:, 1:])
     average = arrays["ref/logp"] / counts
     assert np.allclose(arrays["ref/margin"], average[:, 0] - average[:, 1], atol=1e-6)
@@ -112,7 +112,7 @@ def test_only_a_complete_store_of_this_version_is_used(store):
 
 
 @pytest.mark.parametrize(
-    ("change_of", "told"),
+    ("change_of", "message"),
     [
         ({"block": 2**40}, "a chunk of spans would take"),
         ({"block": 0}, "cannot be of"),
@@ -129,13 +129,13 @@ def test_only_a_complete_store_of_this_version_is_used(store):
         ({"documents": {"ref": 1}}, "documents are no sums"),
     ],
 )
-def test_invalid_attributes_are_refused_before_memory_is_allocated(store, change_of, told):
+def test_invalid_attributes_are_refused_before_memory_is_allocated(store, change_of, message):
     """They are compared with each other, although their checksum is correct."""
     change(store, **change_of)
     if "fingerprint" not in change_of:
         about = attributes(store)
         change(store, fingerprint=fingerprint(about))
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Store.open(store)
 
 
@@ -175,8 +175,8 @@ def test_a_missing_or_wrong_array_is_refused(store):
 
 
 def test_each_block_has_chunks_of_its_own(tmp_path):
-    """Two processes that write parts of one chunk lose rows without a word, so writing a block
-    touches no file that belongs to another, for any number of pairs and size of block."""
+    """Two processes that write parts of one chunk lose data without an error, so writing a block
+    touches no file of another block, for any number of pairs and size of block."""
 
     @settings(max_examples=12)
     @given(st.integers(1, 17), st.integers(1, 6), st.integers(0, 2**32))
@@ -201,12 +201,12 @@ def test_each_block_has_chunks_of_its_own(tmp_path):
 
 
 def stamps(path: Path) -> dict[Path, tuple[int, int]]:
-    """Every file, and what changes when it is written: zarr replaces files."""
+    """Every file, with its inode and time, which change when it is written: zarr replaces files."""
     files = (file for file in path.rglob("*") if file.is_file())
     return {file: (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
 
 
-def test_remove_deletes_stores_alone(store, tmp_path):
+def test_remove_deletes_only_stores(store, tmp_path):
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
@@ -355,7 +355,7 @@ def test_missing_values_are_not_valid_numbers(tmp_path):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_the_golden_store_reads_as_it_did(version):
-    """Written by that version and committed; every later version must read it to the bit."""
+    """Written by that version and committed; every later version must read it bit for bit."""
     path = GOLDEN / f"ref-{version}.zarr"
     expected = json.loads(path.with_suffix(".json").read_text())
     store = Store.open(path)

@@ -1,4 +1,4 @@
-"""Random pairs of token ids, and what their scores are by plain transformers."""
+"""Random pairs of token ids, and their scores by plain transformers."""
 
 import numpy as np
 import tiny

@@ -40,7 +40,7 @@ SIZES = {
 
 
 def config(family: str, **changes):
-    """A tiny configuration. Gemma's windows are shorter than most rows of the tests, and its
+    """A tiny configuration. Gemma's windows are shorter than most sequences of the tests, and its
     soft-caps low enough to matter."""
     kind, own = {
         "gemma2": (

@@ -125,7 +125,7 @@ def test_a_process_whose_claims_were_taken_over_writes_no_more(path):
     with WriterLock(path) as writers:
         assert writers.claim("block-1")
         (path.with_name("store.writers") / "block-1").unlink()
-        with pytest.raises(UserError, match="considered this one exited"):
+        with pytest.raises(UserError, match="another one took over its part of"):
             writers.check_claim("block-1")
 
 

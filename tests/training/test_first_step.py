@@ -73,7 +73,8 @@ def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path,
 def test_the_distance_of_other_starting_weights_is_printed(material, store_path, tmp_path):
     done = train(material, tmp_path / "run", "--no-bf16", model=material / "policy")
     assert done.returncode == 0, done.stderr[-2000:]
-    (told,) = (line for line in done.stderr.splitlines() if "starting weights are not" in line)
-    nats = float(told.split("by up to ")[1].split()[0])
+    lines = done.stderr.splitlines()
+    (printed,) = (line for line in lines if "starting weights are not" in line)
+    nats = float(printed.split("by up to ")[1].split()[0])
     assert 0.01 < nats < 5 and np.isfinite(nats)
-    assert "of their mean square" in told
+    assert "of their mean square" in printed

@@ -112,7 +112,7 @@ print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
 
 
 def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
-    """And its gathered hidden states equal those of an unsharded model, to the bit."""
+    """Its gathered hidden states equal those of an unsharded model, bit for bit."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

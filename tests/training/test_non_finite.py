@@ -117,10 +117,10 @@ def spoil(out: Path, store: Path, stages: str, world: int = 1) -> list[list[str]
         )
         for rank in range(world)
     ]
-    told = [process.communicate() for process in started]
-    for process, (_, stderr) in zip(started, told, strict=True):
+    outputs = [process.communicate() for process in started]
+    for process, (_, stderr) in zip(started, outputs, strict=True):
         assert process.returncode == 0, stderr[-3000:]
-    return [stdout.splitlines() for stdout, _ in told]
+    return [stdout.splitlines() for stdout, _ in outputs]
 
 
 def check(out: Path, lines: list[str]) -> None:

@@ -15,7 +15,7 @@ from fpocli.training.run_folder import read_run
 
 
 def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path):
-    """SIGKILL after a checkpoint: the curve and the weights are those of an unbroken run."""
+    """SIGKILL after a checkpoint: the curve and the weights are those of an uninterrupted run."""
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", save_every=2)
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
@@ -46,7 +46,7 @@ def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
         f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
         in done.stderr
     )
-    assert done.stderr.count("error: ") == 1, "told once, not by every process"
+    assert done.stderr.count("error: ") == 1, "reported once, not by every process"
 
 
 def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_path, tmp_path):

@@ -1,4 +1,4 @@
-"""A store of many sites: training and evaluation at some of them, and a store of none."""
+"""A store of many sites: training and evaluation at some of them, and a store without any."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ MLP, FIRST, LAST = "layer_1.mlp_out", "layer_0.resid_post", "layer_3.resid_post"
 
 @pytest.fixture(scope="module")
 def stores(material, tmp_path_factory):
-    """The same pairs in a store of three sites, of the last one alone, and of none."""
+    """The same pairs in a store of three sites, of the last one alone, and without sites."""
     folder = tmp_path_factory.mktemp("stores")
     sae = str(material / "sae")
     sites = {"layer": [1, 0, 3], "site": ["mlp_out", "resid_post", "resid_post"], "sae": [sae] * 3}
@@ -49,7 +49,7 @@ def test_sites_are_averaged_in_the_order_of_the_store(material, stores, tmp_path
     assert one[-1]["distance_rejected"] != alone[-1]["distance_rejected"]
 
 
-def test_evaluation_compares_features_where_the_run_did_unless_told(material, stores, tmp_path):
+def test_evaluation_compares_features_at_the_sites_of_the_run(material, stores, tmp_path):
     store = str(stores / "three.zarr")
     run(material, tmp_path / "run", "--no-bf16", "--at", LAST, cache=store)
 

@@ -26,7 +26,7 @@ STEPS = 5
 
 
 def test_curve_equals_a_naive_loop_in_plain_pytorch(baseline, store_path):
-    """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of ours
+    """Each sequence alone, the whole encoding with its gradient, torch's AdamW; no code of fpo
     but the order of the pairs."""
     loader = make_loader(Store.open(store_path))
     arrays = contents(store_path)

@@ -1,4 +1,4 @@
-"""Beside TRL: the references it precomputes and the losses it trains with, on the same ids."""
+"""Compared with TRL: the references it precomputes and its losses, on the same token ids."""
 
 import json
 
