@@ -58,7 +58,7 @@ def fpo(arguments: argparse.Namespace, line: Any) -> None:
     """What `fpo cache` does for a block."""
     import torch
 
-    from fpocli.caching.blocks import score_block
+    from fpocli.caching.score_block import score_block
     from fpocli.features.site import Site
     from fpocli.model.language_model import load_model
     from fpocli.model.network import choose_device

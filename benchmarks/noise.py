@@ -130,7 +130,7 @@ Command: `python benchmarks/noise.py --data PAIRS.jsonl --pairs {arguments.pairs
 On a CPU no part of a pair's arithmetic in fpo depends on its packed sequence: attention runs
 sequence by sequence, sums run response by response, and the rest works token by token. D is not
 exactly 0 where the store's value and the policy's are sums of different products
-(`features/encoder.py: pool`, `columns`).
+(`features/encoder.py: pool`, `pool_selected`).
 """,
     )
 

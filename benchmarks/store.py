@@ -147,7 +147,7 @@ def read(path: Path) -> tuple[float, ...]:
     )
     start = time.perf_counter()
     steps = loader.steps(0, loader.steps_per_epoch, torch.device("cpu"))
-    count = sum(len(row.weights) for step in steps for row in step)
+    count = sum(len(row.pair_weights) for step in steps for row in step)
     streamed = count / (time.perf_counter() - start)
     assert count == store.pairs
     return opened - began, in_order, streamed, memory("VmHWM") - before

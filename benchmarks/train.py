@@ -112,7 +112,7 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
         for row in rows:
             scores = score(engine, encoders, row.batch)
             loss, _ = objective(scores, row.reference, encoders, config)
-            backward(engine, (row.weights * loss).sum(), row is rows[-1])
+            backward(engine, (row.pair_weights * loss).sum(), row is rows[-1])
         take_step(engine, config.lr, number)
         return {"seconds": time.perf_counter() - began, "peak": peak_memory(device)}
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from fpocli.caching.blocks import score_block
 from fpocli.caching.claims import BlockClaims, launch_name
 from fpocli.caching.identity import identify
 from fpocli.caching.open_store import list_of_dropped, open_or_create
+from fpocli.caching.score_block import score_block
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source, open_source
-from fpocli.features.directory import default_saes
 from fpocli.features.encoder import SparseEncoder
+from fpocli.features.known_saes import default_saes
 from fpocli.features.pretrained import check_encoder, load_encoder
 from fpocli.features.site import Site
 from fpocli.model.language_model import LanguageModel, check_layers, load_model

@@ -12,9 +12,9 @@ from fpocli.config import CacheConfig
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source
-from fpocli.store.layout import fingerprint, raw_bytes
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
+from fpocli.store.schema import fingerprint, raw_bytes
 from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import console, progress, say

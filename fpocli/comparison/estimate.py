@@ -23,11 +23,11 @@ from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import open_source
 from fpocli.evaluation.prompts import load_prompts
-from fpocli.features.directory import default_saes
+from fpocli.features.known_saes import default_saes
 from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
-from fpocli.store.layout import raw_bytes
 from fpocli.store.reader import Store
+from fpocli.store.schema import raw_bytes
 from fpocli.system.console import console, progress
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model

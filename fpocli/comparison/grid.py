@@ -30,7 +30,8 @@ class Run:
 
     Args:
         name: made from the settings that the grid varies.
-        settings: all settings of its store and training: method, alpha, at, ...
+        settings: all settings of its store and training: method, alpha, at, ...; of the reference
+            those of the store alone, beside method and seed.
         folder: of the run.
         train: the command that trains it; None for the reference, which is not trained.
         evaluate: the command that measures it.
@@ -156,21 +157,22 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     settings = file.train | trained | {"cache": cache, "out": str(folder)}
     untrained = settings.get("method") == REFERENCE
     if untrained:
-        # No command reads these. They tell it apart from other runs, and sft needs no features.
+        # Only to be checked: no command reads them, and sft needs no features.
         settings |= {"method": "sft"}
     config = make_config(TrainConfig, settings, f"`train` of {name} in {file.path}")
     sites = _sites(store, cache)
     if sites is not None:
         _check_sites(config.method, config.at, sites, f"{name} in {file.path}")
         _check_sites("", file.evaluation.get("at", []), sites, f"`eval` in {file.path}")
-    of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     train = None if untrained else training_step(name, settings, folder, file.launch, store)
     evaluation = _evaluation(file, folder, cache, sites or [], store, config, untrained=untrained)
+    described = dataclasses.asdict(config)
+    if untrained:
+        described = {"method": REFERENCE, "seed": config.seed, "measure_kl": False}
+    of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     return Run(
         name=name,
-        settings=of_store
-        | dataclasses.asdict(config)
-        | ({"method": REFERENCE} if untrained else {}),
+        settings=of_store | described,
         folder=folder,
         train=train,
         evaluate=evaluation_step(name, evaluation, folder, file.launch, train or store),

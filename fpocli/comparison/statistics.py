@@ -1,8 +1,9 @@
 """Which differences between runs are beyond noise, on the same held-out pairs.
 
-Two runs are compared pair by pair. Pairs, and seeds where there are several, are drawn again with
-replacement (a bootstrap): seeds are clusters, since all pairs of a seed share one training. For
-shares of a single seed there is McNemar's exact test as well.
+Two runs are compared pair by pair. With one seed, the interval of a mean is a bootstrap over
+pairs, and a share has McNemar's exact test as well. With several seeds, seeds are clusters, since
+all pairs of a seed share one training: the interval is that of a mean over seeds and pairs, both
+drawn at random. (A bootstrap over three seeds would call 13 to 17 % of equal methods different.)
 
 Shapes: S seeds, N pairs.
 """
@@ -10,8 +11,10 @@ Shapes: S seeds, N pairs.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap, t
 
+# With fewer pairs no interval can be trusted.
+FEWEST_PAIRS = 20
 _DRAWS = 2000
 _LEVEL = 0.95
 
@@ -23,19 +26,27 @@ class Difference:
     Args:
         mean: of the differences.
         low, high: a 95 % interval of it.
+        pairs: N.
         p_value: of McNemar's exact test; None for means and for several seeds.
     """
 
     mean: float
     low: float
     high: float
+    pairs: int
     p_value: float | None = None
+
+    @property
+    def enough_pairs(self) -> bool:
+        """Whether there are enough pairs to tell."""
+        return self.pairs >= FEWEST_PAIRS
 
     @property
     def beyond_noise(self) -> bool:
         """Whether 0 is outside the interval and, where there is a test, p is below 0.05."""
         outside = self.low > 0 or self.high < 0
-        return outside and (self.p_value is None or self.p_value < 1 - _LEVEL)
+        certain = self.p_value is None or self.p_value < 1 - _LEVEL
+        return self.enough_pairs and outside and certain
 
 
 def compare_means(one: np.ndarray, other: np.ndarray) -> Difference:
@@ -45,16 +56,8 @@ def compare_means(one: np.ndarray, other: np.ndarray) -> Difference:
         one, other: [S, N], seeds and pairs in the same order.
     """
     gaps = one - other
-    seeds, pairs = gaps.shape
-    rng = np.random.default_rng(0)
-    means = np.empty(_DRAWS)
-    for draw in range(_DRAWS):
-        # All seeds were measured on the same pairs, so these are drawn once for all.
-        drawn = gaps[:, rng.integers(pairs, size=pairs)].mean(1)
-        means[draw] = drawn[rng.integers(seeds, size=seeds)].mean()
-    tail = 100 * (1 - _LEVEL) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Difference(float(gaps.mean()), float(low), float(high))
+    low, high = _over_pairs(gaps[0]) if len(gaps) == 1 else _over_seeds_and_pairs(gaps)
+    return Difference(float(gaps.mean()), low, high, gaps.shape[1])
 
 
 def compare_shares(one: np.ndarray, other: np.ndarray) -> Difference:
@@ -66,7 +69,7 @@ def compare_shares(one: np.ndarray, other: np.ndarray) -> Difference:
     found = compare_means(one, other)
     if len(one) > 1:
         return found
-    return Difference(found.mean, found.low, found.high, mcnemar(one[0], other[0]))
+    return Difference(found.mean, found.low, found.high, found.pairs, mcnemar(one[0], other[0]))
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
@@ -80,3 +83,37 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
     if better + worse == 0:
         return 1.0
     return float(binomtest(better, better + worse).pvalue)
+
+
+def _over_pairs(gaps: np.ndarray) -> tuple[float, float]:
+    """scipy's bias-corrected and accelerated bootstrap of the mean of [N]."""
+    if np.ptp(gaps) == 0:
+        return float(gaps[0]), float(gaps[0])
+    found = bootstrap(
+        (gaps,), np.mean, n_resamples=_DRAWS, confidence_level=_LEVEL, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _over_seeds_and_pairs(gaps: np.ndarray) -> tuple[float, float]:
+    """The interval of the mean of [S, N] with random effects of seeds and of pairs: the variance
+    from the mean squares of the two-way layout, the degrees of freedom by Satterthwaite."""
+    seeds, pairs = gaps.shape
+    mean, of_seeds, of_pairs = gaps.mean(), gaps.mean(1, keepdims=True), gaps.mean(0)
+    squares = np.array(
+        [
+            pairs * ((of_seeds - mean) ** 2).sum(),
+            seeds * ((of_pairs - mean) ** 2).sum(),
+            ((gaps - of_seeds - of_pairs + mean) ** 2).sum(),
+        ]
+    )
+    freedom = np.array([seeds - 1, pairs - 1, (seeds - 1) * (pairs - 1)])
+    if not squares.any():
+        return float(mean), float(mean)
+    # With one pair there is nothing to estimate their variance from.
+    parts = squares / np.maximum(freedom, 1)
+    # Estimates of variances can come out negative; this one is at least that of a single source.
+    total = max(parts[0] + parts[1] - parts[2], *parts[:2])
+    degrees = total**2 / (parts**2 / np.maximum(freedom, 1)).sum()
+    half = t.ppf((1 + _LEVEL) / 2, degrees) * np.sqrt(total / (seeds * pairs))
+    return float(mean - half), float(mean + half)

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,12 @@ import pandas as pd
 from fpocli.comparison.columns import D_MARGIN, MEAN_MEMORY, TABLES, Column, Table
 from fpocli.comparison.grid import Grid
 from fpocli.comparison.records import Record, pair_values
-from fpocli.comparison.statistics import Difference, compare_means, compare_shares
+from fpocli.comparison.statistics import (
+    FEWEST_PAIRS,
+    Difference,
+    compare_means,
+    compare_shares,
+)
 
 FIGURES = ("figure2", "figure3", "figure4")
 REPORTS = (*TABLES, *FIGURES)
@@ -119,7 +123,7 @@ class BaselineDifferences:
                             "low": scale * found.low,
                             "high": scale * found.high,
                             "p": found.p_value,
-                            "beyond noise": found.beyond_noise,
+                            "beyond noise": _answer(found),
                             "digits": column.digits + 1,
                         }
                     )
@@ -136,27 +140,26 @@ class BaselineDifferences:
             cells = [record[name] for name in (*keys, "quantity")]
             cells += [f"{record['difference']:+.{digits}f}", f"{low} to {high}"]
             cells.append("" if record["p"] is None else f"{record['p']:.3f}")
-            cells.append("yes" if record["beyond noise"] else "no")
+            cells.append(record["beyond noise"])
             lines.append("| " + " | ".join(cells) + " |")
         lines += [
             "",
-            f"Paired over the same held-out pairs; intervals by {_RESAMPLED}. Of {len(records)} "
-            f"comparisons about {len(records) / 20:.0f} would be called beyond noise by chance "
-            "alone.",
+            "Paired over the same held-out pairs, with 95 % intervals over pairs, and over seeds "
+            f"where there are several. Of {len(records)} comparisons about "
+            f"{len(records) / 20:.0f} would be called beyond noise by chance alone.",
         ]
-        if min((row["eval"]["pairs"] for row in self._rows), default=_FEW) < _FEW:
-            lines.append(f"With fewer than {_FEW} pairs these intervals are too narrow.")
         return "\n".join(lines) + "\n", pd.DataFrame(records)
+
+
+def _answer(found: Difference) -> str:
+    if not found.enough_pairs:
+        return "too few pairs"
+    return "yes" if found.beyond_noise else "no"
 
 
 def _sites(rows: list[Record]) -> set[str]:
     """Where the features of runs were compared."""
     return {site for row in rows for site in row["eval"].get("distance", {})}
-
-
-# Pairs that a bootstrap interval wants.
-_FEW = 30
-_RESAMPLED = "drawing pairs again, and seeds as clusters where there are several"
 
 
 def make_table(
@@ -206,9 +209,12 @@ def _notes(
         "differ in nothing but the seed."
     ]
     if compared.baseline:
+        few = min(row["eval"]["pairs"] for row in rows) < FEWEST_PAIRS
         notes.append(
             f"A star marks a difference to {compared.name} that is beyond noise (differences.md)."
             if starred
+            else f"There are too few pairs to tell differences to {compared.name} from noise."
+            if few
             else f"No difference to {compared.name} is beyond noise (differences.md)."
         )
     found = dict.fromkeys(column.note for column in columns if column.note)
@@ -234,8 +240,9 @@ def grouped(
         keys: settings to tell them apart by, if they differ; others are added if necessary.
     """
 
-    def differ(names: Iterable[str], among: list[Record]) -> list[str]:
-        return [n for n in names if len({_text(row["settings"].get(n)) for row in among}) > 1]
+    def differ(name: str, among: list[Record]) -> bool:
+        values = [row["settings"][name] for row in among if name in row["settings"]]
+        return len(set(map(_text, values))) > 1
 
     def split(names: list[str]) -> dict[tuple[str, ...], list[Record]]:
         groups: dict[tuple[str, ...], list[Record]] = {}
@@ -243,15 +250,20 @@ def grouped(
             groups.setdefault(tuple(_text(row["settings"].get(n)) for n in names), []).append(row)
         return groups
 
-    found = differ(keys, rows) or list(keys[:1])
-    others = [name for name in rows[0]["settings"] if name not in {*_NO_DIFFERENCE, *found}]
-    # beta, for example, differs between methods by default but does not tell runs apart.
-    found += [n for n in others if any(differ([n], group) for group in split(found).values())]
+    found = [name for name in keys if differ(name, rows)] or list(keys[:1])
+    for name in dict.fromkeys(name for row in rows for name in row["settings"]):
+        # beta, for example, differs between methods by default but does not tell runs apart.
+        if name not in {*_NO_DIFFERENCE, *found} and any(
+            differ(name, group) for group in split(found).values()
+        ):
+            found.append(name)
     return found, split(found)
 
 
 def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    """A setting in a cell; a dash for one that a run has not."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "-" if value is None else text or "-"
 
 
 def _cell(values: list[float], error: float | None, digits: int) -> str:

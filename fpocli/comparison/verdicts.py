@@ -26,7 +26,7 @@ _GAMES = ("g1_winner", "g2_winner")
 
 
 @dataclass
-class Duel:
+class HeadToHead:
     """All verdicts of one judge about two models.
 
     Args:
@@ -61,10 +61,10 @@ class Verdicts:
         grades: by judge and model, the grades by question and turn.
     """
 
-    duels: dict[tuple[str, str, str], Duel] = field(default_factory=dict)
+    duels: dict[tuple[str, str, str], HeadToHead] = field(default_factory=dict)
     grades: dict[tuple[str, str], dict[tuple[str, int], float]] = field(default_factory=dict)
 
-    def duel(self, judge: str, model: str, opponent: str) -> Duel | None:
+    def duel(self, judge: str, model: str, opponent: str) -> HeadToHead | None:
         """The verdicts of a judge about two models, whichever of them was compared with which."""
         if found := self.duels.get((judge, model, opponent)):
             return found
@@ -73,7 +73,7 @@ class Verdicts:
             return None
         wins = {question: [1 - win for win in part] for question, part in turned.wins.items()}
         length = turned.length_controlled
-        return Duel(wins, length and (100 - length[0], length[1]))
+        return HeadToHead(wins, length and (100 - length[0], length[1]))
 
     def grade(self, judge: str, model: str, opponent: str) -> tuple[float, float | None] | None:
         """By how much the model's grades are above the opponent's, on the same questions and
@@ -122,7 +122,7 @@ def _alpaca_eval(rows: list[dict[str, Any]], folder: Path, found: Verdicts) -> N
         if preference is None:
             continue
         duel = found.duels.setdefault(
-            ("alpaca_eval", row["generator_2"], row["generator_1"]), Duel()
+            ("alpaca_eval", row["generator_2"], row["generator_1"]), HeadToHead()
         )
         duel.wins[row["instruction"]] = [0.5 if preference == 0 else preference - 1]
     board = folder / "leaderboard.csv"
@@ -145,7 +145,7 @@ def _mt_bench_pair(row: dict[str, Any], found: Verdicts) -> None:
     if "error" in (first, second):
         return
     win = 0.5 if first == "tie" or first != second else float(first == "model_1")
-    duel = found.duels.setdefault(("mt_bench", row["model_1"], row["model_2"]), Duel())
+    duel = found.duels.setdefault(("mt_bench", row["model_1"], row["model_2"]), HeadToHead())
     duel.wins.setdefault(str(row["question_id"]), []).append(win)
 
 
@@ -167,7 +167,7 @@ def _arena_hard(row: dict[str, Any], file: Path, found: Verdicts) -> None:
     # Its first version does not name the opponent; the folder that judge.sh made does.
     named = [part for part in file.parts if "_vs_" in part]
     opponent = row.get("baseline") or (named[-1].partition("_vs_")[2] if named else "baseline")
-    duel = found.duels.setdefault(("arena_hard", row["model"], opponent), Duel())
+    duel = found.duels.setdefault(("arena_hard", row["model"], opponent), HeadToHead())
     duel.wins[str(row.get("uid") or row.get("question_id"))] = wins
 
 

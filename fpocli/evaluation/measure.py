@@ -68,7 +68,7 @@ def measure_pairs(
     ):
         for micro in loader.evaluation(device, split):
             # A rank without work gets a pair of weight 0, for collectives that there are none of.
-            if micro.weights.any():
+            if micro.pair_weights.any():
                 parts.append(_measure(policy, reference, encoders, micro, k, norms))
             bar.advance(len(micro.pairs))
     return parts

@@ -1,6 +1,6 @@
 """The feature distance D (paper, equation 10) against a store that holds the top K of each vector.
 
-Shapes: P pairs, m features, K stored features, k compared features, J = 2k candidates.
+Shapes: P pairs, m features, K stored features, k compared features, J = 2k.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from fpocli.features.top_features import TopFeatures
 
 
 @dataclass(frozen=True)
-class Candidates:
+class ComparedFeatures:
     """The union I = top_k(policy) with top_k(reference), padded to J.
 
     Args:
@@ -31,7 +31,7 @@ class Candidates:
     overlap: Tensor
 
 
-def candidates(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> Candidates:
+def compared_features(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> ComparedFeatures:
     """The features that D compares, with what the store holds of the reference there.
 
     A feature that is 0 on one side is not in that side's top k; it would add nothing to D.
@@ -55,7 +55,7 @@ def candidates(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> Candid
     own_reference = torch.where(found, (match * reference.value[..., None, :]).sum(-1), floor)
     used = torch.cat([top_value > 0, (own_value > 0) & ~in_top], -1)
     size = torch.maximum((top_value > 0).sum(-1), (own_value > 0).sum(-1)).clamp(min=1)
-    return Candidates(
+    return ComparedFeatures(
         index=torch.where(used, torch.cat([top, own], -1), 0),
         used=used,
         stored=torch.cat([torch.ones_like(top, dtype=torch.bool), own_stored], -1),
@@ -65,44 +65,44 @@ def candidates(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> Candid
 
 
 def policy_features(
-    encoder: SparseEncoder, states: tuple[Tensor, ...], chosen: Candidates
+    encoder: SparseEncoder, states: tuple[Tensor, ...], compared: ComparedFeatures
 ) -> Tensor:
-    """The policy's pooled features at the candidates, with gradient: float32 [P, 2, J].
+    """The policy's values of the compared features, with gradient: float32 [P, 2, J].
 
     Args:
         encoder: the site's SAE.
         states: hidden states [n, d] of each of the 2P responses.
-        chosen: the candidates.
+        compared: the features.
     """
-    index, used = chosen.index.flatten(0, 1), chosen.used.flatten(0, 1)
+    index, used = compared.index.flatten(0, 1), compared.used.flatten(0, 1)
     rows = []
     for response, columns, keep in zip(states, index, used, strict=True):
-        values = encoder.columns(response, columns[keep])
+        values = encoder.pool_selected(response, columns[keep])
         rows.append(values.new_zeros(len(keep)).masked_scatter(keep, values))
-    return torch.stack(rows).view_as(chosen.value)
+    return torch.stack(rows).view_as(compared.value)
 
 
 def feature_distance(
-    policy: Tensor, chosen: Candidates, k: int, weights: Tensor | None = None
+    policy: Tensor, compared: ComparedFeatures, k: int, weights: Tensor | None = None
 ) -> Tensor:
     """D(y) = (1/k) sum over I of omega (policy - reference)^2 (paper, equation 10; v4 numbering;
     omega: section 5.3).
 
-    A value that the store lacks lies in [0, chosen.value]. The nearest point of that interval is
+    A value that the store lacks lies in [0, compared.value]. The nearest point of that interval is
     used, which makes D the tightest lower bound, continuous, and 0 at step 0.
 
     Args:
-        policy: float32 [P, 2, J], pooled features of the policy at the candidates.
-        chosen: the candidates.
+        policy: float32 [P, 2, J], the policy's values of these features.
+        compared: the features.
         k: the paper's k.
         weights: omega, float32 [m]; None is 1 for all.
 
     Returns:
         float32 [P, 2].
     """
-    nearest = torch.minimum(policy.detach(), chosen.value)
-    reference = torch.where(chosen.stored, chosen.value, nearest)
-    squares = torch.where(chosen.used, policy - reference, 0) ** 2
+    nearest = torch.minimum(policy.detach(), compared.value)
+    reference = torch.where(compared.stored, compared.value, nearest)
+    squares = torch.where(compared.used, policy - reference, 0) ** 2
     if weights is not None:
-        squares = weights[chosen.index] * squares
+        squares = weights[compared.index] * squares
     return squares.sum(-1) / k

@@ -72,7 +72,7 @@ class SparseEncoder:
             total += self.sae.encode(chunk).sum(0)
         return total / len(states)
 
-    def columns(self, states: Tensor, index: Tensor) -> Tensor:
+    def pool_selected(self, states: Tensor, index: Tensor) -> Tensor:
         """The pooled features `index` alone, with their gradient.
 
         Every supported architecture is piecewise linear: an active feature is its affine

@@ -71,7 +71,7 @@ def check_attention(network: Any) -> None:
         )
 
 
-def rule(batch: PackedSequence, window: int | None = None) -> Callable[..., Tensor]:
+def attention_rule(batch: PackedSequence, window: int | None = None) -> Callable[..., Tensor]:
     """The rule as flex_attention's mask function of (batch, head, query, key).
 
     A padding token attends to itself alone, so that no query has an empty set of keys.
@@ -119,7 +119,9 @@ def attention_mask(
     device = batch.ids.device
     if kernel == FLEX:
         size = len(batch.ids)
-        return _block_mask_maker()(rule(batch, window), None, None, size, size, device=device)
+        return _block_mask_maker()(
+            attention_rule(batch, window), None, None, size, size, device=device
+        )
     longest = int(batch.positions.max()) + 1
     visible = torch.ones(longest, longest, dtype=torch.bool, device=device).tril_()
     if window is not None:

@@ -119,7 +119,9 @@ class LanguageModel(nn.Module):
 
             return hook
 
-        hooks = [self.module(site).register_forward_hook(keep(str(site))) for site in self.sites]
+        hooks = [
+            self.hook_module(site).register_forward_hook(keep(str(site))) for site in self.sites
+        ]
         try:
             yield captured
         finally:
@@ -127,7 +129,7 @@ class LanguageModel(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-    def module(self, site: Site) -> nn.Module:
+    def hook_module(self, site: Site) -> nn.Module:
         """The module whose output is the hidden state of a site.
 
         Raises:

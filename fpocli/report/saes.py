@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fpocli.config import SaesConfig
-from fpocli.features.directory import base_model, known_saes, preferred_saes
+from fpocli.features.known_saes import base_model, known_saes, preferred_saes
 from fpocli.model.network import read_config
 from fpocli.system.console import console, progress
 from fpocli.system.errors import UserError

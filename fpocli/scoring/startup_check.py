@@ -196,7 +196,7 @@ def _additive(model: LanguageModel, pair: TokenPair, site: Site) -> float:
     own = LanguageModel(model.network, [site, Site(site.layer, "resid_post")])
     _, states = own.states(batch)
     contribution, before = (states[str(site)].float() for site in own.sites)
-    hook = own.module(site).register_forward_hook(lambda module, inputs, output: output * 0)
+    hook = own.hook_module(site).register_forward_hook(lambda module, inputs, output: output * 0)
     try:
         _, states = own.states(batch)
     finally:

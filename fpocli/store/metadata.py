@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from fpocli.store.layout import FORMAT, TOKENS_PER_CHUNK, layout
+from fpocli.store.schema import FORMAT, TOKENS_PER_CHUNK, array_schema
 from fpocli.system.errors import UserError
 
 DOCUMENT = "zarr.json"
@@ -87,7 +87,7 @@ def check_documents(path: Path, meta: dict[str, Any]) -> None:
     """
     whole = path.resolve()
     sums = meta.get("documents", {})
-    for name in {*layout(meta), *sums}:
+    for name in {*array_schema(meta), *sums}:
         for inside in (path / name / DOCUMENT, path / name / "c"):
             if not inside.resolve().is_relative_to(whole):
                 raise UserError(f"{inside} leads out of the store", "write the store again")

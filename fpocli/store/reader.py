@@ -1,4 +1,4 @@
-"""Reads a store of version 1 (docs/format.md); writer.py writes it, layout.py describes it.
+"""Reads a store of version 1 (docs/format.md); writer.py writes it, schema.py describes it.
 
 Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
 """
@@ -9,9 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.arrays import BROKEN, StoreArrays
+from fpocli.store.array_reader import BROKEN, ArrayReader
 from fpocli.store.digest import digest_of_block, digest_of_totals
-from fpocli.store.layout import FORMAT, VERSION, layout, wrong_attribute
 from fpocli.store.metadata import (
     DOCUMENT,
     REPAIR,
@@ -22,13 +21,14 @@ from fpocli.store.metadata import (
     read_root,
 )
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+from fpocli.store.schema import FORMAT, VERSION, array_schema, wrong_attribute
 from fpocli.system.errors import UserError
 
 # In this order; other codecs might hide damage.
 _CODECS = ["bytes", "zstd", "crc32c"]
 
 
-class Store(StoreArrays):
+class Store(ArrayReader):
     """A store opened for reading; see `open`."""
 
     @classmethod
@@ -76,7 +76,7 @@ class Store(StoreArrays):
         return store
 
     def _check_arrays(self) -> None:
-        for name, (shape, dtype, chunks) in layout(self.meta).items():
+        for name, (shape, dtype, chunks) in array_schema(self.meta).items():
             if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
                 continue
             try:

@@ -13,10 +13,10 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from fpocli.config import MAY_DIFFER
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.digest import digest_of_block, digest_of_totals
-from fpocli.store.layout import FORMAT, VERSION, fingerprint, layout
 from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, remove_folder
@@ -51,7 +51,7 @@ class StoreWriter(Store):
         store = cls(path, meta)
         # Stored here too, so that blocks can be identified if the root's metadata is lost.
         store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
-        for name, array in layout(meta).items():
+        for name, array in array_schema(meta).items():
             store._group.create_array(
                 name,
                 **array._asdict(),
@@ -83,7 +83,7 @@ class StoreWriter(Store):
 
     def missing_values(self, b: int) -> ReferenceValues:
         """Reference values of b pairs, all missing, to be filled."""
-        arrays = layout(self.meta)
+        arrays = array_schema(self.meta)
 
         def rows(name: str) -> np.ndarray:
             array = arrays[name]

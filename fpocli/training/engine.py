@@ -1,4 +1,7 @@
-"""DeepSpeed: the processes, the engine, its checkpoints. The only importer of deepspeed."""
+"""DeepSpeed: the processes, its configuration and engine, the optimiser step.
+
+Only this file and checkpoints.py import deepspeed.
+"""
 
 import contextlib
 import math

@@ -45,5 +45,5 @@ def held_out_means(
         output = reference(micro.batch) if reference is not None else None
         scores = score(model, encoders, micro.batch, output)
         _, metrics = objective(scores, micro.reference, encoders, settings, weights)
-        means.add(metrics, micro.weights, micro.pairs)
+        means.add(metrics, micro.pair_weights, micro.pairs)
     return means.result(where)

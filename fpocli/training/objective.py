@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from fpocli.config import TrainConfig
-from fpocli.features.distance import Candidates, candidates, feature_distance, policy_features
+from fpocli.features.distance import (
+    ComparedFeatures,
+    compared_features,
+    feature_distance,
+    policy_features,
+)
 from fpocli.features.encoder import SparseEncoder
 from fpocli.scoring.accuracy import wins
 from fpocli.scoring.score import PairScores
@@ -25,7 +30,7 @@ def compare_features(
     encoders: dict[str, SparseEncoder],
     k: int,
     weights: Mapping[str, Tensor] = MappingProxyType({}),
-) -> tuple[dict[str, Candidates], dict[str, Tensor]]:
+) -> tuple[dict[str, ComparedFeatures], dict[str, Tensor]]:
     """The compared features of each site, and D there, float32 [P, 2] with gradient.
 
     Args:
@@ -37,10 +42,10 @@ def compare_features(
     """
     compared, distances = {}, {}
     for site, encoder in encoders.items():
-        chosen = candidates(scores.pooled[site], reference.features[site], k)
-        policy = policy_features(encoder, scores.states[site], chosen)
-        compared[site] = chosen
-        distances[site] = feature_distance(policy, chosen, k, weights.get(site))
+        here = compared_features(scores.pooled[site], reference.features[site], k)
+        policy = policy_features(encoder, scores.states[site], here)
+        compared[site] = here
+        distances[site] = feature_distance(policy, here, k, weights.get(site))
     return compared, distances
 
 

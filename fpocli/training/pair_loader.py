@@ -37,15 +37,15 @@ class MicroBatch:
         pairs: int64 [P], their numbers in the store.
         batch: the packed sequence.
         reference: the store's values of the same pairs.
-        weights: float32 [P], weight of each pair in the mean over the step; 0 for a pair that is
-            only there so that a rank without work takes part in the collectives.
+        pair_weights: float32 [P], weight of each pair in the mean over the step; 0 for a pair that
+            is only there so that a rank without work takes part in the collectives.
         tokens: float32 [P], tokens of each pair, the prompt once.
     """
 
     pairs: np.ndarray
     batch: PackedSequence
     reference: ReferenceValues
-    weights: Tensor
+    pair_weights: Tensor
     tokens: Tensor
 
 
@@ -248,7 +248,7 @@ class PairLoader:
             pairs=np.array([block * self.store.block_size + row for block, row in places]),
             batch=batch.to(device),
             reference=_gather(values, device),
-            weights=torch.full((len(places),), weight, device=device),
+            pair_weights=torch.full((len(places),), weight, device=device),
             tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
         )
 

@@ -162,8 +162,10 @@ def _train(
                 loss, metrics = objective(scores, micro.reference, encoders, settings, weights)
                 # DeepSpeed averages over ranks, while the weights already make this the mean over
                 # the step's pairs.
-                backward(engine, (micro.weights * loss).sum() * world, number == len(micro_batches))
-                means.add(metrics | {"tokens": micro.tokens}, micro.weights, micro.pairs)
+                backward(
+                    engine, (micro.pair_weights * loss).sum() * world, number == len(micro_batches)
+                )
+                means.add(metrics | {"tokens": micro.tokens}, micro.pair_weights, micro.pairs)
                 bar.advance(1 / len(micro_batches))
             # Before the optimiser steps, which it must not do with non-finite values.
             line = means.result(f"step {step + 1}")

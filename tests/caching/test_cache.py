@@ -325,7 +325,7 @@ def test_pairs_with_non_finite_values_are_left_out(material, tmp_path, nan_model
             held_out = [
                 p
                 for micro in loader.evaluation(device)
-                for p in micro.pairs[micro.weights.numpy() > 0]
+                for p in micro.pairs[micro.pair_weights.numpy() > 0]
             ]
             seen += [held_out]
             assert len(trained) == loader.training_pairs

@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
+from runs import finish
 from stores import set_attributes
 
 from fpocli.comparison.grid import read_grid
@@ -139,10 +139,8 @@ def remark(out, file):
         (out / "configs" / f"{step.name}.done").write_text(step.inputs())
 
 
-def fpo(*words, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "fpocli", *map(str, words)], capture_output=True, text=True, cwd=cwd
-    )
+def fpo(*words):
+    return finish([sys.executable, "-m", "fpocli", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +276,7 @@ def row(share, **settings):
         "name": "run",
         "baseline": False,
         "verdicts": [],
-        "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1]}
+        "settings": {"beta": 2.0 if settings["method"] == "simpo" else 0.1, "layer": [1], "seed": 0}
         | settings,
         "eval": {
             "accuracy": {"share": share},

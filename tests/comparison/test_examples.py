@@ -82,29 +82,38 @@ def offline(tmp_path_factory):
     return hub
 
 
-def plan(path, hub):
-    return subprocess.run(
-        [sys.executable, "-m", "fpocli", "compare", str(path), "--plan"],
+def plans(hub, *grids):
+    """What `fpo compare GRID --plan` prints of each grid, all in one process."""
+    program = (
+        "import sys, fpocli\n"
+        "for grid in sys.argv[1:]:\n"
+        "    fpocli.compare(fpocli.CompareConfig(config_file=grid, plan=True))\n"
+        "    print('=====', flush=True); print('=====', file=sys.stderr, flush=True)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, grids)],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
+    assert done.returncode == 0, done.stderr
+    printed, messages = (text.split("=====\n")[:-1] for text in (done.stdout, done.stderr))
+    return list(zip(printed, messages, strict=True))
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_grid_passes_its_plan_with_and_without_hub_files(name, offline, tmp_path):
+@pytest.mark.parametrize("where", ["on this machine", "to be downloaded"])
+def test_every_grid_passes_its_plan_with_and_without_hub_files(where, offline, tmp_path):
     """Offline the data sets are never there, so no estimate can be made; that is said."""
-    for hub, where in ((offline, "on this machine"), (tmp_path / "empty", "to be downloaded")):
-        done = plan(PAPER / f"{name}.yaml", hub)
-        assert done.returncode == 0, done.stderr
-        steps = [line for line in done.stdout.splitlines() if line.startswith("to do")]
-        runs, _ = GRIDS[name]
+    hub = offline if where == "on this machine" else tmp_path
+    found = plans(hub, *(PAPER / f"{name}.yaml" for name in GRIDS))
+    for (name, (runs, _)), (printed, messages) in zip(GRIDS.items(), found, strict=True):
+        steps = [line for line in printed.splitlines() if line.startswith("to do")]
         untrained = name in ("table2", "table2-9b", "authors")
         assert len(steps) == 2 + 2 * runs - untrained
-        asked = [line for line in done.stdout.splitlines() if "the questions of" in line]
+        asked = [line for line in printed.splitlines() if "the questions of" in line]
         assert asked and all(line.startswith(where) for line in asked)
-        assert "no estimate for the SFT stage" in done.stderr
+        assert "no estimate for the SFT stage" in messages
 
 
 def test_the_small_grid_passes_its_plan_with_hours_and_bytes(tmp_path, monkeypatch, capsys):
@@ -185,3 +194,29 @@ def test_conversations_keep_their_messages_alone(sft, tmp_path):
     found = sft.conversations(sft.SftData(model="m", data=str(file), limit=2))
     assert found.column_names == ["messages"] and len(found) == 2
     assert found[0]["messages"] == TALK
+
+
+def for_gemma(text):
+    """The small grid with the values in its comments, and without the lines that have a dash."""
+    lines = []
+    for line in text.splitlines():
+        setting, _, other = line.partition("  # ")
+        if line.startswith("#") or other.strip() == "-":
+            continue
+        lines.append(f"{setting.partition(':')[0]}: {other.strip()}" if other else line)
+    return "\n".join(lines)
+
+
+def test_the_small_grid_runs_gemma_with_the_values_in_its_comments(offline, tmp_path):
+    text = for_gemma((PAPER / "small.yaml").read_text())
+    assert "SmolLM2" not in text and "examples/" not in text
+    file = tmp_path / "gemma.yaml"
+    file.write_text(text)
+    shutil.copy(PAPER / "sft.py", tmp_path)
+    grid, paper = read_grid(str(file), REPORTS), read_grid(str(PAPER / "table2.yaml"), REPORTS)
+    run, same = (next(r for r in g.runs if r.has({"method": "fpo"})) for g in (grid, paper))
+    assert {run.settings[name] for name in ("lr", "batch_size", "warmup")} == {5e-7, 32, 150.0}
+    assert run.settings.keys() == same.settings.keys()
+    assert grid.sft.settings == paper.sft.settings | {"output_dir": "paper/small/sft"}
+    ((printed, _),) = plans(offline, file)
+    assert printed.count("to do") == 15

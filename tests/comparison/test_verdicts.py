@@ -144,13 +144,13 @@ def test_arena_hards_games_are_weighed_as_its_own_code_weighs_them(tmp_path, nam
 
 def test_the_error_of_a_win_rate_covers_questions_with_several_games():
     """Against a bootstrap over questions."""
-    from fpocli.comparison.verdicts import Duel
+    from fpocli.comparison.verdicts import HeadToHead
 
     rng = np.random.default_rng(0)
     wins = {
         str(i): list(np.repeat(float(rng.integers(0, 2)), rng.choice([2, 4]))) for i in range(300)
     }
-    rate, error = Duel(wins).win_rate
+    rate, error = HeadToHead(wins).win_rate
     parts = list(wins.values())
     drawn = []
     for _ in range(2000):

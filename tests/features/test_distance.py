@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpocli.features.distance import candidates, feature_distance, policy_features
+from fpocli.features.distance import compared_features, feature_distance, policy_features
 from fpocli.features.encoder import SparseEncoder, top_k
 from fpocli.features.top_features import TopFeatures
 
@@ -59,17 +59,17 @@ def test_distance_equals_the_definition(seed, k, more):
     rng = np.random.default_rng(seed)
     kept = min(M, k + more)
     policy, reference = sparse_vectors(rng, 3), sparse_vectors(rng, 3)
-    chosen = candidates(policy, stored(reference, kept), k)
-    values = policy.gather(-1, chosen.index)
-    actual = feature_distance(values, chosen, k)
-    missing = (~chosen.stored & chosen.used).sum(-1) / chosen.used.sum(-1).clamp(min=1)
+    compared = compared_features(policy, stored(reference, kept), k)
+    values = policy.gather(-1, compared.index)
+    actual = feature_distance(values, compared, k)
+    missing = (~compared.stored & compared.used).sum(-1) / compared.used.sum(-1).clamp(min=1)
     for p in range(3):
         for side in range(2):
             distance, share = naive(policy[p, side], reference[p, side], k, kept)
             assert actual[p, side].item() == pytest.approx(distance, rel=1e-5, abs=1e-12)
             assert missing[p, side].item() == pytest.approx(share)
             # The columns of I are distinct, so that no feature counts twice.
-            used = chosen.index[p, side][chosen.used[p, side]].tolist()
+            used = compared.index[p, side][compared.used[p, side]].tolist()
             assert len(used) == len(set(used)) <= 2 * k
 
 
@@ -80,8 +80,8 @@ def test_distance_is_a_lower_bound_that_tightens_to_the_exact_one(seed, k):
     policy, reference = sparse_vectors(rng, 2), sparse_vectors(rng, 2)
 
     def distance(kept):
-        chosen = candidates(policy, stored(reference, kept), k)
-        return feature_distance(policy.gather(-1, chosen.index), chosen, k)
+        compared = compared_features(policy, stored(reference, kept), k)
+        return feature_distance(policy.gather(-1, compared.index), compared, k)
 
     by_size = [distance(kept) for kept in range(k, M + 1)]
     for smaller, larger in pairwise(by_size):
@@ -95,10 +95,10 @@ def test_distance_is_a_lower_bound_that_tightens_to_the_exact_one(seed, k):
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 10))
 def test_distance_is_zero_at_step_0(seed, k, more):
     reference = sparse_vectors(np.random.default_rng(seed), 3)
-    chosen = candidates(reference, stored(reference, k + more), k)
-    distance = feature_distance(reference.gather(-1, chosen.index), chosen, k)
+    compared = compared_features(reference, stored(reference, k + more), k)
+    distance = feature_distance(reference.gather(-1, compared.index), compared, k)
     assert (distance == 0).all()
-    assert ((chosen.overlap == 1) | ((reference > 0).sum(-1) == 0)).all()
+    assert ((compared.overlap == 1) | ((reference > 0).sum(-1) == 0)).all()
 
 
 def test_distance_is_continuous_where_two_features_swap_ranks():
@@ -109,19 +109,19 @@ def test_distance_is_continuous_where_two_features_swap_ranks():
     )
     values = []
     for policy in (before, after):
-        chosen = candidates(policy, stored(reference, 2), 2)
-        values.append(feature_distance(policy.gather(-1, chosen.index), chosen, 2))
+        compared = compared_features(policy, stored(reference, 2), 2)
+        values.append(feature_distance(policy.gather(-1, compared.index), compared, 2))
     assert torch.allclose(values[0], values[1], atol=1e-3)
 
 
 def test_gradient_equals_finite_differences():
     rng = np.random.default_rng(5)
     policy, reference = sparse_vectors(rng, 2), sparse_vectors(rng, 2)
-    chosen = candidates(policy, stored(reference, 6), 5)
-    values = policy.gather(-1, chosen.index).double().requires_grad_()
+    compared = compared_features(policy, stored(reference, 6), 5)
+    values = policy.gather(-1, compared.index).double().requires_grad_()
 
     def total(tensor):
-        return (feature_distance(tensor, chosen, 5) * torch.tensor([1.0, 3.0])).sum()
+        return (feature_distance(tensor, compared, 5) * torch.tensor([1.0, 3.0])).sum()
 
     (gradient,) = torch.autograd.grad(total(values), values)
     step = 1e-6
@@ -143,12 +143,12 @@ def test_gradient_through_the_sae_equals_that_of_the_whole_encoding():
     for short in (True, False):
         states = tuple(state.clone().requires_grad_() for state in hidden)
         full = torch.stack([sae.encode(state).mean(0) for state in states]).view(2, 2, -1)
-        chosen = candidates(full.detach(), stored(reference, 20), k)
+        compared = compared_features(full.detach(), stored(reference, 20), k)
         if short:
-            values = policy_features(SparseEncoder(tiny.sae("jumprelu")), states, chosen)
+            values = policy_features(SparseEncoder(tiny.sae("jumprelu")), states, compared)
         else:
-            values = full.gather(-1, chosen.index)
-        distance = feature_distance(values, chosen, k)
+            values = full.gather(-1, compared.index)
+        distance = feature_distance(values, compared, k)
         results.append((distance, torch.autograd.grad(distance.sum(), states)))
     (one, one_grads), (other, other_grads) = results
     assert torch.allclose(one, other, atol=1e-6)
@@ -159,9 +159,9 @@ def test_gradient_through_the_sae_equals_that_of_the_whole_encoding():
 def test_overlap_is_the_share_of_the_larger_set():
     policy = torch.tensor([[[3.0, 2.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]])
     reference = torch.tensor([[[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0]]])
-    chosen = candidates(policy, stored(reference, 4), 3)
+    compared = compared_features(policy, stored(reference, 4), 3)
     # {0, 1, 2} and {0, 3} share one of three; two empty sets share nothing.
-    assert chosen.overlap[0].tolist() == pytest.approx([1 / 3, 0])
+    assert compared.overlap[0].tolist() == pytest.approx([1 / 3, 0])
 
 
 def test_a_reference_value_rounded_to_zero_is_still_compared():
@@ -173,6 +173,6 @@ def test_a_reference_value_rounded_to_zero_is_still_compared():
     )
     policy = torch.zeros(1, 2, 9)
     policy[..., 3], policy[..., 7] = 1.0, 5.0
-    chosen = candidates(policy, reference, 2)
-    distance = feature_distance(policy.gather(-1, chosen.index), chosen, 2)
+    compared = compared_features(policy, reference, 2)
+    distance = feature_distance(policy.gather(-1, compared.index), compared, 2)
     assert distance[0].tolist() == [12.5, 12.5]

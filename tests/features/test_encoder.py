@@ -38,7 +38,7 @@ def test_columns_and_their_gradient_equal_those_of_the_whole_encoding(architectu
     index = torch.tensor([3, 90, 17, 0, 44])
     own, full = states(40).requires_grad_(), states(40).requires_grad_()
     weights = torch.rand(5)
-    actual = SparseEncoder(tiny.sae(architecture)).columns(own, index)
+    actual = SparseEncoder(tiny.sae(architecture)).pool_selected(own, index)
     expected = tiny.sae(architecture).encode(full).mean(0)[index]
     assert torch.allclose(actual, expected, atol=1e-6)
     (weights * actual).sum().backward()
@@ -54,7 +54,7 @@ def test_a_threshold_below_zero_is_still_a_relu():
         sae.threshold.fill_(-1.0)
     expected = sae.encode(states(50)).mean(0).detach()
     index = torch.arange(tiny.FEATURES)
-    assert torch.allclose(SparseEncoder(sae).columns(states(50), index), expected, atol=1e-6)
+    assert torch.allclose(SparseEncoder(sae).pool_selected(states(50), index), expected, atol=1e-6)
 
 
 def test_the_backward_pass_keeps_no_tensor_as_wide_as_the_sae(architecture):
@@ -63,7 +63,7 @@ def test_the_backward_pass_keeps_no_tensor_as_wide_as_the_sae(architecture):
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor
     ):
-        encoder.columns(states(40).requires_grad_(), torch.tensor([1, 2, 3]))
+        encoder.pool_selected(states(40).requires_grad_(), torch.tensor([1, 2, 3]))
     assert kept
     assert not any(tiny.FEATURES in shape for shape in kept)
 
@@ -85,7 +85,7 @@ def test_normalised_inputs_and_decoder_norms_follow_sae_lens():
         index = torch.arange(tiny.FEATURES)
         encoder = SparseEncoder(sae)
         assert torch.allclose(encoder.pool(states(30)), expected, atol=1e-5)
-        assert torch.allclose(encoder.columns(states(30), index), expected, atol=1e-5)
+        assert torch.allclose(encoder.pool_selected(states(30), index), expected, atol=1e-5)
 
 
 @given(

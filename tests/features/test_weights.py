@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from fpocli.features.distance import candidates, feature_distance
+from fpocli.features.distance import compared_features, feature_distance
 from fpocli.features.top_features import TopFeatures
 from fpocli.features.weights import load_feature_weights
 from fpocli.system.errors import UserError
@@ -69,14 +69,14 @@ def test_weighted_distance_equals_a_loop(seed):
     value, index = reference.sort(descending=True, stable=True)
     stored = TopFeatures(index, value, (reference > 0).sum(-1))
     omega = torch.rand(m) * 3
-    chosen = candidates(pooled, stored, k)
-    policy = pooled.gather(-1, chosen.index)
-    actual = feature_distance(policy, chosen, k, omega)
+    compared = compared_features(pooled, stored, k)
+    policy = pooled.gather(-1, compared.index)
+    actual = feature_distance(policy, compared, k, omega)
     for pair in range(pairs):
         for side in range(2):
             own, other = (x[pair, side] for x in (pooled, reference))
             union = {int(i) for x in (own, other) for i in x.topk(k).indices if x[i] > 0}
             expected = sum(float(omega[i] * (own[i] - other[i]) ** 2) for i in union) / k
             assert actual[pair, side].item() == pytest.approx(expected, rel=1e-5)
-    ones = feature_distance(policy, chosen, k, torch.ones(m))
-    assert torch.equal(ones, feature_distance(policy, chosen, k))
+    ones = feature_distance(policy, compared, k, torch.ones(m))
+    assert torch.equal(ones, feature_distance(policy, compared, k))

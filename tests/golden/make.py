@@ -17,7 +17,7 @@ import tiny  # noqa: E402
 from stores import write_pairs  # noqa: E402
 
 from fpocli import CacheConfig, cache  # noqa: E402
-from fpocli.store.layout import VERSION  # noqa: E402
+from fpocli.store.schema import VERSION  # noqa: E402
 
 
 def main() -> None:

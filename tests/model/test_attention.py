@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from packed import pairs, random_pairs
 
 from fpocli.model import attention
-from fpocli.model.attention import BY_SEQUENCE, FLEX, attend_by_sequence, attention_mask, rule
+from fpocli.model.attention import (
+    BY_SEQUENCE,
+    FLEX,
+    attend_by_sequence,
+    attention_mask,
+    attention_rule,
+)
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import pack
 from fpocli.scoring.score import score
@@ -17,7 +23,7 @@ from fpocli.scoring.score import score
 def dense(batch, window=None):
     """The rule as a table, query by key."""
     slots = torch.arange(len(batch.ids))
-    return rule(batch, window)(None, None, slots[:, None], slots[None])
+    return attention_rule(batch, window)(None, None, slots[:, None], slots[None])
 
 
 @given(pairs, st.sampled_from([None, 1, 3]), st.sampled_from([1, 8]))

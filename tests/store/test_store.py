@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from stores import contents
 
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.layout import fingerprint, index_dtype
 from fpocli.store.metadata import DOCUMENT, attributes, write_root
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
+from fpocli.store.schema import fingerprint, index_dtype
 from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.errors import UserError

@@ -8,8 +8,8 @@ import numpy as np
 import tiny
 import zarr
 
-from fpocli.store.layout import fingerprint
 from fpocli.store.metadata import attributes, write_root
+from fpocli.store.schema import fingerprint
 
 _WORDS = [
     "the",

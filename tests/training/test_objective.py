@@ -117,11 +117,11 @@ def test_every_pair_once_per_epoch_and_as_many_packed_sequences_on_every_rank(st
             zip(*(rank.steps(0, steps, CPU) for rank in ranks), strict=True)
         ):
             assert len({len(micros) for micros in work}) == 1
-            weights = torch.cat([m.weights for micros in work for m in micros])
+            weights = torch.cat([m.pair_weights for micros in work for m in micros])
             assert weights.sum().item() == pytest.approx(1)
             assert (weights > 0).sum() == len(ranks[0].pairs(step))
-            rows = [m for micros in work for m in micros if m.weights.sum() > 0]
-            assert all(len(m.weights) == 1 or len(m.batch.ids) <= packed_length for m in rows)
+            rows = [m for micros in work for m in micros if m.pair_weights.sum() > 0]
+            assert all(len(m.pair_weights) == 1 or len(m.batch.ids) <= packed_length for m in rows)
             pairs += ranks[0].pairs(step).tolist()
         held_out = [pair for block in range(store.blocks) for pair in ranks[0].held_out(block)]
         assert len(held_out) == ranks[0].held_out_pairs == 4

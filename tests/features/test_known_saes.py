@@ -14,7 +14,7 @@ from sae_lens.loading import pretrained_saes_directory as directory
 from safetensors import safe_open
 
 from fpocli import SaesConfig, UserError, saes
-from fpocli.features.directory import default_saes, known_saes
+from fpocli.features.known_saes import default_saes, known_saes
 from fpocli.features.pretrained import load_encoder
 from fpocli.features.site import Site
 from fpocli.system.model_folder import ModelFolder

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
-from fpocli.store.layout import layout
 from fpocli.store.metadata import REPAIR
+from fpocli.store.schema import array_schema
 from fpocli.system.errors import UserError
 
 # What zarr raises for a damaged chunk.
 BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError)
 
 
-class StoreArrays:
+class ArrayReader:
     """Reads arrays by blocks of pairs.
 
     Args:
@@ -60,7 +60,9 @@ class StoreArrays:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes of each array: in memory and on disk."""
-        arrays = {name: self._array(name) for name in layout(self.meta) if name in self._group}
+        arrays = {
+            name: self._array(name) for name in array_schema(self.meta) if name in self._group
+        }
         return {
             name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
         }

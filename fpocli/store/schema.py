@@ -22,7 +22,7 @@ _LARGEST_CHUNK = 2**31
 _IDENTITY = ("data", "tokenizer", "limits", "model", "sites", "block")
 
 
-class Layout(NamedTuple):
+class ArraySchema(NamedTuple):
     """Shape, dtype and chunks of an array."""
 
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ def fingerprint(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def layout(meta: dict[str, Any]) -> dict[str, Layout]:
+def array_schema(meta: dict[str, Any]) -> dict[str, ArraySchema]:
     """Shape, dtype and chunks of every array of a store with these attributes.
 
     No chunk spans two blocks of pairs.
@@ -68,32 +68,32 @@ def layout(meta: dict[str, Any]) -> dict[str, Layout]:
     n, block = meta["pairs"]["kept"], meta["block"]
     blocks = -(-n // block)
     arrays = {
-        "tokens": Layout((meta["tokens"],), "uint32", (TOKENS_PER_CHUNK,)),
-        "spans": Layout((n, 4), "int64", (block, 4)),
-        "source_row": Layout((n,), "int64", (block,)),
-        "ref/logp": Layout((n, 2), "float32", (block, 2)),
-        "ref/margin": Layout((n,), "float32", (block,)),
-        "blocks/digest": Layout((blocks,), "uint64", (1,)),
-        "blocks/totals": Layout((blocks,), "uint64", (1,)),
+        "tokens": ArraySchema((meta["tokens"],), "uint32", (TOKENS_PER_CHUNK,)),
+        "spans": ArraySchema((n, 4), "int64", (block, 4)),
+        "source_row": ArraySchema((n,), "int64", (block,)),
+        "ref/logp": ArraySchema((n, 2), "float32", (block, 2)),
+        "ref/margin": ArraySchema((n,), "float32", (block,)),
+        "blocks/digest": ArraySchema((blocks,), "uint64", (1,)),
+        "blocks/totals": ArraySchema((blocks,), "uint64", (1,)),
     }
     for site, about in meta["sites"].items():
         k, m = about["k"], about["d_sae"]
         features, parts = f"features/{site}", f"blocks/{site}"
         arrays |= {
-            f"{features}/index": Layout((n, 2, k), index_dtype(m), (block, 2, k)),
-            f"{features}/value": Layout((n, 2, k), about["value_dtype"], (block, 2, k)),
-            f"{features}/nonzero": Layout((n, 2), "int32", (block, 2)),
-            f"{features}/mean": Layout((m,), "float32", (m,)),
-            f"{features}/frequency": Layout((2, m), "int64", (2, m)),
-            f"{parts}/sum": Layout((blocks, m), "float64", (1, m)),
-            f"{parts}/frequency": Layout((blocks, 2, m), "int64", (1, 2, m)),
+            f"{features}/index": ArraySchema((n, 2, k), index_dtype(m), (block, 2, k)),
+            f"{features}/value": ArraySchema((n, 2, k), about["value_dtype"], (block, 2, k)),
+            f"{features}/nonzero": ArraySchema((n, 2), "int32", (block, 2)),
+            f"{features}/mean": ArraySchema((m,), "float32", (m,)),
+            f"{features}/frequency": ArraySchema((2, m), "int64", (2, m)),
+            f"{parts}/sum": ArraySchema((blocks, m), "float64", (1, m)),
+            f"{parts}/frequency": ArraySchema((blocks, 2, m), "int64", (1, 2, m)),
         }
     return arrays
 
 
 def raw_bytes(meta: dict[str, Any]) -> int:
     """Size of a store before compression."""
-    return sum(array.bytes for array in layout(meta).values())
+    return sum(array.bytes for array in array_schema(meta).values())
 
 
 # -- attributes, checked before they are used ------------------------------------------------------
@@ -170,7 +170,7 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     for site, about in meta["sites"].items():
         if wrong := _wrong_site(site, about):
             return f"sites.{site}: {wrong}"
-    for name, array in layout(meta).items():
+    for name, array in array_schema(meta).items():
         if array.chunk_bytes > _LARGEST_CHUNK:
             return f"a chunk of {name} would take {array.chunk_bytes:,} bytes, at most 2 GiB may"
     return None if meta["fingerprint"] == fingerprint(meta) else "fingerprint is not of the rest"
