@@ -10,7 +10,7 @@ import torch
 
 from fpocli.caching.claims import BlockClaims, launch_name
 from fpocli.caching.identity import identify
-from fpocli.caching.open_store import list_of_dropped, open_or_create
+from fpocli.caching.open_store import dropped_file, open_or_create
 from fpocli.caching.score_block import score_block
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
@@ -119,7 +119,7 @@ def _cache(
         if store.meta["state"] != "complete":
             store.finish()
         rows = store.read_array("source_row")[store.non_finite].tolist()
-        list_non_finite(list_of_dropped(path), rows)
+        list_non_finite(dropped_file(path), rows)
     say(f"{path} is complete: {store.scored:,} pairs. See what is in it: fpo inspect {path}")
     return Store.open(path)
 

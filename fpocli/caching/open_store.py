@@ -45,7 +45,7 @@ def open_or_create(
     pairs, tokens = _tokenise(config, tokenizer, source)
     about = _attributes(config, identity) | {"pairs": pairs}
     _print_size(path, about, tokens)
-    listed = list_of_dropped(path)
+    listed = dropped_file(path)
     tokenizer.dropped.write(listed)
     if tokenizer.dropped.counts:
         console.print(f"dropped rows are listed in {listed}")
@@ -97,7 +97,7 @@ def _attributes(config: CacheConfig, identity: dict[str, Any]) -> dict[str, Any]
     return identity | {"writer": writer_versions(), "paths": local_paths(config)}
 
 
-def list_of_dropped(path: Path) -> Path:
+def dropped_file(path: Path) -> Path:
     """The file that lists the rows which are not in the store."""
     return path.with_name(path.name + ".dropped.jsonl")
 

@@ -132,7 +132,7 @@ def _alpaca_eval(whole: float | None) -> tuple[Column, ...]:
 D_MARGIN = Column("D margin", _distance("margin"), 5, per_pair="distance_margin")
 MEAN_MEMORY = Column("Mean memory (GB)", _path("memory_gb"), 2)
 _PEAK = Column("Peak (GB)", _path("peak_memory_gb"), 2)
-# The paper does not say which of the two its accuracy is, so both are shown.
+# The paper's definition, and the one by rewards that most tools log.
 _ACCURACY = (
     Column("Accuracy (%)", _percent("accuracy"), 1, per_pair="accuracy", share=True),
     Column(

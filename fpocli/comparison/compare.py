@@ -36,14 +36,20 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         one record for each run, as in results.json; with --plan for each command.
 
     Raises:
-        UserError: the file is invalid, a file it names is missing, or a command failed.
+        UserError: the file is invalid, a file it names is missing, a judge's questions cannot be
+            downloaded, or a command failed.
     """
     grid = read_grid(config.config_file, REPORTS)
     _require_files(grid)
     if config.plan:
         return _print_plan(grid)
+    todo = [step for step in grid.steps if not _done(grid, step)]
+    # Not after hours of training.
+    for judge in _judges(todo):
+        find_prompts(judge)
     grid.out.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(grid.steps, 1):
+        # Again, as the steps before may have changed what it reads.
         if not _done(grid, step):
             console.print(f"\n[{number} of {len(grid.steps)}] {step.name}")
             _run(grid, step)
@@ -88,10 +94,15 @@ def _print_plan(grid: Grid) -> list[dict[str, Any]]:
         state = "done" if _done(grid, step) else "to do"
         print(f"{state:6} {cost.hours_text():>9} {cost.size_text():>9}  {step.name}")
         plan.append({"name": step.name, "state": state, "hours": cost.hours, "bytes": cost.bytes})
-    for name in sorted({name for step in grid.steps for name in step.settings.get("generate", [])}):
-        if name in JUDGES:
-            print(f"{_where(name)}  the questions of {name}")
+    for judge in _judges(grid.steps):
+        print(f"{_where(judge)}  the questions of {judge}")
     return plan
+
+
+def _judges(steps: list[Step]) -> list[str]:
+    """The judges whose questions the steps ask, by name."""
+    named = {name for step in steps for name in step.settings.get("generate", [])}
+    return sorted(named & JUDGES.keys())
 
 
 def _where(judge: str) -> str:

@@ -98,6 +98,11 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
     sft = sft_step(file.sft, file.out, file.launch, path) if file.sft is not None else None
     if sft:
         file = _start_from(sft, file)
+    elif file.evaluation.get("reference") == "sft":
+        raise UserError(
+            f"`eval` in {path} has the result of `sft` as its reference, and there is no `sft`",
+            "name the reference model",
+        )
     stores: dict[str, Step] = {}
     runs: dict[str, Run] = {}
     for entry in file.runs:

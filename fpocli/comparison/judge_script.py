@@ -5,6 +5,7 @@ giving the other's answers as the reference: not with the judge's own default op
 """
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -21,12 +22,14 @@ _ARENA = Path("arena-hard-auto")
 # The model that Arena-Hard compares with for these questions.
 _ARENA_BASELINE = "gpt-4-0314"
 _HEAD = """#!/bin/sh
-# Made by fpo compare. Run it from here with a key of the judge's service; it costs money. Then run
-# fpo compare again: it reads what was written to {folder} and fills in the win rates.
+# Made by fpo compare. Run it with a key of the judge's service; it costs money. Then run fpo
+# compare again: it reads what was written to {folder} and fills in the win rates.
 # AlpacaEval: pip install alpaca-eval. MT-Bench: pip install "fschat[model_worker,llm_judge]" and
 # git clone https://github.com/lm-sys/FastChat. Arena-Hard: git clone
 # https://github.com/lmarena/arena-hard-auto, and enter the judge in its config/api_config.yaml.
+# Both clones belong into the folder where fpo compare was run, which all paths here start from.
 set -e
+cd "$(dirname "$0")"/{back}
 """
 
 
@@ -39,7 +42,10 @@ def write_judge_script(grid: Grid) -> Path | None:
     folder = judged_folder(grid)
     folder.mkdir(exist_ok=True)
     script = folder / "judge.sh"
-    replace_text(script, _HEAD.format(folder=folder) + "\n".join(parts) + "\n")
+    back = os.path.relpath(Path.cwd(), folder)
+    replace_text(
+        script, _HEAD.format(folder=folder, back=shlex.quote(back)) + "\n".join(parts) + "\n"
+    )
     return script
 
 

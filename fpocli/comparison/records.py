@@ -1,4 +1,5 @@
-"""What is known of every run of a grid: settings, results, curve, memory, pairs and verdicts."""
+"""What is known of every run of a grid: settings, results, curve, memory, pairs and verdicts; runs
+by the settings that tell them apart, and Markdown tables of them."""
 
 import json
 from typing import Any
@@ -15,6 +16,8 @@ from fpocli.evaluation.summary import per_pair
 Record = dict[str, Any]
 # The first steps of a run allocate more, or less, than the others; the paper averages over 1,000.
 _STEPS = 1000
+# Settings that do not tell kinds of runs apart.
+_NO_DIFFERENCE = ("seed", "out", "cache", "overwrite")
 
 
 def collect(grid: Grid) -> list[Record]:
@@ -75,3 +78,47 @@ def _verdicts(grid: Grid, run: Run, found: Verdicts) -> list[dict[str, Any]]:
                 if len(record) > 2:
                     records.append(record)
     return records
+
+
+def grouped(
+    rows: list[Record], keys: tuple[str, ...]
+) -> tuple[list[str], dict[tuple[str, ...], list[Record]]]:
+    """Runs that differ in nothing but the seed, in order, and the settings that tell them apart.
+
+    Args:
+        rows: records of the runs.
+        keys: settings to tell them apart by, if they differ; others are added if necessary.
+    """
+
+    def differ(name: str, among: list[Record]) -> bool:
+        values = [row["settings"][name] for row in among if name in row["settings"]]
+        return len(set(map(text_of, values))) > 1
+
+    def split(names: list[str]) -> dict[tuple[str, ...], list[Record]]:
+        groups: dict[tuple[str, ...], list[Record]] = {}
+        for row in rows:
+            groups.setdefault(tuple(text_of(row["settings"].get(n)) for n in names), []).append(row)
+        return groups
+
+    found = [name for name in keys if differ(name, rows)] or list(keys[:1])
+    for name in dict.fromkeys(name for row in rows for name in row["settings"]):
+        # beta, for example, differs between methods by default but does not tell runs apart.
+        if name not in {*_NO_DIFFERENCE, *found} and any(
+            differ(name, group) for group in split(found).values()
+        ):
+            found.append(name)
+    return found, split(found)
+
+
+def text_of(value: Any) -> str:
+    """A setting in a cell; a dash for one that a run has not."""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return "-" if value is None else text or "-"
+
+
+def markdown(title: str, heads: list[str], lines: list[list[str]], notes: list[str]) -> str:
+    """A table with its title and notes."""
+    rows = ["| " + " | ".join(cells) + " |" for cells in (heads, *lines)]
+    return "\n".join(
+        [f"# {title}", "", rows[0], "|---" * len(heads) + "|", *rows[1:], "", *notes, ""]
+    )

@@ -8,7 +8,7 @@ drawn at random. (A bootstrap over three seeds would call 13 to 17 % of equal me
 Shapes: S seeds, N pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap, t
@@ -26,13 +26,14 @@ class Difference:
     Args:
         mean: of the differences.
         low, high: a 95 % interval of it.
-        pairs: N.
+        seeds, pairs: S and N.
         p_value: of McNemar's exact test; None for means and for several seeds.
     """
 
     mean: float
     low: float
     high: float
+    seeds: int
     pairs: int
     p_value: float | None = None
 
@@ -56,8 +57,8 @@ def compare_means(one: np.ndarray, other: np.ndarray) -> Difference:
         one, other: [S, N], seeds and pairs in the same order.
     """
     gaps = one - other
-    low, high = _over_pairs(gaps[0]) if len(gaps) == 1 else _over_seeds_and_pairs(gaps)
-    return Difference(float(gaps.mean()), low, high, gaps.shape[1])
+    low, high = _bootstrap_interval(gaps[0]) if len(gaps) == 1 else _random_effects_interval(gaps)
+    return Difference(float(gaps.mean()), low, high, *gaps.shape)
 
 
 def compare_shares(one: np.ndarray, other: np.ndarray) -> Difference:
@@ -69,7 +70,7 @@ def compare_shares(one: np.ndarray, other: np.ndarray) -> Difference:
     found = compare_means(one, other)
     if len(one) > 1:
         return found
-    return Difference(found.mean, found.low, found.high, found.pairs, mcnemar(one[0], other[0]))
+    return replace(found, p_value=mcnemar(one[0], other[0]))
 
 
 def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
@@ -85,7 +86,7 @@ def mcnemar(one: np.ndarray, other: np.ndarray) -> float:
     return float(binomtest(better, better + worse).pvalue)
 
 
-def _over_pairs(gaps: np.ndarray) -> tuple[float, float]:
+def _bootstrap_interval(gaps: np.ndarray) -> tuple[float, float]:
     """scipy's bias-corrected and accelerated bootstrap of the mean of [N]."""
     if np.ptp(gaps) == 0:
         return float(gaps[0]), float(gaps[0])
@@ -95,7 +96,7 @@ def _over_pairs(gaps: np.ndarray) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _over_seeds_and_pairs(gaps: np.ndarray) -> tuple[float, float]:
+def _random_effects_interval(gaps: np.ndarray) -> tuple[float, float]:
     """The interval of the mean of [S, N] with random effects of seeds and of pairs: the variance
     from the mean squares of the two-way layout, the degrees of freedom by Satterthwaite."""
     seeds, pairs = gaps.shape

@@ -111,14 +111,17 @@ def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: 
         path: the grid's file.
 
     Raises:
-        UserError: the section names no script.
+        UserError: the section names no script or no model.
     """
     settings = dict(section)
     script = settings.pop("script", None)
-    if not isinstance(script, str) or "\0" in script:
-        raise UserError(
-            f"`sft` in {path} names no script", "write script: sft.py, as in examples/paper"
-        )
+    for name, value in (("script", script), ("model", settings.get("model"))):
+        if not isinstance(value, str) or "\0" in value:
+            raise UserError(
+                f"`sft` in {path} names no {name}",
+                "write script: sft.py and model: google/gemma-2-2b, as in examples/paper",
+            )
+    assert isinstance(script, str)
     settings.setdefault("output_dir", str(out / "sft"))
     result = Path(str(settings["output_dir"])) / "config.json"
     words = (*launch, str(Path(path).parent / script))

@@ -41,7 +41,7 @@ class CacheConfig:
         Option(
             help="SAE of each layer: a sae-lens release/id (see fpo saes MODEL), a folder of "
             "sae-lens or Gemma Scope 2, or a Gemma Scope params.npz. Default for models of the "
-            "shape of Gemma 2 or 3: Gemma Scope's SAE of width 16k.",
+            "shape of Gemma 2 or 3: Gemma Scope's SAE of width 16k, or the smallest there is.",
         ),
     ] = field(default_factory=list)
     data: Annotated[
@@ -93,7 +93,7 @@ class CacheConfig:
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     block: Annotated[
         int,
-        Option(min=1, help="Pairs per block, the unit of work and the most that a crash can lose."),
+        Option(min=1, help="Pairs per block, the unit of work. A crash loses at most two blocks."),
     ] = 1024
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     allow: Annotated[

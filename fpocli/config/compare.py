@@ -17,5 +17,6 @@ class CompareConfig:
         str, Argument(metavar="CONFIG.yaml", help="The grid; examples/paper has some.")
     ]
     plan: Annotated[
-        bool, Option("--plan", help="Only list the commands and whether they are done.")
+        bool,
+        Option("--plan", help="Only list the commands: done or not, expected hours and bytes."),
     ] = False

@@ -61,7 +61,7 @@ class EvalConfig:
             "fetched from the hub, or to the prompts of a JSON or JSONL file. Repeat for several.",
         ),
     ] = field(default_factory=list)
-    prompts: Annotated[int | None, Option(min=1, help="Answer only this many prompts.")] = None
+    prompts: Annotated[int | None, Option(min=1, help="Answer the first N of each set.")] = None
     temperature: Annotated[
         list[float],
         Option(

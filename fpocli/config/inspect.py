@@ -28,8 +28,7 @@ class InspectConfig:
         str | None,
         Option(
             metavar="FILE",
-            help="Write the mean of the 50 largest features (the paper's Figure 2, left) to FILE "
-            "as PNG.",
+            help="Draw the 50 largest mean features (the paper's Figure 2, left) to a PNG file.",
         ),
     ] = None
     json: Annotated[bool, Option("--json", help="Print JSON.")] = False

@@ -10,7 +10,7 @@ from fpocli.config.checks import check_values
 
 @dataclass(frozen=True, kw_only=True)
 class SaesConfig:
-    """List the pre-trained SAEs that sae-lens knows for a model, as --sae takes them."""
+    """List the pre-trained SAEs of a model at the hook points that fpo supports, by --sae names."""
 
     model: Annotated[str, Argument(help="A hub id, gemma-2-2b, ..., or a local folder.")]
     layer: Annotated[

@@ -9,7 +9,7 @@ from typing import Any
 
 from fpocli.features.site import Site
 from fpocli.system.errors import UserError
-from fpocli.system.model_folder import ModelFolder
+from fpocli.system.model_folder import SHORT_NAMES, ModelFolder
 
 # (model type, layers, width) of the text model -> the base model of that shape.
 _SHAPES = {
@@ -94,15 +94,17 @@ def base_model(folder: ModelFolder, config: Any) -> str | None:
         config: its text configuration.
 
     Returns:
-        the hub id it was found by; else the base model of its shape; None if there is neither.
+        Google's model itself; else the base model of its shape; None for any other shape.
     """
-    if folder.revision is not None and known_saes(folder.source):
+    # Somebody's fine-tuned model may end in the same name.
+    if folder.revision is not None and folder.source in SHORT_NAMES.values():
         return folder.source
     return _SHAPES.get((config.model_type, config.num_hidden_layers, config.hidden_size))
 
 
 def default_saes(folder: ModelFolder, config: Any, sites: list[Site]) -> tuple[list[str], str]:
-    """Gemma Scope's SAE of each site: of width 16k, or else of the smallest width there is.
+    """Gemma Scope's SAE of each site: of the smallest width there is, which is 16k
+    for most models.
 
     Args:
         folder: the model.

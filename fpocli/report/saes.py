@@ -28,12 +28,12 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
         UserError: sae-lens has none for this model or layer.
     """
     model: str | None = SHORT_NAMES.get(config.model, config.model)
-    local = Path(config.model).is_dir()
     with progress("Reading sae-lens's list of SAEs", None):
-        if local:
-            folder = find_model(config.model, weights=False)
-            model = base_model(folder, read_config(folder))
-        known = known_saes(model) if model else []
+        known = [] if Path(config.model).is_dir() else known_saes(str(model))
+        by_shape = not known
+        if by_shape:
+            model = _base_model(config.model)
+            known = known_saes(model) if model else []
         defaults = set(preferred_saes(model).values()) if model else set()
     if not known:
         raise UserError(
@@ -62,7 +62,7 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
     if config.json:
         print(json.dumps(rows, indent=2))
         return rows
-    if local:
+    if by_shape:
         console.print(f"{config.model} has the shape of {model}, on which these were trained")
     table = Table("site", "width", "l0", "--sae", "", box=None, header_style="")
     for sae, row in zip(found, rows, strict=True):
@@ -72,3 +72,12 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
     # Wide enough for every id, which are there to be copied.
     Console(highlight=False, markup=False, width=1000).print(table)
     return rows
+
+
+def _base_model(name: str) -> str | None:
+    """The model of the same shape that has SAEs; None if there is none, or no such model."""
+    if not Path(name).is_dir() and "/" not in name:
+        # A misspelt short name is no reason to ask the hub.
+        return None
+    folder = find_model(name, weights=False)
+    return base_model(folder, read_config(folder))

@@ -64,10 +64,10 @@ class RunFolder:
         if settings.feature_weights:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
-        _on_first_rank(lambda: self._claim(config, identity))
+        _on_first_rank(lambda: self._open_or_create(config, identity))
         self.finished = (self.final / "config.json").is_file()
 
-    def _claim(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
+    def _open_or_create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
         known = self.folder / "run.json"
         logged = self._metrics.is_file() and self._metrics.stat().st_size > 0
         begun = logged or newest_checkpoint(self.checkpoints) is not None

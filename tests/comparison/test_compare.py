@@ -11,8 +11,12 @@ import yaml
 from runs import finish
 from stores import set_attributes
 
+from fpocli import CompareConfig
+from fpocli.comparison.columns import TABLES
+from fpocli.comparison.compare import compare
+from fpocli.comparison.differences import BaselineDifferences
 from fpocli.comparison.grid import read_grid
-from fpocli.comparison.tables import REPORTS, TABLES, BaselineDifferences, make_table
+from fpocli.comparison.tables import REPORTS, make_table
 from fpocli.store.metadata import attributes
 from fpocli.system.errors import UserError
 
@@ -123,7 +127,10 @@ def test_a_hub_cache_without_the_model_is_reported(tmp_path):
         ({"runs": [{"cache": "x"}]}, "sets cache"),
         ({"launch": "torchrun 'x"}, "not a command line"),
         ({"launch": "torchrun -m fpocli"}, "names fpo, which fpo compare adds itself"),
-        ({"sft": {"script": "s.py"}}, "names a model or store as well"),
+        ({"sft": {"script": "s.py", "model": "m"}}, "names a model or store as well"),
+        ({"sft": {"model": "m"}}, "names no script"),
+        ({"sft": {"script": "s.py"}}, "names no model"),
+        ({"eval": {"reference": "sft"}}, "there is no `sft`"),
         ({"baseline": "dpo"}, "no run of .* is the baseline dpo"),
         ({"runs": [{"method": "fpo", "alpha": [1, 2]}], "baseline": "fpo"}, "several runs"),
     ],
@@ -308,3 +315,36 @@ def test_runs_of_other_settings_are_not_averaged():
     text, frame = make_table(TABLES["table2"], rows, BaselineDifferences(NO_BASELINE, rows))
     assert list(frame.columns[:1]) == ["alpha"] or list(frame.columns[:2]) == ["method", "alpha"]
     assert "50.0" in text and "90.0" in text and "±" not in text.splitlines()[4]
+
+
+def test_a_judges_questions_are_fetched_before_anything_runs(tmp_path, monkeypatch):
+    """Not after hours of training; here there is no hub, and no questions in its cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    file = grid(tmp_path, eval={"generate": ["mt_bench"]})
+    with pytest.raises(UserError, match="the question file of mt_bench"):
+        compare(CompareConfig(config_file=file))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_reference_is_measured_and_not_trained(finished, material, tmp_path):
+    folder, _ = finished
+    (store,) = (folder / "out/stores").glob("*.zarr")
+    content = {
+        "store": str(store),
+        "train": {"eval_fraction": 0.3},
+        "runs": [{"method": "reference"}, {"method": "fpo"}],
+        "baseline": "fpo",
+    }
+    found = read(tmp_path, **content)
+    reference, trained = found.runs
+    assert [step.name for step in found.steps] == [
+        "eval.method-reference",
+        "train.method-fpo",
+        "eval.method-fpo",
+    ]
+    assert reference.evaluate.settings["model"] == str(material / "model")
+    assert reference.evaluate.settings["eval_fraction"] == 0.3
+    assert reference.evaluate.settings["at"] == trained.evaluate.settings["at"]
+    assert found.baselines_of(reference) == [trained] and not found.baselines_of(trained)
+    assert "alpha" not in reference.settings

@@ -26,7 +26,7 @@ GRIDS = {
     # runs, sites of the store
     "table2": (6, 1),
     "table2-9b": (6, 1),
-    "authors": (5, 1),
+    "authors": (6, 1),
     "figure3": (5, 1),
     "table3": (15, 8),
     "table6": (4, 1),
