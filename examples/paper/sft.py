@@ -6,7 +6,8 @@
 Takes all settings of TRL's SFTConfig. The conversations are UltraChat-200k or a local JSON, JSONL
 or Parquet file with a column `messages`; the loss is taken over every turn of the assistant. The
 tokeniser is saved with the template `halos`, by which `fpo cache` then formats the pairs. `fpo
-compare` runs this as the first step of a grid with a section `sft`. Needs trl: pip install ".[sft]".
+compare` runs this as the first step of a grid with a section `sft`. Needs trl: `pip install
+".[sft]"`.
 
 The defaults are the paper's (Table 5, section 4): one epoch, Adam, 150 steps of warm-up, then a
 constant learning rate of 5e-7; 32 conversations a step on four GPUs, 8 on one. The authors' own

@@ -6,7 +6,7 @@ from runs import command, finish, read
 from stores import cache_config, set_attributes
 
 from fpocli import UserError, cache
-from fpocli.caching import blocks
+from fpocli.caching import score_block
 from fpocli.scoring.score import score
 from fpocli.store.metadata import attributes
 
@@ -62,7 +62,7 @@ def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path,
 
     path = tmp_path / "ref.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(blocks, "score", wrong)
+        patch.setattr(score_block, "score", wrong)
         cache(cache_config(material, path))
     done = train(material, tmp_path / "run", "--no-bf16", cache=path)
     assert done.returncode == 2
