@@ -75,9 +75,13 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
 
 
 def _base_model(name: str) -> str | None:
-    """The model of the same shape that has SAEs; None if there is none, or no such model."""
-    if not Path(name).is_dir() and "/" not in name:
-        # A misspelt short name is no reason to ask the hub.
+    """The model of the same shape that has SAEs; None if there is none, or its shape is not known
+    here."""
+    try:
+        folder = find_model(name, weights=False)
+    except UserError:
+        # The hub cannot be reached, or has no such model; a folder must be right.
+        if Path(name).is_dir():
+            raise
         return None
-    folder = find_model(name, weights=False)
     return base_model(folder, read_config(folder))
