@@ -17,7 +17,7 @@ from fpocli.config import JUDGES, CompareConfig
 from fpocli.evaluation.prompts import find_prompts
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
-from fpocli.system.files import replace_text
+from fpocli.system.files import remove_folder, replace_text
 from fpocli.system.signals import run_if_stopped
 
 # Endings of local files.
@@ -121,12 +121,23 @@ def _done(grid: Grid, step: Step) -> bool:
 
 def _run(grid: Grid, step: Step) -> None:
     mark = _mark(grid, step)
+    begun = mark.with_suffix(".begun")
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.unlink(missing_ok=True)
+    settings, inputs = step.settings, step.inputs(finished=False)
+    # What was begun with the same inputs is resumed, anything else made again.
+    if begun.is_file() and begun.read_text() != inputs:
+        console.print("made again, as its settings or what it reads have changed")
+        if step.kind == "cache":
+            # Several processes do not overwrite.
+            remove_folder(Path(settings["out"]))
+        elif step.kind != "sft":
+            settings = settings | {"overwrite": True}
+    replace_text(begun, inputs)
     file = mark.with_suffix(".yaml")
-    replace_text(file, yaml.safe_dump(step.settings, sort_keys=False))
+    replace_text(file, yaml.safe_dump(settings, sort_keys=False))
     # The model of fpo eval is an argument, not a flag.
-    model = [step.settings["model"]] if step.kind == "eval" else []
+    model = [settings["model"]] if step.kind == "eval" else []
     # The commands' own tables would mix with those of fpo compare on stdout.
     words = [*step.words, *model, "--config", str(file)]
 

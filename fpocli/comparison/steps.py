@@ -57,15 +57,15 @@ class Step:
             named["script"] = Path(self.words[-1])
         return named
 
-    def inputs(self) -> str:
-        """sha256 of everything the result depends on: settings, files, and the steps before."""
+    def inputs(self, *, finished: bool = True) -> str:
+        """sha256 of everything the result depends on: settings, files, and the steps before; of a
+        finished store also its content, which the user may have made again."""
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for file in self.files.values():
             digest.update(file.read_bytes() if file.is_file() else b"")
         if self.after:
             digest.update(self.after.inputs().encode())
-        if self.kind in ("cache", "train"):
-            # Which the user may have made again.
+        if self.kind == "train" or (self.kind == "cache" and finished):
             store = Path(self.settings.get("cache") or self.settings["out"])
             if (store / "zarr.json").is_file():
                 digest.update(Store.open(store).meta["fingerprint"].encode())

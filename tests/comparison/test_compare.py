@@ -263,6 +263,35 @@ def test_changes_upstream_repeat_a_step(finished, tmp_path):
     assert plan() == ["cache", "train", "eval", "train", "eval"]
 
 
+def test_what_has_changed_is_made_again_and_what_was_interrupted_resumed(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "out/stores", tmp_path / "stores")
+    (store,) = (tmp_path / "stores").glob("*.zarr")
+    content = yaml.safe_load((folder / "grid.yaml").read_text())
+    content |= {"store": str(store), "out": str(tmp_path / "out"), "reports": []}
+    content |= {"runs": [{"method": "dpo"}], "eval": {}}
+    content["train"] |= {"measure_kl": False, "eval_every": None}
+    del content["cache"]
+    file = tmp_path / "grid.yaml"
+
+    def run(**changes):
+        changed = content | {"train": content["train"] | changes}
+        file.write_text(yaml.safe_dump(changed, sort_keys=False))
+        done = fpo("compare", file)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stderr
+
+    weights = tmp_path / "out/runs/method-dpo/final/model.safetensors"
+    assert "made again" not in run()
+    first = weights.read_bytes()
+    # As a kill leaves it: the run is begun, and its mark is missing.
+    (tmp_path / "out/configs/train.method-dpo.done").unlink()
+    assert "made again" not in run()
+    assert weights.read_bytes() == first
+    assert run(lr=5e-3).count("made again") == 2
+    assert weights.read_bytes() != first
+
+
 def test_a_failing_step_stops_the_comparison(finished, tmp_path):
     folder, _ = finished
     content = yaml.safe_load((folder / "grid.yaml").read_text())
