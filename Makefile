@@ -22,7 +22,7 @@ compare: demo/sae/cfg.json
 # a judge, run by AlpacaEval's own code.
 paper-small: .venv/dev demo/sae-25/cfg.json
 	$(BIN)/fpo compare examples/paper/small.yaml
-	$(BIN)/python examples/paper/stub_judge.py demo/paper-small/judge/judge.sh
+	$(BIN)/python examples/paper/stub_judge.py demo/paper-small/judge/alpaca_eval.sh
 	$(BIN)/fpo compare examples/paper/small.yaml
 
 demo/sae-25/cfg.json: .venv/demo

@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from fpocli.data.chat_templates import CHAT_TEMPLATES
+from fpocli.system.model_folder import SHORT_NAMES
 
 HALOS = CHAT_TEMPLATES["halos"]
 _ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
@@ -56,22 +57,24 @@ class Settings(SFTConfig):
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 2
     gradient_accumulation_steps: int = 4
-    save_strategy: str = "no"
+    save_steps: float = 500
+    save_total_limit: int | None = 1
     report_to: str = "none"
 
 
 def main() -> None:
     """Train, and save the model in transformers' format."""
     data, settings = TrlParser((SftData, Settings)).parse_args_and_config()
-    tokenizer = AutoTokenizer.from_pretrained(data.model)
+    model = SHORT_NAMES.get(data.model, data.model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = scored_halos()
     trainer = SFTTrainer(
-        model=data.model,
+        model=model,
         args=settings,
         train_dataset=conversations(data),
         processing_class=tokenizer,
     )
-    # With --save_strategy steps, the same command resumes.
+    # The same command resumes.
     folder = Path(str(settings.output_dir))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     tokenizer.chat_template = HALOS

@@ -1,6 +1,6 @@
 """Judges answers without a judge: the longer one wins. It shows how verdicts come back in.
 
-    python examples/paper/stub_judge.py demo/paper-small/judge/judge.sh
+    python examples/paper/stub_judge.py demo/paper-small/judge/alpaca_eval.sh
 
 Runs AlpacaEval's own code for every alpaca_eval command of the script that `fpo compare` wrote,
 with a function in the place of GPT-4, and so writes the files that GPT-4's verdicts would come in.

@@ -9,7 +9,7 @@ import yaml
 
 from fpocli.comparison.estimate import estimate_costs
 from fpocli.comparison.grid import Grid, read_grid
-from fpocli.comparison.judge_script import write_judge_script
+from fpocli.comparison.judge_script import write_judge_scripts
 from fpocli.comparison.records import collect
 from fpocli.comparison.steps import Step
 from fpocli.comparison.tables import REPORTS, write_reports
@@ -55,8 +55,8 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             _run(grid, step)
     rows = collect(grid)
     replace_text(grid.out / "results.json", json.dumps(rows, indent=1))
-    if script := write_judge_script(grid):
-        console.print(f"the judges' commands are in {script}; then run this command again")
+    for script in write_judge_scripts(grid):
+        console.print(f"{script} has the answers judged; then run this command again")
     write_reports(grid, rows)
     console.print(f"tables and figures are in {grid.out}")
     return rows
@@ -131,7 +131,10 @@ def _run(grid: Grid, step: Step) -> None:
         if step.kind == "cache":
             # Several processes do not overwrite.
             remove_folder(Path(settings["out"]))
-        elif step.kind != "sft":
+        elif step.kind == "sft":
+            for checkpoint in step.result.parent.glob("checkpoint-*"):
+                remove_folder(checkpoint)
+        else:
             settings = settings | {"overwrite": True}
     replace_text(begun, inputs)
     file = mark.with_suffix(".yaml")
@@ -151,6 +154,11 @@ def _run(grid: Grid, step: Step) -> None:
         raise UserError(
             f"{step.name} failed with exit code {child.returncode}; its error is above",
             "correct it and run the same command again; finished steps are not repeated",
+        )
+    if step.kind == "sft" and not list(step.result.parent.glob("*.safetensors")):
+        raise UserError(
+            f"{step.name} has left no weights in {step.result.parent}",
+            "under ZeRO-3 its DeepSpeed file needs stage3_gather_16bit_weights_on_model_save: true",
         )
     replace_text(mark, step.inputs())
 

@@ -48,8 +48,9 @@ class BaselineDifferences:
             for one, other in couples
             if name in one
             and name in other
-            # Stores of other data have other pairs.
+            # Stores of other data have other pairs under the same numbers.
             and np.array_equal(one["pair"], other["pair"])
+            and np.array_equal(one["tokens"], other["tokens"])
         ]
         if not known:
             return None

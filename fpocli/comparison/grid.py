@@ -15,13 +15,14 @@ from fpocli.comparison.steps import (
     training_step,
 )
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
+from fpocli.scoring.loading import find_model_of
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import is_file_name
 
 # The "method" of a run that measures the cache's model as it is.
 REFERENCE = "reference"
-_LONGEST_NAME = 240  # bytes; file systems allow 255
+_LONGEST_NAME = 200  # bytes; file systems allow 255, and other names are made from it
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ def read_grid(path: str, known_reports: tuple[str, ...]) -> Grid:
             if run.name in runs:
                 raise UserError(f"{path} has the run {run.name} twice", "list it once in `runs`")
             runs[run.name] = run
+    if not runs:
+        raise UserError(f"the `runs` of {path} have no values", "write {method: [dpo, fpo]}")
     grid = Grid(file, sft, list(stores.values()), list(runs.values()))
     _check_baseline(grid)
     return grid
@@ -168,7 +171,6 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     sites = _sites(store, cache)
     if sites is not None:
         _check_sites(config.method, config.at, sites, f"{name} in {file.path}")
-        _check_sites("", file.evaluation.get("at", []), sites, f"`eval` in {file.path}")
     train = None if untrained else training_step(name, settings, folder, file.launch, store)
     evaluation = _evaluation(file, folder, cache, sites or [], store, config, untrained=untrained)
     described = dataclasses.asdict(config)
@@ -200,11 +202,13 @@ def _evaluation(
     model = str(folder)
     if untrained:
         # The model of a finished store is the one it was made from.
-        model = store.settings["model"] if store else Store.open(cache).meta["model"]["source"]
+        model = store.settings["model"] if store else find_model_of(Store.open(cache), "`model`")
         # The pairs that the trained runs hold out.
         settings = {"eval_fraction": config.eval_fraction, "k": config.k} | settings
     settings |= {"model": model, "cache": cache, "out": str(folder / "eval")}
-    make_config(EvalConfig, settings, f"`eval` in {file.path}")
+    measured = make_config(EvalConfig, settings, f"`eval` in {file.path}")
+    if sites:
+        _check_sites("", measured.at, sites, f"`eval` in {file.path}")
     return settings
 
 

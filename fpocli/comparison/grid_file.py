@@ -3,9 +3,9 @@
 out: compare
 launch: torchrun --nproc-per-node 4         # starts Python on all GPUs; default: one process
 sft: {script: sft.py, model: gemma-2-2b}    # a stage before, whose result is the cache's model
-cache: {model: gemma-2-2b, layer: [0, 25]}  # settings of fpo cache, or `store: ref.zarr`
+cache: {layer: [0, 25]}                     # settings of fpo cache, or `store: ref.zarr`
 train: {preset: paper-2b, epochs: 1}        # of fpo train
-eval: {reference: gemma-2-2b}               # of fpo eval
+eval: {reference: sft}                      # of fpo eval; `sft` is the result of that stage
 baseline: fpo                               # the runs that others are compared with
 runs:                                       # a list makes one run for each of its values
   - {method: reference}                     # the cache's model, measured and not trained

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from fpocli.comparison.grid import Grid, Run
-from fpocli.comparison.judge_script import answer_files, judged_folder
-from fpocli.comparison.verdicts import Verdicts, read_verdicts
-from fpocli.config import JUDGES
+from fpocli.comparison.judge_script import matches
+from fpocli.comparison.verdicts import grade_difference, read_grades, read_verdicts
 from fpocli.evaluation.measure import read_measurements
 from fpocli.evaluation.summary import per_pair
 
@@ -22,7 +21,6 @@ _NO_DIFFERENCE = ("seed", "out", "cache", "overwrite")
 
 def collect(grid: Grid) -> list[Record]:
     """A record for each run: its settings, eval.json, curve, time, memory and verdicts."""
-    verdicts = read_verdicts(judged_folder(grid))
     return [
         {
             "name": run.name,
@@ -30,7 +28,7 @@ def collect(grid: Grid) -> list[Record]:
             "settings": run.settings,
             "eval": json.loads(run.evaluate.result.read_text()),
             **_training(run),
-            "verdicts": _verdicts(grid, run, verdicts),
+            "verdicts": _verdicts(grid, run),
         }
         for run in grid.runs
     ]
@@ -54,29 +52,26 @@ def _training(run: Run) -> Record:
 
 
 def pair_values(run: Run) -> dict[str, np.ndarray]:
-    """The measurements of a run's held-out pairs, [N] each, by the names of docs/evaluation.md."""
+    """The measurements of a run's held-out pairs, [N] each, by the names of docs/evaluation.md; and
+    `tokens` of both responses, [N, 2]."""
     values = read_measurements(run.evaluate.result.with_name("pairs.jsonl"))
-    return {"pair": values["pair"]} | per_pair(values)
+    return {"pair": values["pair"], "tokens": values["tokens"]} | per_pair(values)
 
 
-def _verdicts(grid: Grid, run: Run, found: Verdicts) -> list[dict[str, Any]]:
+def _verdicts(grid: Grid, run: Run) -> list[dict[str, Any]]:
     """The verdicts about the baseline's answers against those of this run, of the same seed."""
     records = []
-    for judge in JUDGES:
-        theirs = answer_files(run, judge)
-        for own in grid.baselines_of(run):
-            for temperature, answers in answer_files(own, judge).items():
-                if temperature not in theirs:
-                    continue
-                names = judge, answers.stem, theirs[temperature].stem
-                record: dict[str, Any] = {"judge": judge, "temperature": temperature}
-                if duel := found.duel(*names):
-                    record["win_rate"] = duel.win_rate
-                    record["length_controlled"] = duel.length_controlled
-                if grade := found.grade(*names):
-                    record["grade"] = grade
-                if len(record) > 2:
-                    records.append(record)
+    for match in matches(grid, run):
+        record: dict[str, Any] = {"judge": match.judge, "temperature": match.temperature}
+        names = match.baseline.stem, match.other.stem
+        if found := read_verdicts(match.judge, match.folder, *names):
+            record["win_rate"] = found.win_rate
+            record["length_controlled"] = found.length_controlled
+        if match.judge == "mt_bench":
+            files = match.baseline, match.other
+            grades = [read_grades(match.grades(file), file.stem) for file in files]
+            record["grade"] = grade_difference(*grades)
+        records.append(record)
     return records
 
 

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from fpocli.config import JUDGES, CacheConfig
+from fpocli.data.chat_templates import CHAT_TEMPLATES
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 
 # Settings of fpo cache that do not change the store's content.
 _HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
 _FPO = ("-m", "fpocli")
-# Settings that name files of the user's.
-_FILES = ("feature_weights", "deepspeed", "generate", "script")
+# Settings that name files of the user's, and those that may name files or folders.
+_FILES = ("feature_weights", "deepspeed", "generate", "chat_template")
+_PLACES = ("data", "model", "sae", "reference")
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,21 @@ class Step:
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files of the user's that it reads, by the setting that names them."""
-        named: dict[str, Path] = {}
-        for setting in _FILES:
-            values = self.settings.get(setting) or []
-            for value in values if isinstance(values, list) else [values]:
-                if value not in JUDGES:
-                    named[f"{setting}: {value}"] = Path(value)
+        """Files of the user's that it reads and that must exist, by the setting that names them."""
+        named = {
+            f"{setting}: {value}": Path(value)
+            for setting in _FILES
+            for value in self._values(setting)
+            if value not in JUDGES and value not in CHAT_TEMPLATES
+        }
         if self.kind == "sft":
             named["script"] = Path(self.words[-1])
         return named
+
+    def _values(self, setting: str) -> list[str]:
+        """A setting's names of files; a deepspeed configuration may stand in the grid itself."""
+        value = self.settings.get(setting) or []
+        return [one for one in (value if isinstance(value, list) else [value]) if type(one) is str]
 
     def inputs(self, *, finished: bool = True) -> str:
         """sha256 of everything the result depends on: settings, files, and the steps before; of a
@@ -63,13 +70,27 @@ class Step:
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode())
         for file in self.files.values():
             digest.update(file.read_bytes() if file.is_file() else b"")
+        for file in self._large_files():
+            about = file.stat()
+            digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode())
         if self.after:
             digest.update(self.after.inputs().encode())
-        if self.kind == "train" or (self.kind == "cache" and finished):
+        if self.kind in ("train", "eval") or (self.kind == "cache" and finished):
             store = Path(self.settings.get("cache") or self.settings["out"])
             if (store / "zarr.json").is_file():
                 digest.update(Store.open(store).meta["fingerprint"].encode())
         return digest.hexdigest()
+
+    def _large_files(self) -> list[Path]:
+        """Data and weights of the user's, which are not read to see whether they have changed."""
+        made, step = [], self.after
+        while step:
+            made.append(step.result)
+            step = step.after
+        named = [Path(value) for setting in _PLACES for value in self._values(setting)]
+        own = [place for place in named if not any(place in result.parents for result in made)]
+        files = [file for place in own for file in (place, *sorted(place.glob("*")))]
+        return [file for file in files if file.is_file()]
 
 
 def launch_words(launch: str, path: str) -> tuple[str, ...]:
@@ -121,6 +142,12 @@ def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: 
                 f"`sft` in {path} names no {name}",
                 "write script: sft.py and model: google/gemma-2-2b, as in examples/paper",
             )
+    try:
+        json.dumps(settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"`sft` in {path} has a value that is no text or number: {error}", "put it in quotes"
+        ) from error
     assert isinstance(script, str)
     settings.setdefault("output_dir", str(out / "sft"))
     result = Path(str(settings["output_dir"])) / "config.json"

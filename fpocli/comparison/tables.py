@@ -1,6 +1,5 @@
 """The runs of a grid -> the paper's tables and figures, over seeds."""
 
-import math
 import statistics
 
 import pandas as pd
@@ -108,11 +107,12 @@ def _notes(
 
 
 def _error(column: Column, group: list[Record]) -> float | None:
-    """The standard error of a mean of runs that have one each."""
+    """The standard error over questions of the mean of several runs' values. All runs answered the
+    same questions, so it is taken to be as large as that of one run."""
     if column.error is None:
         return None
     errors = [error for row in group if (error := column.error(row)) is not None]
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors) if errors else None
+    return statistics.mean(errors) if errors else None
 
 
 def _cell(values: list[float], error: float | None, digits: int) -> str:

@@ -80,10 +80,13 @@ class Samples:
                     "choose another --out, or --overwrite",
                 )
         else:
-            for file in self._parts():
+            for file in (*self._parts(), *self.file.parent.glob("model_answer/*")):
                 file.unlink()
             replace_text(self.file, "")
             replace_text(about, json.dumps(identity, indent=1))
+            # The judges' tools want the questions that were answered.
+            rows = (json.dumps(prompt.row, ensure_ascii=False) for prompt in self.asked.prompts)
+            replace_text(self.file.with_name("question.jsonl"), "".join(f"{row}\n" for row in rows))
         self._merge()
 
     def missing(self) -> list[tuple[float | None, int]]:

@@ -63,7 +63,7 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
         print(json.dumps(rows, indent=2))
         return rows
     if by_shape:
-        console.print(f"{config.model} has the shape of {model}, on which these were trained")
+        console.print(f"these were trained on {model}, whose shape {config.model} has")
     table = Table("site", "width", "l0", "--sae", "", box=None, header_style="")
     for sae, row in zip(found, rows, strict=True):
         l0 = "-" if sae.l0 is None else f"{sae.l0:g}"
@@ -75,8 +75,11 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
 
 
 def _base_model(name: str) -> str | None:
-    """The model of the same shape that has SAEs; None if there is none, or its shape is not known
-    here."""
+    """The model that has SAEs for one that sae-lens does not know: by the name if it is Google's,
+    else by its shape; None if there is none, or its shape is not known here."""
+    google = SHORT_NAMES.get(name, name)
+    if google in SHORT_NAMES.values():
+        return google.removesuffix("-it")
     try:
         folder = find_model(name, weights=False)
     except UserError:

@@ -22,6 +22,13 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._peak = device, 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a step: what evaluations and checkpoints took before counts for the peak alone."""
+        self._peak = max(self._peak, peak_memory(self._device))
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def step(self) -> dict[str, float]:
         """The most that a rank held in this step, and so far, in GB. On a CPU the first is what it
@@ -29,7 +36,6 @@ class MemoryMeter:
         self._peak = max(self._peak, peak_memory(self._device))
         if self._device.type == "cuda":
             held = peak_memory(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             held = pages * resource.getpagesize()

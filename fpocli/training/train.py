@@ -185,6 +185,7 @@ def _train(
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
                 save_checkpoint(engine, run.checkpoints, step + 1, settings.keep_checkpoints)
+            memory.restart()
             began, waited = time.perf_counter(), prefetched.waited
     measure(steps)
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+import yaml
 from hub_cache import snapshot
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import CompareConfig
 from fpocli.comparison.compare import compare
@@ -194,6 +196,38 @@ def test_conversations_keep_their_messages_alone(sft, tmp_path):
     found = sft.conversations(sft.SftData(model="m", data=str(file), limit=2))
     assert found.column_names == ["messages"] and len(found) == 2
     assert found[0]["messages"] == TALK
+
+
+@pytest.mark.parametrize("deepspeed", [None, "zero3.json"])
+def test_the_sft_script_trains_on_two_processes_and_leaves_whole_weights(
+    material, tmp_path, deepspeed
+):
+    """Sharded by ZeRO-3, as the 9B grid runs it, as well."""
+    data = tmp_path / "talks.jsonl"
+    data.write_text("".join(json.dumps({"messages": TALK}) + "\n" for _ in range(16)))
+    settings = {
+        "model": str(material / "model"), "data": str(data), "output_dir": str(tmp_path / "out"),
+        "use_cpu": True, "max_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0, "bf16": False,
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+    }  # fmt: skip
+    if deepspeed:
+        content = json.loads((PAPER / deepspeed).read_text()) | {"bf16": {"enabled": False}}
+        (tmp_path / deepspeed).write_text(json.dumps(content))
+        settings |= {"deepspeed": str(tmp_path / deepspeed), "optim": "rmsprop"}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(settings))
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *words, PAPER / "sft.py", "--config", tmp_path / "sft.yaml"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    before = AutoModelForCausalLM.from_pretrained(material / "model", dtype=torch.float32)
+    pairs = zip(trained.parameters(), before.parameters(), strict=True)
+    assert all(one.shape == other.shape for one, other in pairs)
+    assert not torch.equal(trained.lm_head.weight, before.lm_head.weight)
+    template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert template == CHAT_TEMPLATES["halos"]
 
 
 def for_gemma(text):

@@ -13,8 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from fpocli.comparison.verdicts import read_verdicts
+from fpocli.comparison.grid import read_grid
+from fpocli.comparison.judge_script import matches, write_judge_scripts
+from fpocli.comparison.tables import REPORTS
+from fpocli.comparison.verdicts import (
+    HeadToHead,
+    grade_difference,
+    read_grades,
+    read_verdicts,
+)
 from fpocli.system.errors import UserError
 
 HERE = Path(__file__).parent
@@ -51,7 +60,7 @@ def alpaca(tmp_path_factory):
 
 
 def test_alpaca_evals_win_rate_and_error_are_its_leaderboards(alpaca):
-    duel = read_verdicts(alpaca).duel("alpaca_eval", "fpo", "dpo")
+    duel = read_verdicts("alpaca_eval", alpaca, "fpo", "dpo")
     board = pd.read_csv(alpaca / "leaderboard.csv", index_col=0).loc["fpo"]
     assert duel.win_rate == pytest.approx((board["win_rate"], board["standard_error"]))
     assert duel.win_rate[0] == 50
@@ -60,11 +69,11 @@ def test_alpaca_evals_win_rate_and_error_are_its_leaderboards(alpaca):
 
 
 def test_the_other_models_win_rate_is_the_rest(alpaca):
-    found = read_verdicts(alpaca)
-    rate, error = found.duel("alpaca_eval", "fpo", "dpo").win_rate
-    assert found.duel("alpaca_eval", "dpo", "fpo").win_rate == pytest.approx((100 - rate, error))
-    assert found.duel("alpaca_eval", "fpo", "simpo") is None
-    assert found.duel("arena_hard", "fpo", "dpo") is None
+    rate, error = read_verdicts("alpaca_eval", alpaca, "fpo", "dpo").win_rate
+    turned = read_verdicts("alpaca_eval", alpaca, "dpo", "fpo")
+    assert turned.win_rate == pytest.approx((100 - rate, error))
+    assert read_verdicts("alpaca_eval", alpaca, "fpo", "simpo") is None
+    assert read_verdicts("arena_hard", alpaca, "fpo", "dpo") is None
 
 
 def test_length_controlled_rates_are_read_where_alpaca_eval_has_them(alpaca, tmp_path):
@@ -73,9 +82,9 @@ def test_length_controlled_rates_are_read_where_alpaca_eval_has_them(alpaca, tmp
     board = pd.read_csv(folder / "leaderboard.csv", index_col=0)
     board["length_controlled_winrate"], board["lc_standard_error"] = 54.5, 1.5
     board.to_csv(folder / "leaderboard.csv")
-    found = read_verdicts(folder)
-    assert found.duel("alpaca_eval", "fpo", "dpo").length_controlled == (54.5, 1.5)
-    assert found.duel("alpaca_eval", "dpo", "fpo").length_controlled == (45.5, 1.5)
+    for names, rate in ((("fpo", "dpo"), 54.5), (("dpo", "fpo"), 45.5)):
+        found = read_verdicts("alpaca_eval", folder, *names)
+        assert found.length_controlled == pytest.approx((rate, 1.5))
 
 
 @pytest.fixture
@@ -90,31 +99,30 @@ def mt_bench(tmp_path):
 def test_mt_benchs_figures_are_those_that_fastchat_prints(mt_bench):
     """win_rate_adjusted of its show_result.py, and the mean grade of each turn. One of the judge's
     replies had no grade, so that question's turn is left out of the difference."""
-    found = read_verdicts(mt_bench)
     printed = (HERE / "fastchat/result-pairwise.txt").read_text()
     for model, other in (("fpo", "dpo"), ("dpo", "fpo")):
         line = next(line for line in printed.splitlines() if line.startswith(model))
-        assert found.duel("mt_bench", model, other).win_rate[0] == pytest.approx(
+        assert read_verdicts("mt_bench", mt_bench, model, other).win_rate[0] == pytest.approx(
             100 * float(line.split()[-1])
         )
     single = (HERE / "fastchat/result-single.txt").read_text()
     for model in ("fpo", "dpo"):
         mean = float(re.findall(rf"^{model} +([\d.]+)$", single, re.MULTILINE)[0])
-        grades = found.grades["mt_bench", model].values()
+        grades = read_grades(mt_bench, model).values()
         assert np.mean(list(grades)) == pytest.approx(mean, abs=1e-5)
-    gap, error = found.grade("mt_bench", "fpo", "dpo")
-    other = found.grades["mt_bench", "dpo"]
+    own, other = read_grades(mt_bench, "fpo"), read_grades(mt_bench, "dpo")
+    gap, error = grade_difference(own, other)
     gaps = {}
-    for (question, turn), value in found.grades["mt_bench", "fpo"].items():
+    for (question, turn), value in own.items():
         gaps.setdefault(question, []).append(value - other[question, turn])
     means = [np.mean(part) for part in gaps.values()]
     assert gap == pytest.approx(np.mean(means))
     assert error == pytest.approx(np.std(means, ddof=1) / np.sqrt(len(means)))
-    assert found.grade("mt_bench", "fpo", "simpo") is None
+    assert grade_difference(own, read_grades(mt_bench, "simpo")) is None
 
 
 def arena(folder, rows):
-    place = folder / "fpo-t0.7_vs_dpo-t0.7/data/arena-hard-v0.1/model_judgment/gpt-4"
+    place = folder / "data/arena-hard-v0.1/model_judgment/gpt-4"
     place.mkdir(parents=True)
     (place / "fpo-t0.7.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -123,17 +131,17 @@ def game(score):
     return {"score": score, "judgment": {"answer": f"[[{score}]]"}, "prompt": []}
 
 
-@pytest.mark.parametrize("names", [{"baseline": "dpo-t0.7"}, {}])
-def test_arena_hards_games_are_weighed_as_its_own_code_weighs_them(tmp_path, names):
+def test_arena_hards_games_are_weighed_as_its_own_code_weighs_them(tmp_path):
     """A is the baseline in the first game and the model in the second; >> counts three times."""
     games = [("B>>A", "A>B"), ("A=B", "A=B"), ("A>B", "B>>A"), ("B>A", None), ("A<B", "A<<B")]
-    about = {"model": "fpo-t0.7", "judge": "gpt-4", "category": "c"} | names
+    games.append(("A<>B", "A=B"))
+    about = {"model": "fpo-t0.7", "judge": "gpt-4", "category": "c"}
     rows = [
         about | {"uid": f"u{i}", "games": [game(one), game(two) if two else None]}
         for i, (one, two) in enumerate(games)
     ]
     arena(tmp_path, rows)
-    duel = read_verdicts(tmp_path).duel("arena_hard", "fpo-t0.7", "dpo-t0.7")
+    duel = read_verdicts("arena_hard", tmp_path, "fpo-t0.7", "dpo-t0.7")
     assert duel.wins == {
         "u0": [1, 1, 1, 1], "u1": [0.5, 0.5], "u2": [0, 0, 0, 0], "u4": [1, 0, 0, 0],
     }  # fmt: skip
@@ -144,8 +152,6 @@ def test_arena_hards_games_are_weighed_as_its_own_code_weighs_them(tmp_path, nam
 
 def test_the_error_of_a_win_rate_covers_questions_with_several_games():
     """Against a bootstrap over questions."""
-    from fpocli.comparison.verdicts import HeadToHead
-
     rng = np.random.default_rng(0)
     wins = {
         str(i): list(np.repeat(float(rng.integers(0, 2)), rng.choice([2, 4]))) for i in range(300)
@@ -161,24 +167,121 @@ def test_the_error_of_a_win_rate_covers_questions_with_several_games():
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("judge", "name", "text"),
     [
-        ("annotations.json", "[{", "is damaged"),
-        ("model_judgment/gpt-4_pair.jsonl", "{\n", "is damaged"),
-        (
-            "model_judgment/j/x.jsonl",
-            json.dumps({"uid": "u", "model": "m", "games": [game("A?B"), game("A=B")]}),
-            "unknown verdict A\\?B",
-        ),
+        ("alpaca_eval", "annotations.json", "[{"),
+        ("alpaca_eval", "annotations.json", '{"a": 1}'),
+        ("alpaca_eval", "annotations.json", '[{"instruction": "x", "preference": "much"}]'),
+        ("alpaca_eval", "annotations.json", "[" * 100_000),
+        ("alpaca_eval", "leaderboard.csv", ""),
+        ("alpaca_eval", "leaderboard.csv", ",length_controlled_winrate\nfpo,1\nfpo,2\n"),
+        ("alpaca_eval", "leaderboard.csv", ",length_controlled_winrate\nfpo,high\n"),
+        ("mt_bench", "x_pair.jsonl", "{\n"),
+        ("mt_bench", "x_pair.jsonl", "5\n"),
+        ("mt_bench", "x_pair.jsonl", '{"model_1": "fpo", "model_2": "dpo", "g1_winner": "tie"}'),
+        ("arena_hard", "model_judgment/x.jsonl", "null"),
+        ("arena_hard", "model_judgment/x.jsonl", '{"model": "fpo", "games": null}'),
     ],
 )
-def test_damaged_verdicts_are_reported(tmp_path, name, text, message):
+def test_damaged_verdicts_are_reported(tmp_path, judge, name, text):
     file = tmp_path / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_verdicts(tmp_path)
+    with pytest.raises(UserError, match="is not what a judge's tool writes"):
+        read_verdicts(judge, tmp_path, "fpo", "dpo")
+
+
+def test_damaged_grades_are_reported(tmp_path):
+    (tmp_path / "x_single.jsonl").write_text('{"model": "fpo", "score": 5}')
+    with pytest.raises(UserError, match="is not what a judge's tool writes"):
+        read_grades(tmp_path, "fpo")
 
 
 def test_without_verdicts_there_are_none(tmp_path):
-    assert not read_verdicts(tmp_path / "nothing").duels
+    assert read_verdicts("mt_bench", tmp_path / "nothing", "fpo", "dpo") is None
+    assert not read_grades(tmp_path / "nothing", "fpo")
+
+
+# -- the scripts -----------------------------------------------------------------------------------
+
+
+def answered(folder, name, judge, rows):
+    place = folder / f"runs/{name}/eval/{judge}/model_answer"
+    place.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    file = place / (f"{name}.jsonl" if judge == "mt_bench" else f"{name}-t0.7.jsonl")
+    file.write_text(text)
+    (place.parent / "question.jsonl").write_text('{"question_id": 81}\n')
+    return file
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """A grid in a folder with a space in its name, whose runs have answered two judges."""
+    folder = tmp_path / "my project"
+    (folder / "out").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    Path("grid.yaml").write_text(
+        "out: out\nstore: s.zarr\nbaseline: fpo\nruns:\n  - method: [dpo, simpo, fpo]\n"
+    )
+    for name in ("method-dpo", "method-simpo", "method-fpo"):
+        rows = [{"question_id": 81, "choices": [name], "answer_id": "a", "tstamp": 1.0}]
+        answered(Path("out"), name, "mt_bench", rows)
+        answered(Path("out"), name, "arena_hard", [{"uid": "u", "messages": [name]}])
+    return read_grid("grid.yaml", REPORTS)
+
+
+def test_scripts_prepare_what_the_judges_tools_read(judged, tmp_path):
+    """Run from another folder, with clones and a python that only says where it was started."""
+    top = tmp_path / "my project"
+    data = top / "FastChat/fastchat/llm_judge/data"
+    (data / "mt_bench/reference_answer").mkdir(parents=True)
+    (data / "mt_bench/reference_answer/gpt-4.jsonl").write_text("{}")
+    (data / "judge_prompts.jsonl").write_text("{}")
+    (top / "arena-hard-auto/config").mkdir(parents=True)
+    (top / "arena-hard-auto/config/arena-hard-v0.1.yaml").write_text("name: x\n")
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text(
+        '#!/bin/sh\necho "$PWD" "$@" >> ' + shlex.quote(str(tmp_path / "calls")) + "\n"
+    )
+    python.chmod(0o755)
+    scripts = {script.stem: script.resolve() for script in write_judge_scripts(judged)}
+    assert scripts.keys() == {"mt_bench", "arena_hard"}
+    for script in scripts.values():
+        subprocess.run(
+            ["sh", script], cwd="/", check=True,
+            env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        )  # fmt: skip
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum("--mode single" in call for call in calls) == 3, "each model's answers once"
+    assert sum("--mode pairwise-baseline" in call for call in calls) == 2
+    assert sum("gen_judgment.py --setting-file judge.yaml" in call for call in calls) == 2
+    for run in judged.runs:
+        for match in matches(judged, run):
+            made = {str(p.relative_to(match.folder)) for p in match.folder.rglob("*.*l")}
+            if match.judge == "mt_bench":
+                names = (match.baseline.name, match.other.name)
+                assert made == {
+                    *(f"data/mt_bench/model_answer/{name}" for name in names),
+                    "data/mt_bench/reference_answer/gpt-4-1106-preview.jsonl",
+                    "data/mt_bench/question.jsonl",
+                    "data/judge_prompts.jsonl",
+                }
+            else:
+                answers = match.folder / "data/arena-hard-v0.1/model_answer/gpt-4-0314.jsonl"
+                assert answers.read_text() == match.other.read_text()
+                config = yaml.safe_load((match.folder / "judge.yaml").read_text())
+                assert config["model_list"] == ["method-fpo-t0.7"]
+
+
+def test_verdicts_on_other_answers_are_not_taken(judged):
+    """A run that was trained and answered again keeps its name."""
+    run = next(run for run in judged.runs if run.name == "method-dpo")
+    before = {match.judge: match.folder for match in matches(judged, run)}
+    rows = [{"question_id": 81, "choices": ["method-dpo"], "answer_id": "b", "tstamp": 2.0}]
+    answered(Path("out"), "method-dpo", "mt_bench", rows)
+    answered(Path("out"), "method-dpo", "arena_hard", [{"uid": "u", "messages": ["other"]}])
+    after = {match.judge: match.folder for match in matches(judged, run)}
+    assert after["mt_bench"] == before["mt_bench"], "only its time and id have changed"
+    assert after["arena_hard"] != before["arena_hard"]

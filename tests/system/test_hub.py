@@ -204,7 +204,7 @@ def test_a_fine_tuned_folder_gets_the_sae_of_its_base_model(folder):
     assert Store.open(folder / "tuned.zarr").sites["layer_25.resid_post"]["sae"]["source"] == source
     done = fpo(folder, "saes tuned --layer 25")
     assert done.returncode == 0, done.stderr
-    assert "tuned has the shape of google/gemma-2-2b" in done.stderr
+    assert "these were trained on google/gemma-2-2b, whose shape tuned has" in done.stderr
     marked = [line for line in done.stdout.splitlines() if line.rstrip().endswith("default")]
     assert [line.split()[:4] for line in marked] == [
         ["layer_25.mlp_out", "16k", "126", source.replace("res", "mlp")],
