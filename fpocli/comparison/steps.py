@@ -143,7 +143,7 @@ def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: 
                 "write script: sft.py and model: google/gemma-2-2b, as in examples/paper",
             )
     try:
-        json.dumps(settings)
+        json.dumps(settings, sort_keys=True)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"`sft` in {path} has a value that is no text or number: {error}", "put it in quotes"

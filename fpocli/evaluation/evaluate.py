@@ -74,7 +74,9 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
             "choose another --split, or hold pairs out with --eval-fraction",
         )
     out.mkdir(parents=True, exist_ok=True)
-    answers = [Samples(config, asked, folder, store, out, ranks) for asked in prompts]
+    # All weights are read for it, so once, and by rank 0, which opens the samples.
+    weights = folder.weights_hash() if prompts and ranks.rank == 0 else ""
+    answers = [Samples(config, asked, weights, store, out, ranks) for asked in prompts]
     parts = ranks.gather(measure_pairs(config, store, folder, loader, sites, split, k, device))
     sampled = generate(config, answers, folder, tokenizer, store, device)
     result = None

@@ -14,7 +14,6 @@ from fpocli.evaluation.prompts import PromptSet
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.files import replace_text
-from fpocli.system.model_folder import ModelFolder
 from fpocli.system.ranks import Ranks
 
 # Settings that decide an answer.
@@ -27,7 +26,7 @@ class Samples:
     Args:
         config: how they are sampled.
         asked: the prompts.
-        folder: the policy.
+        weights: hash of the policy's.
         store: whose template is used.
         out: of the evaluation; the file is in the folder of the prompts' name.
         ranks: the processes that sample.
@@ -40,7 +39,7 @@ class Samples:
         self,
         config: EvalConfig,
         asked: PromptSet,
-        folder: ModelFolder,
+        weights: str,
         store: Store,
         out: Path,
         ranks: Ranks,
@@ -49,13 +48,13 @@ class Samples:
         self.file = out / asked.name / "samples.jsonl"
         name = f"samples.{ranks.rank}.jsonl" if ranks.rank else self.file.name
         self._own = self.file.with_name(name)
-        ranks.on_first(lambda: self._open(folder, store))
+        ranks.on_first(lambda: self._open(weights, store))
         self.done: dict[float | None, dict[int, dict[str, Any]]] = {
             temperature: {} for temperature in asked.temperatures
         }
         self._read()
 
-    def _open(self, folder: ModelFolder, store: Store) -> None:
+    def _open(self, weights: str, store: Store) -> None:
         """Resume what was sampled with these settings, or start over."""
         config, about = self.config, self.file.with_name("samples.json")
         self.file.parent.mkdir(exist_ok=True)
@@ -64,7 +63,7 @@ class Samples:
             "temperature": list(self.asked.temperatures),
             "max_new_tokens": self.asked.max_new_tokens,
             "prompts": hashlib.sha256(text.encode()).hexdigest(),
-            "weights": folder.weights_hash(),
+            "weights": weights,
             "dtype": store.meta["model"]["dtype"],
             "template": store.meta["tokenizer"]["chat_template"]["hash"],
             "special_tokens": store.meta["tokenizer"]["special_tokens"],
