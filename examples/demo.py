@@ -47,7 +47,7 @@ def main() -> None:
         convert_model()
     wanted, texts, steps = {LAYER: SAE}, SAE_TEXTS, SAE_STEPS
     if sys.argv[1:] == ["--prepare-sites"]:
-        wanted, texts, steps = {layer: WORK / f"sae-{layer}" for layer in SITES}, 20, 100
+        wanted, texts, steps = {layer: WORK / f"sae-{layer}" for layer in SITES}, 12, 60
     for layer, folder in wanted.items():
         if not folder.is_dir():
             train_sae(collect_activations(layer, texts), layer, folder, steps)
