@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
+from forked_launch import forked_launch
 from runs import finish
 from stores import set_attributes
 
@@ -151,12 +152,19 @@ def fpo(*words):
 
 
 @pytest.fixture(scope="module")
-def finished(material, tmp_path_factory):
+def launch():
+    with forked_launch() as words:
+        yield words
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory, launch):
     """Two methods from one store, in their own processes."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "prompts.jsonl").write_text('{"prompt": "say the cat"}\n')
     content = {
         "out": str(folder / "out"),
+        "launch": launch,
         "cache": {
             "model": str(material / "model"),
             "layer": [3],
