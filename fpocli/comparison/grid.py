@@ -175,7 +175,10 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     evaluation = _evaluation(file, folder, cache, sites or [], store, config, untrained=untrained)
     described = dataclasses.asdict(config)
     if untrained:
-        described = {"method": REFERENCE, "seed": config.seed, "measure_kl": False}
+        # Settings that both commands have stay those of training, as in the other runs.
+        shared = described.keys() & field_names(CacheConfig)
+        described = {name: described[name] for name in shared}
+        described |= {"method": REFERENCE, "seed": config.seed, "measure_kl": False}
     of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     return Run(
         name=name,

@@ -385,3 +385,4 @@ def test_the_reference_is_measured_and_not_trained(finished, material, tmp_path)
     assert reference.evaluate.settings["at"] == trained.evaluate.settings["at"]
     assert found.baselines_of(reference) == [trained] and not found.baselines_of(trained)
     assert "alpha" not in reference.settings
+    assert reference.settings["model"] == trained.settings["model"]
