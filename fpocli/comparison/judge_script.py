@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Match:
     other: Path
     out: Path
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Where the judge's results about the two belong."""
         return self.out / self.judge / _digest(self.baseline, self.other)
