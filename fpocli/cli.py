@@ -107,7 +107,9 @@ _PRESET = Annotated[
 ]
 
 
-def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> None:
+def _command(
+    name: str, function: str, config: type, extra: dict[str, Any], to: typer.Typer = app
+) -> None:
     """Add `fpo NAME`, whose flags are the fields of `config`.
 
     Args:
@@ -115,6 +117,7 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
         function: what it calls, by its name in fpocli.
         config: that function's dataclass.
         extra: flags that set defaults of others, by name.
+        to: what the command is added to: fpo, or a group of its commands.
     """
 
     def run(context: typer.Context, **flags: Any) -> None:
@@ -157,7 +160,7 @@ def _command(name: str, function: str, config: type, extra: dict[str, Any]) -> N
     )
     run.__annotations__ = {"context": typer.Context}
     run.__annotations__ |= {flag: kind for flag, (kind, _) in flags.items()}
-    app.command(name, help=inspect.cleandoc(config.__doc__ or ""))(run)
+    to.command(name, help=inspect.cleandoc(config.__doc__ or ""))(run)
 
 
 def _default(field: dataclasses.Field) -> Any:

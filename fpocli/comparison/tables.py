@@ -34,7 +34,7 @@ def write_reports(grid: Grid, rows: list[Record]) -> None:
 
 def _draw(name: str, grid: Grid, rows: list[Record]) -> None:
     from fpocli.evaluation import charts
-    from fpocli.report.charts import draw_figure2
+    from fpocli.display.charts import draw_figure2
     from fpocli.store.reader import Store
 
     file = grid.out / f"{name}.png"

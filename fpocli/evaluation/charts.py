@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fpocli.evaluation.summary import measured_sites
-from fpocli.report.charts import COLOURS, figure
+from fpocli.display.charts import COLOURS, figure
 
 SIDES = ("chosen", "rejected")
 

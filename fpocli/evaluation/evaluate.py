@@ -14,7 +14,7 @@ from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
-from fpocli.report.terminal import show_evaluation
+from fpocli.display.terminal import show_evaluation
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
 from fpocli.store.reader import Store
 from fpocli.system.console import console, say

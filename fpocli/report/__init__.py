@@ -1,1 +1,1 @@
-"""What fpo inspect and fpo eval show in a terminal."""
+"""fpo inspect and fpo saes: what is in a store, and which SAEs there are."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fpocli.config import InspectConfig
 from fpocli.features.top_features import TopFeatures
-from fpocli.report.terminal import show_pair, show_store
+from fpocli.display.terminal import show_pair, show_store
 from fpocli.store.metadata import REPAIR
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
@@ -59,7 +59,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 
 def _plot(store: Store, file: Path) -> None:
-    from fpocli.report.charts import draw_figure2
+    from fpocli.display.charts import draw_figure2
 
     store.require_complete()
     if not store.sites:
