@@ -11,6 +11,12 @@ The public API, which the command line uses as well:
     compare(CompareConfig)    runs a grid of methods, returns a record for each run
     inspect(InspectConfig)    describes a store, returns what it prints
     saes(SaesConfig)          lists the pre-trained SAEs of a model, returns the list
+    report(ReportConfig)      writes an HTML page about runs, returns its numbers
+    contrast(ContrastConfig)  which features separate chosen from rejected responses
+    find(FindConfig)          the features of a kind of text, as a weights file
+    show(ShowConfig)          one feature of a store: frequency, pairs, tokens in context
+    diff(DiffConfig)          what training did to the model, feature by feature
+    steer(SteerConfig)        samples with features added or ablated
     Store.open(path)          opens a store for reading
     UserError                 what all of them raise for a mistake; it has a message and a hint
 
@@ -24,9 +30,15 @@ from typing import TYPE_CHECKING, Any
 from fpocli.config import (
     CacheConfig,
     CompareConfig,
+    ContrastConfig,
+    DiffConfig,
     EvalConfig,
+    FindConfig,
     InspectConfig,
+    ReportConfig,
     SaesConfig,
+    ShowConfig,
+    SteerConfig,
     TrainConfig,
 )
 from fpocli.system.errors import UserError
@@ -35,7 +47,13 @@ if TYPE_CHECKING:
     from fpocli.caching.cache import cache
     from fpocli.comparison.compare import compare
     from fpocli.evaluation.evaluate import evaluate
+    from fpocli.interpretation.contrast import contrast
+    from fpocli.interpretation.diff import diff
+    from fpocli.interpretation.find import find
+    from fpocli.interpretation.show import show
+    from fpocli.interpretation.steer import steer
     from fpocli.report.inspect import inspect
+    from fpocli.report.runs import report
     from fpocli.report.saes import saes
     from fpocli.store.reader import Store
     from fpocli.training.train import train
@@ -47,23 +65,41 @@ _MODULES = {
     "compare": "fpocli.comparison.compare",
     "inspect": "fpocli.report.inspect",
     "saes": "fpocli.report.saes",
+    "report": "fpocli.report.runs",
+    "contrast": "fpocli.interpretation.contrast",
+    "find": "fpocli.interpretation.find",
+    "show": "fpocli.interpretation.show",
+    "diff": "fpocli.interpretation.diff",
+    "steer": "fpocli.interpretation.steer",
     "Store": "fpocli.store.reader",
 }
 
 __all__ = [
     "CacheConfig",
     "CompareConfig",
+    "ContrastConfig",
+    "DiffConfig",
     "EvalConfig",
+    "FindConfig",
     "InspectConfig",
+    "ReportConfig",
     "SaesConfig",
+    "ShowConfig",
+    "SteerConfig",
     "Store",
     "TrainConfig",
     "UserError",
     "cache",
     "compare",
+    "contrast",
+    "diff",
     "evaluate",
+    "find",
     "inspect",
+    "report",
     "saes",
+    "show",
+    "steer",
     "train",
 ]
 

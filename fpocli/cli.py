@@ -18,9 +18,15 @@ from fpocli.config import (
     PRESETS,
     CacheConfig,
     CompareConfig,
+    ContrastConfig,
+    DiffConfig,
     EvalConfig,
+    FindConfig,
     InspectConfig,
+    ReportConfig,
     SaesConfig,
+    ShowConfig,
+    SteerConfig,
     TrainConfig,
 )
 from fpocli.system.console import console
@@ -36,6 +42,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+features = typer.Typer(
+    help="See single features: what they fire on, what they separate, what training changed.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(features, name="features")
 
 
 def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
@@ -183,6 +196,12 @@ _command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
 _command("compare", "compare", CompareConfig, {})
 _command("inspect", "inspect", InspectConfig, {})
 _command("saes", "saes", SaesConfig, {})
+_command("report", "report", ReportConfig, {})
+_command("contrast", "contrast", ContrastConfig, {}, features)
+_command("find", "find", FindConfig, {}, features)
+_command("show", "show", ShowConfig, {}, features)
+_command("diff", "diff", DiffConfig, {}, features)
+_command("steer", "steer", SteerConfig, {}, features)
 
 
 @app.callback()

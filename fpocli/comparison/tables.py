@@ -33,8 +33,8 @@ def write_reports(grid: Grid, rows: list[Record]) -> None:
 
 
 def _draw(name: str, grid: Grid, rows: list[Record]) -> None:
-    from fpocli.evaluation import charts
     from fpocli.display.charts import draw_figure2
+    from fpocli.evaluation import charts
     from fpocli.store.reader import Store
 
     file = grid.out / f"{name}.png"

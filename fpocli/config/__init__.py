@@ -8,7 +8,15 @@ from fpocli.config.cache import CacheConfig
 from fpocli.config.checks import MAY_DIFFER
 from fpocli.config.compare import CompareConfig
 from fpocli.config.evaluate import EvalConfig
+from fpocli.config.features import (
+    ContrastConfig,
+    DiffConfig,
+    FindConfig,
+    ShowConfig,
+    SteerConfig,
+)
 from fpocli.config.inspect import InspectConfig
+from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA, JUDGES
 from fpocli.config.train import PRESETS, Method, TrainConfig
@@ -20,9 +28,15 @@ __all__ = [
     "PRESETS",
     "CacheConfig",
     "CompareConfig",
+    "ContrastConfig",
+    "DiffConfig",
     "EvalConfig",
+    "FindConfig",
     "InspectConfig",
     "Method",
+    "ReportConfig",
     "SaesConfig",
+    "ShowConfig",
+    "SteerConfig",
     "TrainConfig",
 ]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fpocli.evaluation.summary import measured_sites
 from fpocli.display.charts import COLOURS, figure
+from fpocli.evaluation.summary import measured_sites
 
 SIDES = ("chosen", "rejected")
 

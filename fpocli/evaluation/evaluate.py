@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from fpocli.config import EvalConfig, TrainConfig
+from fpocli.display.terminal import show_evaluation
 from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_measurements
 from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
@@ -14,7 +15,6 @@ from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
-from fpocli.display.terminal import show_evaluation
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
 from fpocli.store.reader import Store
 from fpocli.system.console import console, say

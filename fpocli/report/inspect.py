@@ -8,8 +8,8 @@ import numpy as np
 from rich.console import Console
 
 from fpocli.config import InspectConfig
-from fpocli.features.top_features import TopFeatures
 from fpocli.display.terminal import show_pair, show_store
+from fpocli.features.top_features import TopFeatures
 from fpocli.store.metadata import REPAIR
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage

@@ -1,0 +1,206 @@
+"""The settings of fpo features: contrast, find, show, diff and steer."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from typer import Argument, Option
+
+from fpocli.config.checks import check_values
+from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.system.errors import UserError
+
+_SITE = Option(
+    metavar="SITE",
+    help="Hook point, such as layer_25.resid_post. Default: the store's only one.",
+)
+_LABELS = Option(
+    metavar="FILE",
+    help="Neuronpedia's explanations of this SAE: a batch-N.jsonl or .jsonl.gz of its export.",
+)
+_SAE = Option(help="Where the SAE is now. Default: the path recorded in the store.")
+_DEVICE = Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
+_JSON = Option("--json", help="Print JSON.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastConfig:
+    """Which features separate chosen from rejected responses, from the store alone.
+
+    For every feature the difference of means and of frequencies, its effect size with an interval,
+    a test corrected for the number of features, and how much of it length and plain style explain.
+    """
+
+    store: Annotated[str, Argument(help="The store.")]
+    at: Annotated[str | None, _SITE] = None
+    model: Annotated[
+        str | None,
+        Option(
+            help="Where the store's model is now, whose tokeniser gives the texts. Default: the "
+            "path recorded in the store."
+        ),
+    ] = None
+    rate: Annotated[
+        float, Option(min=0, max=1, help="Share of false findings among the features found.")
+    ] = 0.05
+    top: Annotated[int, Option(min=1, help="Features in the table.")] = 20
+    labels: Annotated[str | None, _LABELS] = None
+    json: Annotated[bool, _JSON] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindConfig:
+    """Find the features of a kind of text: a language, a format, a tone.
+
+    The paper's two steps (section 5.3): the candidates by the largest activation on single tokens
+    of the target texts, then those whose mean activation over the whole target set is above the
+    background's. Writes a weights file for `fpo train --feature-weights`, with one group.
+    """
+
+    model: Annotated[
+        str, Option(help="The model: gemma-2-2b, gemma-2-9b, a hub id or a local folder.")
+    ]
+    layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
+    site: Annotated[str, Option(help="resid_post or mlp_out.")] = "resid_post"
+    sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
+    target: Annotated[
+        str,
+        Option(help="Texts of the kind: JSONL with text, with prompt and response, or pairs."),
+    ]
+    against: Annotated[
+        str | None,
+        Option(help="Texts that are not of the kind, in the same layouts, or a store."),
+    ] = None
+    limit: Annotated[int, Option(min=2, help="Read at most this many texts of each.")] = 256
+    candidates: Annotated[int, Option(min=1, help="Features that the first step keeps.")] = 50
+    rate: Annotated[
+        float, Option(min=0, max=1, help="Share of false findings among the features found.")
+    ] = 0.05
+    top: Annotated[int, Option(min=1, help="Features in the group at most.")] = 20
+    contexts: Annotated[int, Option(min=0, help="Contexts shown for each feature.")] = 2
+    group: Annotated[
+        str | None, Option(help="Name of the group. Default: that of the target file.")
+    ] = None
+    chat_template: Annotated[
+        str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
+    ] = None
+    labels: Annotated[str | None, _LABELS] = None
+    dtype: Annotated[str, Option(help="Dtype of the model: bfloat16 or float32.")] = "bfloat16"
+    packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
+    device: Annotated[str | None, _DEVICE] = None
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    out: Annotated[
+        str, Option(help="The weights file to write; a group is added to an existing one.")
+    ] = "features.yaml"
+    json: Annotated[bool, _JSON] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.site not in ("resid_post", "mlp_out"):
+            raise UserError(f"--site {self.site} is unknown", "use resid_post or mlp_out")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise UserError(f"--dtype {self.dtype} is unknown", "use bfloat16 or float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Show one feature of a store: how often it fires in chosen and rejected responses, the pairs
+    where it is largest, and the tokens it fires on, for which the reference is run."""
+
+    store: Annotated[str, Argument(help="The store.")]
+    feature: Annotated[int, Option(min=0, help="The feature's index.")]
+    at: Annotated[str | None, _SITE] = None
+    pairs: Annotated[int, Option(min=1, help="Pairs shown.")] = 5
+    contexts: Annotated[int, Option(min=0, help="Contexts shown; 0 does not load the model.")] = 5
+    labels: Annotated[str | None, _LABELS] = None
+    reference: Annotated[
+        str | None,
+        Option(help="Where the reference model is now. Default: the path recorded in the store."),
+    ] = None
+    sae: Annotated[str | None, _SAE] = None
+    device: Annotated[str | None, _DEVICE] = None
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    json: Annotated[bool, _JSON] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffConfig:
+    """What training did to the model, feature by feature, over the pairs that fpo eval measured.
+
+    Several runs stand side by side.
+    """
+
+    runs: Annotated[list[str], Argument(metavar="RUN", help="Folders of runs, evaluated.")]
+    at: Annotated[str | None, _SITE] = None
+    rate: Annotated[
+        float, Option(min=0, max=1, help="Share of false findings among the features found.")
+    ] = 0.05
+    top: Annotated[int, Option(min=1, help="Features in the table.")] = 20
+    contexts: Annotated[
+        int, Option(min=0, help="Contexts shown for each feature; 0 loads no model.")
+    ] = 1
+    labels: Annotated[str | None, _LABELS] = None
+    sae: Annotated[str | None, _SAE] = None
+    device: Annotated[str | None, _DEVICE] = None
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    json: Annotated[bool, _JSON] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig:
+    """Sample from a model with chosen features added or ablated, beside samples without."""
+
+    model: Annotated[
+        str, Option(help="The model: gemma-2-2b, gemma-2-9b, a run's final/, a hub id or a folder.")
+    ]
+    layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
+    site: Annotated[str, Option(help="resid_post or mlp_out.")] = "resid_post"
+    sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
+    add: Annotated[
+        list[str],
+        Option(
+            metavar="FEATURE=VALUE",
+            help="Add VALUE to the feature's activation at every position. Repeatable.",
+        ),
+    ] = field(default_factory=list)
+    ablate: Annotated[
+        list[int],
+        Option(metavar="FEATURE", help="Set the feature to 0 at every position. Repeatable."),
+    ] = field(default_factory=list)
+    prompt: Annotated[list[str], Option(help="A prompt. Repeatable.")] = field(default_factory=list)
+    prompts: Annotated[
+        str | None, Option(metavar="FILE", help="Prompts in a JSON or JSONL file, as in fpo eval.")
+    ] = None
+    limit: Annotated[int | None, Option(min=1, help="Use the first N prompts of the file.")] = None
+    temperature: Annotated[float, Option(min=0, help="Of the sampling; 0 is greedy.")] = 0.0
+    top_p: Annotated[float, Option(min=0, max=1, help="Nucleus sampling; 1 keeps all tokens.")] = (
+        1.0
+    )
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum tokens of an answer.")] = 64
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
+    chat_template: Annotated[
+        str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
+    ] = None
+    dtype: Annotated[str, Option(help="Dtype of the model: bfloat16 or float32.")] = "bfloat16"
+    device: Annotated[str | None, _DEVICE] = None
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    json: Annotated[bool, _JSON] = False
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.site not in ("resid_post", "mlp_out"):
+            raise UserError(f"--site {self.site} is unknown", "use resid_post or mlp_out")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise UserError(f"--dtype {self.dtype} is unknown", "use bfloat16 or float32")
+        if not (self.add or self.ablate):
+            raise UserError("no feature is named", "use --add FEATURE=VALUE or --ablate FEATURE")
+        if not (self.prompt or self.prompts):
+            raise UserError("no prompt is named", "use --prompt TEXT or --prompts FILE")
