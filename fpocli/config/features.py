@@ -1,7 +1,7 @@
 """The settings of fpo features: contrast, find, show, diff and steer."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -63,7 +63,9 @@ class FindConfig:
         str, Option(help="The model: gemma-2-2b, gemma-2-9b, a hub id or a local folder.")
     ]
     layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
-    site: Annotated[str, Option(help="resid_post or mlp_out.")] = "resid_post"
+    site: Annotated[Literal["resid_post", "mlp_out"], Option(help="Kind of the hook point.")] = (
+        "resid_post"
+    )
     sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
     target: Annotated[
         str,
@@ -87,7 +89,9 @@ class FindConfig:
         str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
     ] = None
     labels: Annotated[str | None, _LABELS] = None
-    dtype: Annotated[str, Option(help="Dtype of the model: bfloat16 or float32.")] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float32"], Option(help="Dtype of the model.")] = (
+        "bfloat16"
+    )
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     device: Annotated[str | None, _DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
@@ -98,10 +102,6 @@ class FindConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.site not in ("resid_post", "mlp_out"):
-            raise UserError(f"--site {self.site} is unknown", "use resid_post or mlp_out")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"--dtype {self.dtype} is unknown", "use bfloat16 or float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,9 @@ class SteerConfig:
         str, Option(help="The model: gemma-2-2b, gemma-2-9b, a run's final/, a hub id or a folder.")
     ]
     layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
-    site: Annotated[str, Option(help="resid_post or mlp_out.")] = "resid_post"
+    site: Annotated[Literal["resid_post", "mlp_out"], Option(help="Kind of the hook point.")] = (
+        "resid_post"
+    )
     sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
     add: Annotated[
         list[str],
@@ -189,17 +191,15 @@ class SteerConfig:
     chat_template: Annotated[
         str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
     ] = None
-    dtype: Annotated[str, Option(help="Dtype of the model: bfloat16 or float32.")] = "bfloat16"
+    dtype: Annotated[Literal["bfloat16", "float32"], Option(help="Dtype of the model.")] = (
+        "bfloat16"
+    )
     device: Annotated[str | None, _DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     json: Annotated[bool, _JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)
-        if self.site not in ("resid_post", "mlp_out"):
-            raise UserError(f"--site {self.site} is unknown", "use resid_post or mlp_out")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise UserError(f"--dtype {self.dtype} is unknown", "use bfloat16 or float32")
         if not (self.add or self.ablate):
             raise UserError("no feature is named", "use --add FEATURE=VALUE or --ablate FEATURE")
         if not (self.prompt or self.prompts):
