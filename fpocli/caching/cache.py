@@ -18,12 +18,11 @@ from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source, open_source
 from fpocli.features.encoder import SparseEncoder
-from fpocli.features.known_saes import default_saes
-from fpocli.features.pretrained import check_encoder, load_encoder
 from fpocli.features.site import Site
 from fpocli.model.language_model import LanguageModel, check_layers, load_model
 from fpocli.model.network import choose_device, read_config
 from fpocli.model.packing import default_packed_length
+from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues
@@ -67,7 +66,7 @@ def cache(config: CacheConfig) -> Store:
     model_config = read_config(folder)
     check_layers(model_config, sites)
     if sites and not config.sae:
-        config = replace(config, sae=_default_saes(folder, model_config, sites))
+        config = replace(config, sae=choose_default_saes(folder, model_config, sites))
     folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
     if not several:
         StoreWriter.require_replaceable(Path(config.out))
@@ -96,7 +95,7 @@ def _cache(
         config.max_prompt_length,
         DroppedRows(config.strict),
     )
-    encoders = _load_encoders(config, sites, model_config.hidden_size, device)
+    encoders = load_saes(list(config.sae), sites, model_config.hidden_size, device)
     identity = identify(config, device, folder, model_config, tokenizer, source, encoders)
 
     # -- token ids of all pairs, once ------------------------------------------------------------
@@ -180,23 +179,3 @@ def _pairs_done(store: StoreWriter) -> int:
 
 def _packed_length(config: CacheConfig, device: torch.device) -> int:
     return config.packed_length or default_packed_length(device)
-
-
-def _default_saes(folder: ModelFolder, model_config: Any, sites: list[Site]) -> list[str]:
-    with progress("Looking up SAEs", None):
-        found, model = default_saes(folder, model_config, sites)
-    of = "" if model == folder.source else f", the base model whose shape {folder.source} has"
-    say(f"SAE {', '.join(found)}, trained on {model}{of}")
-    return found
-
-
-def _load_encoders(
-    config: CacheConfig, sites: list[Site], width: int, device: torch.device
-) -> dict[str, SparseEncoder]:
-    encoders = {}
-    with progress("Loading SAEs", len(sites)) as bar:
-        for site, source in zip(sites, config.sae, strict=True):
-            encoders[str(site)] = encoder = load_encoder(source, device)
-            check_encoder(encoder, source, site, width)
-            bar.advance()
-    return encoders

@@ -20,10 +20,9 @@ from fpocli.features.site import Site
 from fpocli.model.language_model import FrozenReference, LanguageModel, load_model
 from fpocli.scoring.loading import (
     find_reference,
-    load_encoders,
     load_reference,
-    sae_sources,
 )
+from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import PairScores, score
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store

@@ -1,4 +1,4 @@
-"""The reference, tokeniser and SAEs that a store was made with: found again and checked."""
+"""The sites, reference and tokeniser that a store was made with: found again and checked."""
 
 import os
 from pathlib import Path
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 
 from fpocli.data.tokenizer import load_tokenizer, vocabulary_hash
-from fpocli.features.encoder import SparseEncoder
-from fpocli.features.pretrained import check_encoder, load_encoder
 from fpocli.features.site import Site
 from fpocli.model.language_model import FrozenReference, load_model
 from fpocli.store.reader import Store
@@ -33,6 +31,26 @@ def sites_of(store: Store, named: list[str]) -> list[Site]:
                 f"it has {', '.join(store.sites)}" if store.sites else "cache again with --layer",
             )
     return [Site.parse(name) for name in store.sites if name in named or not named]
+
+
+def one_site(store: Store, name: str | None) -> Site:
+    """The site of a store that a command looks at.
+
+    Args:
+        store: the store.
+        name: of the site; None for the store's only one.
+
+    Raises:
+        UserError: the store does not have it, or has several and none is named.
+    """
+    sites = sites_of(store, [name] if name else [])
+    if not sites:
+        raise UserError(f"{store.path} has no features", "cache again with --layer")
+    if len(sites) > 1:
+        raise UserError(
+            f"{store.path} has several sites", f"name one with --at: {', '.join(store.sites)}"
+        )
+    return sites[0]
 
 
 def check_k(store: Store, sites: list[Site], k: int) -> None:
@@ -155,52 +173,3 @@ def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
         )
     tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
     return tokenizer
-
-
-def sae_sources(store: Store, sites: list[Site], named: list[str]) -> dict[str, str]:
-    """Where the SAE of each site is: as named, in the order of the sites, or where it was.
-
-    Raises:
-        UserError: a local SAE is not found, or too few or too many are named.
-    """
-    names = [str(site) for site in sites]
-    sources = named or [
-        find_local(store, name, store.sites[name]["sae"]["source"], "--sae") for name in names
-    ]
-    if len(sources) != len(names):
-        raise UserError(
-            f"--sae is used {len(sources)} times for {len(names)} sites",
-            f"use --sae once for each of {', '.join(names)}" if names else "leave it out",
-        )
-    return dict(zip(names, sources, strict=True))
-
-
-def load_encoders(
-    store: Store, sites: list[Site], named: list[str], width: int, device: torch.device
-) -> dict[str, SparseEncoder]:
-    """The SAE of each site.
-
-    Args:
-        store: the store.
-        sites: of the store.
-        named: where the SAEs are now, in the order of the sites; empty is where they were.
-        width: d of the model.
-        device: where they run.
-
-    Raises:
-        UserError: one is missing, or is not the one that the store was made with.
-    """
-    encoders = {}
-    for site, source in sae_sources(store, sites, named).items():
-        encoder = load_encoder(source, device)
-        check_encoder(encoder, source, Site.parse(site), width)
-        about = store.sites[site]["sae"]
-        # Version 1.0 does not store the settings.
-        same = about.get("settings", encoder.settings) == encoder.settings
-        if not same or encoder.hash() != about["hash"]:
-            raise UserError(
-                f"the SAE {source} is not the one that {store.path} was made with at {site}",
-                "name the right one with --sae, or cache again",
-            )
-        encoders[site] = encoder
-    return encoders

@@ -17,11 +17,11 @@ from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import (
     check_k,
     find_reference,
-    load_encoders,
     load_reference,
     sites_of,
     tokenizer_of,
 )
+from fpocli.scoring.saes import load_encoders
 from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store

@@ -11,7 +11,8 @@ import torch
 from stores import cache_config, write_pairs
 
 from fpocli import InspectConfig, UserError, cache, inspect
-from fpocli.scoring.loading import find_reference, load_encoders, sites_of
+from fpocli.scoring.loading import find_reference, sites_of
+from fpocli.scoring.saes import load_encoders
 from fpocli.store.metadata import attributes, write_root
 from fpocli.store.reader import Store
 
