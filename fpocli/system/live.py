@@ -65,22 +65,20 @@ class _View:
     def _head(self, width: int) -> Table:
         bar = self.bar
         total = "" if bar.total is None else f"/{bar.total:,.0f}"
-        texts = [
-            (f"{int(bar.done):,}{total}", "progress.download"),
-            (str(timedelta(seconds=int(bar.seconds))), "progress.elapsed"),
-        ]
+        texts = [(str(timedelta(seconds=int(bar.seconds))), "progress.elapsed")]
+        if bar.done or total:
+            texts.insert(0, (f"{int(bar.done):,}{total}", "progress.download"))
         if (left := bar.left) is not None and not self.ended:
             texts.append((f"{duration(left)} left", "progress.remaining"))
-        cells = [Text(text, style) for text, style in texts]
         room = width - len(f"⠹ {bar.description} ") - sum(len(text) + 1 for text, _ in texts)
-        row: list[RenderableType] = [
-            Text(" ") if self.ended else self._spinner,
-            Text(bar.description),
-        ]
+        if room < 0:
+            texts = [(text, style) for text, style in texts if style != "progress.elapsed"]
+        first = Text(" ") if self.ended else self._spinner
+        row: list[RenderableType] = [first, Text(bar.description)]
         if room >= _NARROWEST:
             shape = ProgressBar(bar.total, bar.done, min(room, _WIDEST), pulse=bar.total is None)
             row.append(shape)
-        return _grid([*row, *cells])
+        return _grid([*row, *(Text(text, style) for text, style in texts)])
 
     def _sparklines(self, options: ConsoleOptions) -> Table:
         history = self.bar.history
