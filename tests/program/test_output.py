@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 import yaml
 from processes import Command, flags
-from runs import command, finish
+from runs import command, finish, read
 from stores import cache_config
 from terminal import STYLE, screens
 
@@ -30,7 +30,7 @@ def events(stderr: str) -> list[dict]:
 
 def test_training_on_a_terminal(material, store_path, tmp_path):
     process = Command(
-        *training(material, tmp_path / "run", epochs=4), columns=80, TERM="xterm", NO_COLOR="1"
+        *training(material, tmp_path / "run", epochs=10), columns=80, TERM="xterm", NO_COLOR="1"
     )
     assert process.wait(300) == 0, process.printed()
     written = process.messages()
@@ -40,14 +40,14 @@ def test_training_on_a_terminal(material, store_path, tmp_path):
     views = [one[-7:] for one in before if one and one[-1].startswith("  D ")]
     assert views
     for head, rates, *rows in views:
-        assert head.split()[1] == "Training" and "/20" in head and len(head) <= 80
+        assert head.split()[1] == "Training" and "/50" in head and len(head) <= 80
         assert rates.split()[1::2] == ["pairs/s", "tokens/s"]
         assert [row.split()[0] for row in rows] == ["loss", "u", "margin", "reward_accuracy", "D"]
-    logged = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    losses = {f"{line['loss']:.4g}" for line in logged if line["split"] == "train"}
+    logged = [line for line in read(tmp_path / "run") if line["split"] == "train"]
+    losses = {f"{line['loss']:.4g}" for line in logged}
     assert {view[2].split()[2] for view in views} <= losses
     assert [line.split()[0] for line in left[-3:-1]] == ["Training", left[-2].split()[0]]
-    assert "20/20" in left[-3] and left[-2].endswith(" tokens/s")
+    assert "50/50" in left[-3] and left[-2].endswith(" tokens/s")
     assert left[-1].startswith("the trained model is in")
 
 
@@ -83,7 +83,7 @@ def test_json_logs(material, store_path, tmp_path):
     found = events(done.stderr)
     assert done.returncode == 0 and done.stdout == ""
     (steps,) = (one for one in found if one.get("description") == "Training")
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-2])
+    last = read(out)[-2]
     for name in ("loss", "u", "margin", "reward_accuracy"):
         assert steps["metrics"][name] == last[name]
     distance = last["distance_chosen"] + last["distance_rejected"]
