@@ -47,7 +47,10 @@ class Bar:
             self._advance(done)
 
     def _advance(self, done: float) -> None:
-        self.done, self._last = done, time.monotonic()
+        # Fractions of a unit, such as those of micro-batches, add up to almost one.
+        whole = round(done)
+        self.done = whole if abs(done - whole) < 1e-6 else done
+        self._last = time.monotonic()
         self.when_changed()
 
     def show(self, values: dict[str, float]) -> None:

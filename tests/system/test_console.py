@@ -162,6 +162,14 @@ def test_rate_and_time_left(clock):
     assert bar.left is None
 
 
+def test_fractions_of_a_unit_add_up():
+    bar = bars.Bar("Training", 500)
+    for _ in range(500):
+        for _ in range(7):
+            bar.advance(1 / 7)
+    assert bar.done == 500 and bar.left is None
+
+
 def test_times_and_numbers_for_people():
     times = [bars.duration(seconds) for seconds in (0.4, 119, 120, 3569, 3570, 11_100, 360_000)]
     expected = ["0 s", "119 s", "2 min", "59 min", "1 h 00 min", "3 h 05 min", "100 h 00 min"]
