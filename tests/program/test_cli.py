@@ -88,6 +88,17 @@ def test_flags_are_the_fields():
         assert all(parameter.help for parameter in parameters)
 
 
+def test_every_command_can_be_quiet_or_print_json_lines():
+    program = typer.main.get_command(cli.app)
+    groups = [command for command in program.commands.values() if hasattr(command, "commands")]
+    commands = [*program.commands.values(), *groups[0].commands.values()]
+    assert len(groups) == 1 and len(commands) > 10
+    for command in commands:
+        if command not in groups:
+            found = {flag.name: flag.help for flag in command.params}
+            assert found["quiet"] and found["json_logs"], command.name
+
+
 @pytest.fixture
 def resolve(monkeypatch, tmp_path):
     """Returns the config that a command line, with a YAML file `c.yaml`, passes to the function."""
