@@ -1,6 +1,6 @@
 """What a store holds of b pairs, in memory: token ids and reference values.
 
-Shapes: b pairs, K kept features, m features of a site. Column 0 is chosen, column 1 rejected.
+Shapes: b pairs, K stored features, m features of a site. Column 0 is chosen, column 1 rejected.
 """
 
 from dataclasses import dataclass
