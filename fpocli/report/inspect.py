@@ -15,7 +15,6 @@ from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
 from fpocli.system.console import console
 from fpocli.system.errors import UserError
-from fpocli.system.model_folder import find_model
 
 # The paper's Figure 2 shows the 50 largest mean activations.
 _FIGURE_2 = 50
@@ -157,15 +156,13 @@ def describe_pair(store: Store, pair: int, model: str | None = None) -> dict[str
     Raises:
         UserError: there is no such pair, or the tokeniser is not found or another one.
     """
-    from fpocli.scoring.loading import find_model_of, tokenizer_of
+    from fpocli.scoring.loading import find_tokenizer
 
     if pair >= store.pairs:
         raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
     block, row = divmod(pair, store.block_size)
     tokens = store.tokens(block)
-    revision = None if model else store.meta["tokenizer"]["revision"]
-    source = model or find_model_of(store, "--model")
-    tokenizer = tokenizer_of(store, find_model(source, revision=revision, weights=False))
+    tokenizer = find_tokenizer(store, model)
     ids = tokens.pair(row)
     runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     shown: dict[str, Any] = {
