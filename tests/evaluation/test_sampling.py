@@ -55,9 +55,7 @@ def questions(*texts):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
-def test_entropy_is_that_of_the_policys_distribution(
-    material, tmp_path, prompts, family, temperature
-):
+def test_entropy_is_that_of_the_policys_distribution(material, tmp_path, family, temperature):
     """Each answer is scored by plain transformers by itself: no padding, no cache, no
     temperature."""
     folder = tiny.model_folder(tmp_path / "model", family)
@@ -81,7 +79,7 @@ def test_entropy_is_that_of_the_policys_distribution(
             assert turn["ids"] == chosen
 
 
-def test_tokens_are_drawn_from_the_policys_distribution(material, store_path, prompts):
+def test_tokens_are_drawn_from_the_policys_distribution(material, store_path):
     """The first token of 600 answers, against the softmax at the temperature."""
     store, temperature = Store.open(store_path), 0.5
     mouth = sampler(material / "policy", store)
@@ -131,7 +129,7 @@ def test_samples_of_other_settings_are_kept(material, store_path, tmp_path, prom
     evaluate(config(material, prompts, tmp_path / "out", seed=5, overwrite=True))
 
 
-def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tmp_path, prompts):
+def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tmp_path):
     """The tokeniser does not know chatml's <|im_end|>; a lone < is an ordinary character."""
     store = cache(cache_config(material, tmp_path / "ref.zarr", chat_template="chatml"))
     mouth = sampler(material / "policy", store)
@@ -142,7 +140,7 @@ def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tm
     assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0, 10))
 
 
-def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path, prompts):
+def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path):
     folder = shutil.copytree(material / "policy", tmp_path / "policy")
     about = {"repetition_penalty": 1.8, "do_sample": True, "temperature": 0.1}
     (folder / "generation_config.json").write_text(json.dumps(about))
@@ -164,7 +162,7 @@ def test_samples_of_another_template_are_not_reused(material, store_path, tmp_pa
         evaluate(config(material, prompts, tmp_path / "out"))
 
 
-def test_an_answer_ends_with_its_turn(material, store_path, prompts):
+def test_an_answer_ends_with_its_turn(material, store_path):
     mouth = sampler(material / "policy", Store.open(store_path))
     (end,) = mouth.ends[0]
     reply = mouth._reply([40, 41, end, 7, 7], [1.0, 2.0, 3.0, 50.0, 50.0])
@@ -176,7 +174,7 @@ def test_an_answer_ends_with_its_turn(material, store_path, prompts):
     assert reply["ids"] == [40, 41] and not reply["ended"] and reply["entropy"] == 1.5
 
 
-def test_the_second_turn_sees_the_first_answer(material, store_path, prompts):
+def test_the_second_turn_sees_the_first_answer(material, store_path):
     mouth = sampler(material / "policy", Store.open(store_path))
     talk = [Prompt(("say the cat", "and more"), {}), Prompt(("rat",), {})]
     first, second = mouth.answer(talk, 0, 0, 10)
@@ -202,7 +200,7 @@ def test_distinct_n_by_hand():
     assert diversity([turn(1)])["distinct_2"] is None
 
 
-def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path, prompts):
+def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path):
     store = Store.open(store_path)
     mouth = sampler(material / "policy", store)
     rows = [json.loads(line) for line in (material / "pairs.jsonl").read_text().splitlines()]
