@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from fpocli.config import DiffConfig
-from fpocli.display.single_features import show_diff
+from fpocli.display.feature_tables import show_diff
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.evaluation.feature_changes import FeatureChanges, read_changes
 from fpocli.features.site import Site

@@ -17,7 +17,8 @@ from fpocli.data.dropped import DroppedRows
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.texts import read_texts
-from fpocli.display.single_features import context_text, show_found
+from fpocli.display.contexts import context_text
+from fpocli.display.feature_tables import show_found
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.interpretation.activations import Peaks, peaks, token_activations
