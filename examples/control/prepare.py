@@ -42,8 +42,11 @@ def main() -> None:
     mixed = list(chain.from_iterable(zip(*pairs, strict=True)))
     _write(WORK / "pairs.jsonl", mixed)
     if not (WORK / "sae").is_dir():
-        texts = [{"prompt": "Please write a short text.", "chosen": row["text"]}
-                 for kind in (*KINDS, "neutral") for row in _rows(f"texts/{kind}.jsonl")]  # fmt: skip
+        texts = [
+            {"prompt": "Please write a short text.", "chosen": row["text"]}
+            for kind in (*KINDS, "neutral")
+            for row in _rows(f"texts/{kind}.jsonl")
+        ]
         answers = [
             {"prompt": row["prompt"], "chosen": row[side]}
             for row in mixed
