@@ -1,10 +1,10 @@
 """fpo features steer: samples with features added or ablated, beside samples without."""
 
 import json
+import shutil
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fpocli.config import SteerConfig
 from fpocli.data.dropped import DroppedRows
@@ -18,7 +18,7 @@ from fpocli.features.steering import Steering
 from fpocli.model.hook_point import changed_output
 from fpocli.model.network import check_layers, choose_device, load_network, read_config
 from fpocli.scoring.saes import choose_default_saes
-from fpocli.system.console import progress
+from fpocli.system.console import data_console, progress
 from fpocli.system.model_folder import find_model
 
 
@@ -69,7 +69,8 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        show_steering(result, Console(highlight=False, markup=False))
+        # The two texts of a prompt are broken to fit side by side.
+        show_steering(result, data_console(shutil.get_terminal_size().columns))
     return result
 
 
