@@ -76,9 +76,10 @@ def show_found(result: dict[str, Any], out: Console) -> None:
             f"{one['q']:.2g}",
         )
     out.print(table)
-    out.print("\nWhere they are largest")
-    for one in result["features"]:
-        show_contexts(one, out)
+    if any(one["contexts"] or one["label"] or one["page"] for one in result["features"]):
+        out.print("\nWhere they are largest")
+        for one in result["features"]:
+            show_contexts(one, out)
 
 
 def show_diff(result: dict[str, Any], out: Console) -> None:
