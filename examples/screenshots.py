@@ -1,0 +1,57 @@
+"""Runs SmolLM2 in the two ways the pages show, writes both pages and takes docs/images/*.png.
+
+    make screenshots
+
+Takes about fifteen minutes on two cores, and needs the browser of `make browser-check`.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+WORK = Path("demo/pages")
+MODEL, SAE, STORE = Path("demo/SmolLM2-135M-Instruct"), Path("demo/sae"), WORK / "ref.zarr"
+IMAGES = Path("docs/images")
+PAIRS, PROMPTS = "examples/preferences.jsonl", "examples/prompts.jsonl"
+SAMPLES = f"--generate {PROMPTS} --prompts 4 --max-new-tokens 48 --temperature 0"
+# By name of the picture: page, heading it begins at or None for the top, scheme, width.
+PICTURES = {
+    "store-light": ("store", None, "light", 1280),
+    "store-contrast": ("store", "contrast", "light", 1280),
+    "store-tokens": ("store", "examples", "dark", 1280),
+    "runs-dark": ("runs", None, "dark", 1280),
+    "runs-samples": ("runs", "samples", "light", 1280),
+    "runs-narrow": ("runs", None, "light", 390),
+}
+
+
+def main() -> None:
+    """Make what is missing, then both pages and the pictures."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    fpo(f"cache --model {MODEL} --layer 24 --sae {SAE} --data {PAIRS} --limit 160 --out {STORE}")
+    runs = {"fpo": "--method fpo", "dpo_norm": "--method dpo_norm"}
+    for name, method in runs.items():
+        fpo(
+            f"train --cache {STORE} {method} --lr 2e-5 --warmup 2 --batch-size 8 --eval-every 4 "
+            f"--measure-kl --no-activation-checkpointing --eval-fraction 0.2 --out {WORK / name}"
+        )
+    for name in runs:
+        fpo(f"eval {WORK / name} --cache {STORE} --reference {MODEL} {SAMPLES}")
+    before = f"--eval-fraction 0.2 --reference {MODEL} {SAMPLES} --out {WORK / 'reference'}"
+    fpo(f"eval {MODEL} --cache {STORE} {before}")
+    fpo(f"inspect {STORE} --html {WORK / 'store.html'} --feature {frequent_feature()}")
+    folders = " ".join(str(WORK / name) for name in ("reference", *runs))
+    fpo(f"report {folders} --html {WORK / 'runs.html'}")
+    take_pictures()
+
+
+def fpo(command: str) -> None:
+    """Run a command of fpo as a user would."""
+    print(f"$ fpo {command}", flush=True)
+    subprocess.run([sys.executable, "-m", "fpocli", *shlex.split(command)], check=True)
+
+
+if __name__ == "__main__":
+    main()
