@@ -37,27 +37,29 @@ def curves(lines: list[Curve], name: str, label: str, y_axis: str) -> str:
             style: dict[str, Any] = dashed if line.sparse else {"linewidth": 1.3}
             axis.plot(line.x, line.y, color=COLOURS[line.series], **style)
         axis.set(xlabel="step", ylabel=y_axis)
+        axis.locator_params(axis="x", integer=True)
         axis.ticklabel_format(axis="y", scilimits=(-3, 4))
 
     return inline_chart(draw, name, label)
 
 
 def histogram(
-    edges: list[float], counts: list[list[int]], name: str, label: str, axes: tuple[str, str]
+    edges: list[float], counts: list[list[int] | None], name: str, label: str, axes: tuple[str, str]
 ) -> str:
     """Counts between the same edges, one outline per series.
 
     Args:
         edges: of the bins, one more than there are counts.
-        counts: by series.
+        counts: by series; None for one that is not there.
         name, label: as for `inline_chart`.
         axes: names of both axes.
     """
 
     def draw(axis: Any) -> None:
         for series, values in enumerate(counts):
-            axis.stairs(values, edges, color=COLOURS[series], fill=True, alpha=0.18)
-            axis.stairs(values, edges, color=COLOURS[series], linewidth=1.3)
+            if values is not None:
+                axis.stairs(values, edges, color=COLOURS[series], fill=True, alpha=0.18)
+                axis.stairs(values, edges, color=COLOURS[series], linewidth=1.3)
         axis.set(xlabel=axes[0], ylabel=axes[1])
 
     return inline_chart(draw, name, label)
