@@ -58,7 +58,7 @@ def number(value: float | None, form: str = ",") -> Markup:
     return Markup('<data value="{}">{}</data>').format(repr(value), f"{value:{form}}")
 
 
-def link(text: str, address: str | None) -> Markup:
+def link(text: str | int, address: str | None) -> Markup:
     """Text, as a link if the address is one of a feature's page at Neuronpedia."""
     if address is None or not address.startswith(_LINKS):
         return escape(text)

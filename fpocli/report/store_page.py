@@ -11,9 +11,10 @@ import numpy as np
 from markupsafe import Markup
 
 from fpocli.caching.open_store import dropped_file
-from fpocli.config import InspectConfig
+from fpocli.config import ContrastConfig, InspectConfig
 from fpocli.display.page import write_page
 from fpocli.display.page_charts import chosen_against_rejected, effects, histogram, ranked
+from fpocli.interpretation.contrast import FEWEST_PAIRS, contrast_store
 from fpocli.report.describe import describe, describe_pair
 from fpocli.report.feature_tokens import add_feature
 from fpocli.scoring.loading import find_tokenizer
@@ -49,7 +50,7 @@ def describe_for_page(store: Store, config: InspectConfig) -> dict[str, Any]:
         "dropped_rows": _dropped_rows(dropped_file(store.path)),
         "length_histogram": _length_histogram(store),
         "frequencies": {site: _frequencies(store, site) for site in _complete_sites(store)},
-        "contrast": {},
+        "contrast": _contrasts(store, tokenizer),
     }
     if config.feature is not None:
         return shown | add_feature(store, config, tokenizer)
@@ -111,6 +112,15 @@ def _frequencies(store: Store, site: str) -> dict[str, Any]:
         },
         "points": np.round(places, 3).T.tolist(),
     }
+
+
+def _contrasts(store: Store, tokenizer: Any) -> dict[str, Any]:
+    """What `fpo features contrast` gives, by site; {} for a store with too few pairs for it."""
+    sites = _complete_sites(store)
+    if not sites or store.scored < FEWEST_PAIRS:
+        return {}
+    like = ContrastConfig(store=str(store.path))
+    return {site: contrast_store(store, site, tokenizer, like.rate, like.top) for site in sites}
 
 
 def _examples_by_margin(store: Store) -> list[int]:
