@@ -25,10 +25,11 @@ def inline_svg(document: str, name: str, label: str) -> str:
         label: what the chart shows, for screen readers.
     """
     root = ElementTree.fromstring(document)
-    for part in ("metadata", "defs"):
-        # The style sheet among these would hold for the whole page; page.css has its rule.
-        for child in root.findall(f"{{{_SVG}}}{part}"):
-            root.remove(child)
+    # The style sheet would hold for the whole page; page.css has its rule.
+    for parent, part in ((".", "metadata"), (f"{{{_SVG}}}defs", "style")):
+        for found in root.findall(parent):
+            for child in found.findall(f"{{{_SVG}}}{part}"):
+                found.remove(child)
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)
     root.attrib |= {"role": "img", "aria-label": label, "class": "chart"}
