@@ -5,16 +5,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# Columns; a narrower terminal wraps the lines.
-_WITH_LABELS = 120
-
 
 def show_contrast(shown: dict[str, Any], out: Console) -> None:
     """Print the result of interpretation.contrast.contrast_store."""
     out.print(
         f"{shown['store']}, {shown['site']}, {shown['pairs']:,} pairs\n"
         f"Of {shown['d_sae']:,} features, {shown['tested']:,} differ in some pair; "
-        f"{shown['found']:,} are found, of which {shown['rate']:.0%} may be false."
+        f"{shown['found']:,} are found at a false discovery rate of {shown['rate']:.2g}."
     )
     if (share := shown["stored_share"]) is not None:
         out.print(f"The store has {share:.1%} of the sum of all pooled features.")
@@ -38,8 +35,6 @@ def show_contrast(shown: dict[str, Any], out: Console) -> None:
     table = Table(box=None, header_style="")
     for head in ("feature", "> 0", "difference", "effect", "q", "length", "style"):
         table.add_column(head, no_wrap=True)
-    if labelled := any(row["label"] for row in shown["features"]):
-        table.add_column("label")
     for row in shown["features"]:
         table.add_row(
             str(row["feature"]),
@@ -48,9 +43,17 @@ def show_contrast(shown: dict[str, Any], out: Console) -> None:
             _effect(row),
             f"{row['q']:.2g}" if row["q"] else "<1e-300",
             *(_left(row[f"at_equal_{name}"]) for name in ("length", "style")),
-            *([row["label"]] if labelled else []),
         )
-    out.print(table, width=max(out.width, _WITH_LABELS))
+    out.print(table)
+    show_labels(shown["features"], out)
+
+
+def show_labels(rows: list[dict[str, Any]], out: Console) -> None:
+    """Print the label and the Neuronpedia page of each feature that has one of them."""
+    if known := [row for row in rows if row["label"] or row["page"]]:
+        out.print("\nNeuronpedia")
+    for row in known:
+        out.print(f" {row['feature']:<7}", *filter(None, (row["label"], row["page"])), sep="  ")
 
 
 def _left(about: dict[str, Any]) -> str:

@@ -45,6 +45,12 @@ class SparseEncoder:
         names = ("apply_b_dec_to_input", "normalize_activations", "reshape_activations", "k")
         return {name: getattr(self.sae.cfg, name) for name in names if hasattr(self.sae.cfg, name)}
 
+    @property
+    def neuronpedia(self) -> str | None:
+        """The SAE's id at Neuronpedia, such as gemma-2-2b/25-gemmascope-res-16k, if it is known."""
+        known = self.sae.cfg.metadata.neuronpedia_id
+        return known if isinstance(known, str) else None
+
     def hash(self) -> str:
         """sha256 over the encoder's parameters, in the order of their names."""
         digest = hashlib.sha256(self.architecture.encode())

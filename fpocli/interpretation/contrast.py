@@ -162,14 +162,10 @@ def _style(store: Store, tokenizer: Any) -> np.ndarray:
             tokens = store.tokens(block)
             for row in _scored(store, block):
                 pair = tokens.pair(row)
-                measured.append(
-                    [
-                        measure_style(
-                            tokenizer.decode(ids.tolist(), skip_special_tokens=True), len(ids)
-                        )
-                        for ids in (pair.chosen, pair.rejected)
-                    ]
-                )
+                sides = [list(ids) for ids in (pair.chosen, pair.rejected)]
+                texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sides]
+                lengths = map(len, sides)
+                measured.append([*map(measure_style, texts, lengths)])
             bar.advance(len(tokens))
     return np.array(measured, float)
 

@@ -29,9 +29,7 @@ class EqualStyle:
         """
         # A constant column cannot be told from the intercept, which then includes it.
         varies = np.ptp(style, axis=0) > 0
-        design = np.column_stack(
-            [np.ones(len(style)), style[:, varies] / style[:, varies].std(0)]
-        )
+        design = np.column_stack([np.ones(len(style)), style[:, varies] / style[:, varies].std(0)])
         basis, sizes, directions = np.linalg.svd(design, full_matrices=False)
         kept = sizes > sizes[0] * len(style) * np.finfo(float).eps
         self._basis = basis[:, kept]

@@ -63,8 +63,10 @@ def _lines(path: str) -> Iterator[bytes]:
         most = _MOST_EXPANSION * Path(path).stat().st_size
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
             while line := file.readline(_LONGEST_LINE):
-                if len(line) == _LONGEST_LINE or file.tell() > most:
-                    raise UserError(f"{path} has a line, or expands to a size, that is absurd", _HINT)
+                if len(line) == _LONGEST_LINE:
+                    raise UserError(f"{path} has a line of over {_LONGEST_LINE:,} bytes", _HINT)
+                if file.tell() > most:
+                    raise UserError(f"{path} expands more than {_MOST_EXPANSION} times", _HINT)
                 yield line
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{path} is damaged: {error}", "download it again") from error
