@@ -6,7 +6,6 @@ Takes about fifteen minutes on two cores, and needs the browser of `make browser
 """
 
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path

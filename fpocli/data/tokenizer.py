@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -67,28 +66,6 @@ def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[i
         elif part:
             ids += encode(tokenizer, [part], add_special_tokens=False)[0]
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; joined they are the text of all.
-
-    A token that ends inside a character adds "", and the one that completes it adds the character.
-
-    Raises:
-        UserError: the tokeniser is one of those in plain Python, which cannot do this.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokeniser of {tokenizer.name_or_path} does not tell single tokens apart",
-            "leave out --feature, or use a model with a tokenizer.json",
-        )
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=False)
-    texts = [stream.step(tokenizer.backend_tokenizer, int(one)) or "" for one in ids]
-    # The last character may be incomplete.
-    texts[-1] += tokenizer.decode(list(ids))[len("".join(texts)) :]
-    return texts
 
 
 @lru_cache(maxsize=4)

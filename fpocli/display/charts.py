@@ -19,7 +19,7 @@ COLOURS = ("#2a6f97", "#c8553d")
 # The paper shows the 50 largest mean activations.
 _SHOWN = 50
 # Text stays text, is never read as mathematics, and has the page's colours.
-_INLINE = {
+_INLINE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "axes.spines.top": False,

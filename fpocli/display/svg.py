@@ -26,9 +26,9 @@ def inline_svg(document: str, name: str, label: str) -> str:
     """
     root = ElementTree.fromstring(document)
     # The style sheet would hold for the whole page; page.css has its rule.
-    for parent, part in ((".", "metadata"), (f"{{{_SVG}}}defs", "style")):
+    for parent, tag in ((".", "metadata"), (f"{{{_SVG}}}defs", "style")):
         for found in root.findall(parent):
-            for child in found.findall(f"{{{_SVG}}}{part}"):
+            for child in found.findall(f"{{{_SVG}}}{tag}"):
                 found.remove(child)
     for size in ("width", "height", "version"):
         root.attrib.pop(size, None)

@@ -51,9 +51,7 @@ def report_runs(config: ReportConfig) -> dict[str, Any]:
         raise UserError(
             f"{len(config.runs)} runs are too many for one chart", f"name at most {SERIES}"
         )
-    with progress("Reading the runs", len(config.runs)) as bar:
-        shown = describe_runs(config.runs)
-        bar.advance(len(config.runs))
+    shown = describe_runs(config.runs)
     write_runs_page(shown, Path(config.html))
     if config.json:
         print(json.dumps(shown, indent=2))
@@ -70,7 +68,8 @@ def describe_runs(named: list[str]) -> dict[str, Any]:
         plain values for JSON. Lists by run are in the order of `runs`: evaluations of models that
         fpo did not train first, as they are what the runs began with.
     """
-    found = [_read(name) for name in named]
+    with progress("Reading the runs", None):
+        found = [_read(name) for name in named]
     found.sort(key=lambda run: run["settings"] is not None)
     for run, name in zip(found, _names([run["path"] for run in found]), strict=True):
         run["name"] = name
@@ -99,7 +98,7 @@ def _read(name: str) -> dict[str, Any]:
             "name a folder with run.json, or with eval.json",
         )
     result = read_json(evaluated / "eval.json") if evaluated else None
-    if evaluated and not (isinstance(result, dict) and _EVALUATED <= result.keys()):
+    if evaluated and not (isinstance(result, dict) and result.keys() >= _EVALUATED):
         raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
     if folder is not None:

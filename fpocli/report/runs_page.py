@@ -66,9 +66,7 @@ def write_runs_page(shown: dict[str, Any], file: Path) -> None:
         **({"samples": "Samples"} if shown["samples"] else {}),
         "settings": "All settings",
     }
-    write_page(
-        file, "runs.html", contents=contents, report=shown, charts=charts, margins=margins
-    )
+    write_page(file, "runs.html", contents=contents, report=shown, charts=charts, margins=margins)
     console.print(f"the page is in {file}")
 
 

@@ -16,7 +16,7 @@ from fpocli.display.page import write_page
 from fpocli.display.page_charts import chosen_against_rejected, effects, histogram, ranked
 from fpocli.interpretation.contrast import FEWEST_PAIRS, contrast_store
 from fpocli.report.describe import describe, describe_pair
-from fpocli.report.feature_tokens import add_feature
+from fpocli.report.feature_tokens import describe_feature_pairs
 from fpocli.scoring.loading import find_tokenizer
 from fpocli.store.reader import Store
 from fpocli.system.console import console, progress
@@ -53,7 +53,7 @@ def describe_for_page(store: Store, config: InspectConfig) -> dict[str, Any]:
         "contrast": _contrasts(store, tokenizer),
     }
     if config.feature is not None:
-        return shown | add_feature(store, config, tokenizer)
+        return shown | describe_feature_pairs(store, config, config.feature, tokenizer)
     with progress("Reading example pairs", None):
         chosen = _examples_by_margin(store)
         examples = [describe_pair(store, pair, tokenizer) for pair in chosen]

@@ -5,18 +5,26 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
+import torch
 from pages import HOSTILE, NAME, Page, contrast, numbers, rgb, shown_number
+from stores import contents
 
 import fpocli
 from fpocli import InspectConfig, UserError
 from fpocli.report.describe import describe
 
+SITE = "layer_3.resid_post"
 NAMES = ["store", "feature", "hostile", "hostile-feature", "runs"]
 ELEMENTS = set(
-    "html head meta title style body div header nav ul li a main footer h1 h2 h3 h4 p span strong "
-    "code bdi data figure figcaption details summary table thead tbody tr th td "
-    "svg g path defs use text clippath rect".split()
+    re.findall(
+        r"\w+",
+        "html head meta title style body div header nav ul li a main footer h1 h2 h3 h4 p span "
+        "strong code bdi data figure figcaption details summary table thead tbody tr th td "
+        "svg g path defs use text clippath rect",
+    )
 )
 TEMPLATES = Path(fpocli.__file__).parent / "display/templates"
 
@@ -148,3 +156,45 @@ def test_settings_that_make_no_page_are_refused(store_path, tmp_path):
     # A third of the tiny SAE's features never fires.
     with pytest.raises(UserError, match="feature 3 is not among the stored features"):
         fpocli.inspect(replace(config, html=page, feature=3))
+
+
+def test_tokens_are_shaded_by_plain_transformers_and_sae_lens(pages, store_path):
+    """Each sequence alone: the state of the last layer at a token, encoded by sae-lens."""
+    shown, arrays = pages["feature"][1], contents(store_path)
+    network, sae = tiny.network("gemma2"), tiny.sae()
+    features = arrays[f"features/{SITE}/index"], arrays[f"features/{SITE}/value"]
+    pooled = np.where(features[0] == 4, features[1], 0).max((1, 2))
+    expected_pairs = np.argsort(-pooled, kind="stable")[:5].tolist()
+    assert [pair["pair"] for pair in shown["examples"]] == expected_pairs
+    highest = []
+    for pair in shown["examples"]:
+        start, chosen, rejected, end = arrays["spans"][pair["pair"]].tolist()
+        tokens = torch.tensor(arrays["tokens"].astype(np.int64))
+        for name, first, last in (("chosen", chosen, rejected), ("rejected", rejected, end)):
+            states = []
+            hook = network.model.norm.register_forward_pre_hook(
+                lambda module, inputs, states=states: states.append(inputs[0])
+            )
+            with torch.no_grad():
+                network(torch.cat([tokens[start:chosen], tokens[first:last]])[None])
+            hook.remove()
+            values = sae.encode(states[0][0, chosen - start - 1 : -1])[:, 4].tolist()
+            pieces = pair["pieces"]
+            assert "".join(piece["text"] for piece in pieces[name]) == pair["text"][name]
+            assert pieces["prompt"][-1]["value"] == pytest.approx(values[0], abs=1e-4)
+            assert not any(piece["value"] for piece in pieces["prompt"][:-1])
+            # The pairs have no character of several tokens, and no end of a response is scored.
+            seen = [piece["value"] for piece in pieces[name]]
+            assert seen == pytest.approx([*values[1:], 0], abs=1e-4)
+            highest += values
+    assert shown["feature"]["largest"] == pytest.approx(max(highest), abs=1e-4)
+
+
+def test_the_pieces_of_a_character_are_shown_together(pages):
+    shown = pages["hostile-feature"][1]
+    parts = [part for pair in shown["examples"] for part in pair["pieces"].items()]
+    assert any(ord(piece["text"][0]) > 0xFFFF for _, part in parts for piece in part)
+    for pair in shown["examples"]:
+        for name, part in pair["pieces"].items():
+            assert "".join(piece["text"] for piece in part) == pair["text"][name]
+            assert not any("\ufffd" in piece["text"] for piece in part)

@@ -16,7 +16,7 @@ NAME = "<img src=x onerror=alert(1)>\"'&amp;`"
 HOSTILE = [
     "<script>alert(1)</script>",
     "</style></script></textarea></title><svg onload=alert(2)>",
-    "\" onmouseover=\"alert(3)\" x='y",
+    '" onmouseover="alert(3)" x=\'y',
     "]]> --> {{ 7 * 7 }} {% raw %} &amp; &lt; &#39;",
     "[here](javascript:alert(4)) javascript:alert(5) <a href=javascript:alert(6)>x</a>",
     "\u202eright to left\u202c مرحبا שלום",
