@@ -6,9 +6,17 @@ Takes about fifteen minutes on two cores, and needs the browser of `make browser
 """
 
 import shlex
+import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from fpocli import ContrastConfig, contrast
 
 WORK = Path("demo/pages")
 MODEL, SAE, STORE = Path("demo/SmolLM2-135M-Instruct"), Path("demo/sae"), WORK / "ref.zarr"
@@ -16,7 +24,7 @@ IMAGES = Path("docs/images")
 PAIRS, PROMPTS = "examples/preferences.jsonl", "examples/prompts.jsonl"
 SAMPLES = f"--generate {PROMPTS} --prompts 4 --max-new-tokens 48 --temperature 0"
 # By name of the picture: page, heading it begins at or None for the top, scheme, width.
-PICTURES = {
+PICTURES: dict[str, Any] = {
     "store-light": ("store", None, "light", 1280),
     "store-contrast": ("store", "contrast", "light", 1280),
     "store-tokens": ("store", "examples", "dark", 1280),
@@ -40,10 +48,31 @@ def main() -> None:
         fpo(f"eval {WORK / name} --cache {STORE} --reference {MODEL} {SAMPLES}")
     before = f"--eval-fraction 0.2 --reference {MODEL} {SAMPLES} --out {WORK / 'reference'}"
     fpo(f"eval {MODEL} --cache {STORE} {before}")
-    fpo(f"inspect {STORE} --html {WORK / 'store.html'} --feature {frequent_feature()}")
+    fpo(f"inspect {STORE} --html {WORK / 'store.html'} --feature {separating_feature()}")
     folders = " ".join(str(WORK / name) for name in ("reference", *runs))
     fpo(f"report {folders} --html {WORK / 'runs.html'}")
     take_pictures()
+
+
+def separating_feature() -> int:
+    """The feature that separates chosen from rejected responses best."""
+    return contrast(ContrastConfig(store=str(STORE), top=1))["features"][0]["feature"]
+
+
+def take_pictures() -> None:
+    """Every picture of PICTURES, 1,100 pixels high."""
+    IMAGES.mkdir(exist_ok=True)
+    program = shutil.which("chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for name, (page, heading, scheme, width) in PICTURES.items():
+            tab = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 1100})
+            part = f"#{heading}" if heading else ""
+            tab.goto((WORK / f"{page}.html").resolve().as_uri() + part)
+            picture = Image.open(BytesIO(tab.screenshot()))
+            # Few colours are in use, so a palette of 256 makes the file a third as large.
+            picture.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
+        browser.close()
 
 
 def fpo(command: str) -> None:

@@ -46,6 +46,8 @@ def evaluation_table(results: Results) -> list[dict[str, Any]]:
     for site in dict.fromkeys(site for one in results for site in (one or {}).get("distance", {})):
         title = f"Distance D at {site}, SAE unit²"
         groups.append(_group(title, _SIDES, results, "distance", site))
+    for name in dict.fromkeys(name for one in results for name in (one or {}).get("groups", {})):
+        groups.append(_group(f"D of the group {name}, SAE unit²", _SIDES, results, "groups", name))
     for unit, key in (("nats", "kl"), ("nats per token", "kl_per_token")):
         groups.append(_group(f"Sequential KL, {unit}", _SIDES, results, key))
     groups += _sampled(results)

@@ -77,7 +77,8 @@ def _curve_charts(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[tupl
     for name in found:
         if name.startswith("group."):
             caption = name.removeprefix("group.").replace(".", ", ").replace("_", " ")
-            headings.setdefault(_GROUPS, {})[name] = caption, "SAE unit²"
+            unit = "share of D" if ".share_" in name else "SAE unit²"
+            headings.setdefault(_GROUPS, {})[name] = caption, unit
         elif name not in known:
             headings.setdefault(_OTHER, {})[name] = name, "value"
     charts: dict[str, list[tuple[str, Markup]]] = {}
