@@ -19,10 +19,12 @@ from playwright.sync_api import sync_playwright
 from fpocli import ContrastConfig, contrast
 
 WORK = Path("demo/pages")
-MODEL, SAE, STORE = Path("demo/SmolLM2-135M-Instruct"), Path("demo/sae"), WORK / "ref.zarr"
+MODEL, SAE = Path("demo/SmolLM2-135M-Instruct"), Path("demo/sae")
+# Many pairs to look at, few to train on.
+STORE, SMALL = WORK / "ref.zarr", WORK / "small.zarr"
 IMAGES = Path("docs/images")
 PAIRS, PROMPTS = "examples/preferences.jsonl", "examples/prompts.jsonl"
-SAMPLES = f"--generate {PROMPTS} --prompts 4 --max-new-tokens 48 --temperature 0"
+SAMPLES = f"--generate {PROMPTS} --prompts 3 --max-new-tokens 40 --temperature 0"
 # By name of the picture: page, heading it begins at or None for the top, scheme, width.
 PICTURES: dict[str, Any] = {
     "store-light": ("store", None, "light", 1280),
@@ -37,17 +39,19 @@ PICTURES: dict[str, Any] = {
 def main() -> None:
     """Make what is missing, then both pages and the pictures."""
     WORK.mkdir(parents=True, exist_ok=True)
-    fpo(f"cache --model {MODEL} --layer 24 --sae {SAE} --data {PAIRS} --limit 160 --out {STORE}")
+    for store, limit in ((STORE, 160), (SMALL, 32)):
+        data = f"--data {PAIRS} --limit {limit} --out {store}"
+        fpo(f"cache --model {MODEL} --layer 24 --sae {SAE} {data}")
     runs = {"fpo": "--method fpo", "dpo_norm": "--method dpo_norm"}
     for name, method in runs.items():
         fpo(
-            f"train --cache {STORE} {method} --lr 2e-5 --warmup 2 --batch-size 8 --eval-every 4 "
-            f"--measure-kl --no-activation-checkpointing --eval-fraction 0.2 --out {WORK / name}"
+            f"train --cache {SMALL} {method} --lr 2e-5 --warmup 2 --batch-size 2 --eval-every 4 "
+            f"--measure-kl --no-activation-checkpointing --eval-fraction 0.25 --out {WORK / name}"
         )
     for name in runs:
-        fpo(f"eval {WORK / name} --cache {STORE} --reference {MODEL} {SAMPLES}")
-    before = f"--eval-fraction 0.2 --reference {MODEL} {SAMPLES} --out {WORK / 'reference'}"
-    fpo(f"eval {MODEL} --cache {STORE} {before}")
+        fpo(f"eval {WORK / name} --cache {SMALL} --reference {MODEL} {SAMPLES}")
+    before = f"--eval-fraction 0.25 --reference {MODEL} {SAMPLES} --out {WORK / 'reference'}"
+    fpo(f"eval {MODEL} --cache {SMALL} {before}")
     fpo(f"inspect {STORE} --html {WORK / 'store.html'} --feature {separating_feature()}")
     folders = " ".join(str(WORK / name) for name in ("reference", *runs))
     fpo(f"report {folders} --html {WORK / 'runs.html'}")
