@@ -136,6 +136,9 @@ class DiffConfig:
     """
 
     runs: Annotated[list[str], Argument(metavar="RUN", help="Folders of runs, evaluated.")]
+    cache: Annotated[
+        str | None, Option(help="The store, for contexts. Default: the path that fpo eval noted.")
+    ] = None
     at: Annotated[str | None, _SITE] = None
     rate: Annotated[
         float, Option(min=0, max=1, help="Share of false findings among the features found.")

@@ -55,8 +55,11 @@ def read_texts(data: str, limit: int) -> list[TextPair]:
         count += 1
         # A text with the same prompt becomes the second response.
         other = waiting.pop(str(pair.prompt), None)
-        if other is None or other.chosen == pair.chosen:
+        if other is None:
             waiting[str(pair.prompt)] = pair
+        elif other.chosen == pair.chosen:
+            # A pair of equal responses would be dropped.
+            found += [(other, 1), (pair, 1)]
         else:
             found.append((replace(other, rejected=pair.chosen), 2))
     found += [(pair, 1) for pair in waiting.values()]

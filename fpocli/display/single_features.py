@@ -96,6 +96,43 @@ def show_feature(result: dict[str, Any], out: Console) -> None:
             out.print(f"{place:>14} {found['peak']:>8.3g}  {context_text(found)}")
 
 
+def show_diff(result: dict[str, Any], out: Console) -> None:
+    """Print the result of interpretation.diff."""
+    out.print(
+        f"Change of the mean activation from the reference to the policy at {result['site']}, over "
+        f"{result['pairs']:,} pairs"
+    )
+    table = Table("run", "", "rose", "fell", "sum of squares", box=None, header_style="")
+    for number, run in enumerate(result["runs"], 1):
+        table.add_row(
+            f"{number}  {run['run']}", run["method"] or "", f"{run['rose']:,}", f"{run['fell']:,}",
+            f"{run['mean_square']:.4g}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(f"(rose and fell beyond noise: at most {result['rate']:.0%} of them by chance)\n")
+    several = len(result["runs"]) > 1
+    own = ["chosen", "rejected", "q"] if not several else []
+    changes = [f"change in {number}" for number in range(1, len(result["runs"]) + 1)]
+    table = Table(
+        "feature", "before", *(changes if several else ["change"]), *own, box=None, header_style=""
+    )
+    for row in result["features"]:
+        first = row["runs"][0]
+        cells = [str(row["feature"]), f"{first['before']:.3g}"]
+        for one in row["runs"]:
+            beyond = " *" if one["q"] <= result["rate"] else ""
+            cells.append(f"{one['mean']:+.3g} ± {one['error']:.2g}{beyond}")
+        if not several:
+            cells += [f"{first['chosen']:+.3g}", f"{first['rejected']:+.3g}", f"{first['q']:.2g}"]
+        table.add_row(*cells)
+    out.print(table)
+    out.print("± is the standard error over pairs; * marks a change beyond noise")
+    if any(row["contexts"] or row["label"] for row in result["features"]):
+        out.print("\nTokens they fire on, where they changed most")
+        for row in result["features"]:
+            _show_contexts(row, out)
+
+
 def _show_contexts(one: dict[str, Any], out: Console) -> None:
     """A feature's label, address and contexts."""
     about = [text for text in (one.get("label"), one.get("page")) if text]

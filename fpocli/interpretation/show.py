@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from fpocli.config import ShowConfig
-from fpocli.data.pairs import TokenPair
 from fpocli.display.single_features import show_feature
 from fpocli.features.site import Site
 from fpocli.features.top_features import TopFeatures
@@ -152,7 +151,7 @@ def _contexts(
     check_against_transformers(model, store.tokens(0))
     named = [config.sae] if config.sae else []
     (encoder,) = load_encoders(store, [site], named, model.config.hidden_size, device).values()
-    pairs = [pair_of(store, one["pair"]) for one in largest]
+    pairs = [store.pair(one["pair"]) for one in largest]
     length = default_packed_length(device)
     found = token_activations(model, encoder, pairs, [config.feature], length)
     contexts = []
@@ -160,9 +159,3 @@ def _contexts(
         side = _SIDES.index(one["side"])
         contexts.append({"pair": one["pair"], **context(tokenizer, pair, side, values[side][:, 0])})
     return contexts
-
-
-def pair_of(store: Store, number: int) -> TokenPair:
-    """The token ids of a pair by its number in the store."""
-    block, row = divmod(number, store.block_size)
-    return store.tokens(block).pair(row)

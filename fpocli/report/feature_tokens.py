@@ -14,7 +14,7 @@ from fpocli.data.pairs import TokenIds, TokenPair
 from fpocli.features.site import Site
 from fpocli.interpretation.activations import token_activations
 from fpocli.interpretation.contexts import pieces
-from fpocli.interpretation.show import describe_feature, pair_of
+from fpocli.interpretation.show import describe_feature
 from fpocli.model.language_model import load_model
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
@@ -62,7 +62,7 @@ def describe_feature_pairs(
             "choose one that `fpo inspect` lists",
         )
     numbers = [one["pair"] for one in largest]
-    pairs = [pair_of(store, number) for number in numbers]
+    pairs = [store.pair(number) for number in numbers]
     values = _activations(store, config, site, feature, pairs)
     examples = [
         describe_pair(store, number, tokenizer) | {"pieces": _pieces(tokenizer, pair, sides)}

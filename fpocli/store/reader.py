@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.array_reader import BROKEN, ArrayReader
 from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
@@ -166,6 +167,11 @@ class Store(ArrayReader):
             raise self._damaged("spans", block, "they do not describe token ids")
         ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
+
+    def pair(self, number: int) -> TokenPair:
+        """The token ids of a pair by its number in the store."""
+        block, row = divmod(number, self.block_size)
+        return self.tokens(block).pair(row)
 
     def reference(self, block: int, tokens: TokenPairs) -> ReferenceValues:
         """The reference values of a block.
