@@ -17,6 +17,7 @@ from fpocli.display.svg import SERIES
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.evaluation.measure import read_measurements
 from fpocli.evaluation.summary import per_pair
+from fpocli.report.changed_features import changed_features
 from fpocli.report.evaluation_table import evaluation_table
 from fpocli.report.runs_page import write_runs_page
 from fpocli.report.samples import side_by_side
@@ -83,6 +84,12 @@ def describe_runs(named: list[str]) -> dict[str, Any]:
         "held_out": _held_out(lines),
         "evaluation": evaluation_table(results),
         "reward_margins": _reward_margins(folders),
+        "changed_features": changed_features(
+            [
+                str(folder.parent) if folder and run["settings"] else None
+                for folder, run in zip(folders, found, strict=True)
+            ]
+        ),
         "samples": side_by_side(folders),
     }
 

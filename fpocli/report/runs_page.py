@@ -63,6 +63,7 @@ def write_runs_page(shown: dict[str, Any], file: Path) -> None:
         **({"curves": "Curves"} if charts else {}),
         **({"held-out": "Held-out pairs, before and after"} if shown["held_out"] else {}),
         **({"evaluation": "Evaluation"} if shown["evaluation"] else {}),
+        **({"features": "Features that training changed"} if shown["changed_features"] else {}),
         **({"samples": "Samples"} if shown["samples"] else {}),
         "settings": "All settings",
     }

@@ -9,7 +9,7 @@ import yaml
 from pages import NAME
 from runs import read
 
-from fpocli import ReportConfig, TrainConfig, UserError, report_runs
+from fpocli import DiffConfig, ReportConfig, TrainConfig, UserError, diff, report_runs
 from fpocli.report.runs import describe_runs
 
 
@@ -137,3 +137,13 @@ def test_settings_of_the_page_are_those_of_training(pages):
     names = pages["runs"][1]["runs"][1]["settings"].keys()
     fields = TrainConfig.__dataclass_fields__.keys()
     assert fields - names == {"overwrite", "trust_remote_code"}
+
+
+def test_changed_features_are_those_of_features_diff(pages, hostile):
+    run = str(hostile / "runs" / NAME)
+    (found,) = pages["runs"][1]["changed_features"]
+    expected = diff(DiffConfig(runs=[run], contexts=0))
+    assert found["numbers"] == [1] and found["site"] == "layer_3.resid_post"
+    assert found["runs"] == expected["runs"]
+    assert [row["runs"] for row in found["features"]] == [r["runs"] for r in expected["features"]]
+    assert found["features"]
