@@ -30,8 +30,6 @@ from fpocli.training.run_folder import read_run
 # Points of a curve; longer ones are means of consecutive steps.
 _POINTS = 400
 _BINS = 40
-# Keys of eval.json that say what was measured.
-_EVALUATED = {"model", "store", "split", "pairs", "reward_accuracy"}
 # Settings that tell nothing about a run.
 _NO_SETTING = ("overwrite", "trust_remote_code")
 # Different for every run.
@@ -105,7 +103,7 @@ def _read(name: str) -> dict[str, Any]:
             "name a folder with run.json, or with eval.json",
         )
     result = read_json(evaluated / "eval.json") if evaluated else None
-    if evaluated and not (isinstance(result, dict) and result.keys() >= _EVALUATED):
+    if evaluated and not _is_evaluation(result):
         raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
     if folder is not None:
@@ -124,6 +122,19 @@ def _read(name: str) -> dict[str, Any]:
         "lines": lines,
         "evaluated": evaluated,
     }
+
+
+def _is_evaluation(result: Any) -> bool:
+    """Whether a value is the content of eval.json, as far as the page depends on it."""
+    try:
+        evaluation_table([result])
+        known = result["reward_accuracy"]["share"], result["pairs"]
+        return all(map(_is_number, known)) and all(
+            isinstance(text, str)
+            for text in (result["store"]["fingerprint"], result["model"], result["split"])
+        )
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def _describe_store(path: str, fingerprint: str) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
             answers.append(
                 {
                     "prompt": int(row["prompt"]),
-                    "temperature": row["temperature"],
+                    "temperature": _temperature(row["temperature"]),
                     "turns": [str(turn["text"]) for turn in row["turns"]],
                 }
             )
@@ -78,3 +78,8 @@ def _read(file: Path) -> list[dict[str, Any]]:
                 "sample again with `fpo eval --generate ... --overwrite`",
             ) from error
     return answers
+
+
+def _temperature(value: Any) -> float | None:
+    """A temperature; None stands for that of each question's category."""
+    return None if value is None else float(value)

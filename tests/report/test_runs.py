@@ -110,10 +110,16 @@ def test_what_is_no_run_is_refused(tmp_path, hostile):
         report_runs(ReportConfig(runs=["x"] * 9, html="page.html"))
     for file, damage, sentence in (
         ("eval.json", "[]", "eval.json is damaged"),
+        ("eval.json", '{"model": "m", "split": "all", "pairs": 3}', "eval.json is damaged"),
         ("pairs.jsonl", '{"pair": 1}\n{', "pairs.jsonl is damaged"),
         ("prompts/samples.jsonl", "{}\n", "line 1 of .*samples.jsonl is damaged"),
+        (
+            "prompts/samples.jsonl",
+            '{"prompt": 0, "temperature": {}, "turns": []}\n',
+            "line 1 of .*samples.jsonl is damaged",
+        ),
     ):
-        copy = tmp_path / file.replace("/", "-")
+        copy = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(hostile / "reference", copy)
         (copy / file).write_text(damage)
         with pytest.raises(UserError, match=sentence):
