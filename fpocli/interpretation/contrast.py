@@ -32,7 +32,7 @@ from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
 
 # Of fewer pairs, the style measures alone would explain every difference.
-_FEWEST_PAIRS = 10
+FEWEST_PAIRS = 10
 
 
 def contrast(config: ContrastConfig) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def contrast_store(
     Raises:
         UserError: the store has too few pairs, or is damaged.
     """
-    if store.scored < _FEWEST_PAIRS:
+    if store.scored < FEWEST_PAIRS:
         raise UserError(
             f"{store.path} has reference values of {store.scored} pairs, which is too few",
-            f"cache at least {_FEWEST_PAIRS} pairs; hundreds are needed to find anything",
+            f"cache at least {FEWEST_PAIRS} pairs; hundreds are needed to find anything",
         )
     about = store.sites[site]
     m = about["d_sae"]

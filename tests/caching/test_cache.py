@@ -24,7 +24,7 @@ from fpocli.features.site import Site
 from fpocli.model import packing
 from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.packing import pack
-from fpocli.report.inspect import describe
+from fpocli.report.describe import describe
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
