@@ -1,8 +1,7 @@
 """What control.yaml needs, in demo/control: an SAE, the features of French and of JSON, pairs.
 
 SmolLM2-135M-Instruct and the functions that make its SAE are those of examples/demo.py. The SAE is
-trained on the answers of both sets of pairs and of the plain texts, so that it has features for
-them. `fpo features find` names these features. From its file three others are made, which differ in
+trained on French, JSON and plain texts and some of the pairs, so that it has features for them. `fpo features find` names these features. From its file three others are made, which differ in
 the weights of the two groups:
 
     free.yaml          weight 0: both may change
@@ -26,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import demo  # noqa: E402
 
 WORK = Path("demo/control")
-LAYER, SAE_STEPS = 19, 800
+LAYER, SAE_STEPS, SAE_PAIRS = 19, 500, 32
 KINDS = ("french", "json")
 # Of a held group. D of a few features is small beside the rewards, so a weight of 1 hardly acts.
 HELD = 50.0
@@ -49,7 +48,7 @@ def main() -> None:
         ]
         answers = [
             {"prompt": row["prompt"], "chosen": row[side]}
-            for row in mixed
+            for row in mixed[:SAE_PAIRS]
             for side in ("chosen", "rejected")
         ]
         activations = demo.collect_activations(LAYER, answers + texts)
