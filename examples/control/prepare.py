@@ -1,8 +1,9 @@
 """What control.yaml needs, in demo/control: an SAE, the features of French and of JSON, pairs.
 
 SmolLM2-135M-Instruct and the functions that make its SAE are those of examples/demo.py. The SAE is
-trained on French, JSON and plain texts and some of the pairs, so that it has features for them. `fpo features find` names these features. From its file three others are made, which differ in
-the weights of the two groups:
+trained on French, JSON and plain texts and some of the pairs, so that it has features for them.
+`fpo features find` names these features. From its file three others are made, which differ in the
+weights of the two groups:
 
     free.yaml          weight 0: both may change
     hold-french.yaml   French held, JSON free

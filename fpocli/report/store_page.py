@@ -19,7 +19,7 @@ from fpocli.report.describe import describe, describe_pair
 from fpocli.report.feature_tokens import describe_feature_pairs
 from fpocli.scoring.loading import find_tokenizer
 from fpocli.store.reader import Store
-from fpocli.system.console import progress
+from fpocli.system.console import progress, say
 
 SIDES = ("chosen", "rejected")
 _BINS = 40
