@@ -2,7 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint compare paper-small bench bench-smoke wheel-check families clean
+.PHONY: demo test check lint browser-check screenshots compare paper-small bench bench-smoke \
+	wheel-check families clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -11,8 +12,16 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
-# What CI runs.
+# What CI runs, which then runs browser-check.
 check: lint test bench-smoke wheel-check paper-small
+
+# The HTML pages in a browser: needs chromium, on Debian `apt-get install chromium`.
+browser-check: .venv/dev
+	$(BIN)/pytest -m browser tests/report
+
+# docs/images, from both pages about SmolLM2; needs chromium as well.
+screenshots: .venv/dev demo/sae/cfg.json
+	$(BIN)/python examples/screenshots.py
 
 # Every method of the paper on SmolLM2, compared in one table; over an hour on two cores.
 compare: demo/sae/cfg.json

@@ -109,6 +109,8 @@ def make_block(rng: np.random.Generator) -> tuple[ReferenceValues, FeatureTotals
         index=rng.random((BLOCK, 2, D_SAE), np.float32).argpartition(K)[..., :K].astype(np.uint16),
         value=-np.sort(-rng.exponential(size=(BLOCK, 2, K)).astype(np.float32)),
         nonzero=rng.integers(K, 8 * K, (BLOCK, 2), np.int32),
+        kept_value=np.empty((BLOCK, 2, 0), np.float32),
+        kept=np.empty(0, np.int64),
     )
     logp = rng.normal(-300, 100, (BLOCK, 2)).astype(np.float32)
     margin = rng.normal(0, 0.3, BLOCK).astype(np.float32)
@@ -118,8 +120,8 @@ def make_block(rng: np.random.Generator) -> tuple[ReferenceValues, FeatureTotals
 
 def first(reference: ReferenceValues, rows: int) -> ReferenceValues:
     """The first pairs of a block, for the shorter last block of a store."""
-    all_rows = reference.features[SITE]
-    features = TopFeatures(all_rows.index[:rows], all_rows.value[:rows], all_rows.nonzero[:rows])
+    whole = vars(reference.features[SITE])
+    features = TopFeatures(**whole | {n: a[:rows] for n, a in whole.items() if n != "kept"})
     return ReferenceValues(reference.logp[:rows], reference.margin[:rows], {SITE: features})
 
 

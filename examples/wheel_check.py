@@ -39,15 +39,16 @@ def main() -> None:
                 folder,
             )
         )
-        print(run([python, "-m", "fpocli", "inspect", "ref.zarr"], folder))
+        print(run([python, "-m", "fpocli", "inspect", "ref.zarr", "--html", "ref.html"], folder))
 
 
 def check_modules(wheel: Path) -> None:
-    """Every module of the repository is in the wheel, and nothing else of Python."""
-    there = {name for name in ZipFile(wheel).namelist() if name.endswith(".py")}
-    expected = {str(file.relative_to(ROOT)) for file in (ROOT / "fpocli").rglob("*.py")}
+    """Every module and template of the repository is in the wheel, and nothing else."""
+    there = {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = (file for file in (ROOT / "fpocli").rglob("*") if file.is_file())
+    expected = {str(file.relative_to(ROOT)) for file in files if file.suffix != ".pyc"}
     if there != expected:
-        sys.exit(f"the wheel's modules differ from the repository's: {there ^ expected}")
+        sys.exit(f"the wheel's files differ from the repository's: {there ^ expected}")
 
 
 def install(wheel: Path, folder: Path) -> Path:

@@ -11,7 +11,7 @@ The public API, which the command line uses as well:
     compare(CompareConfig)    runs a grid of methods, returns a record for each run
     inspect(InspectConfig)    describes a store, returns what it prints
     saes(SaesConfig)          lists the pre-trained SAEs of a model, returns the list
-    report(ReportConfig)      writes an HTML page about runs, returns its numbers
+    report_runs(ReportConfig) writes an HTML page about runs, returns its numbers
     contrast(ContrastConfig)  which features separate chosen from rejected responses
     find(FindConfig)          the features of a kind of text, as a weights file
     show(ShowConfig)          one feature of a store: frequency, pairs, tokens in context
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from fpocli.interpretation.show import show
     from fpocli.interpretation.steer import steer
     from fpocli.report.inspect import inspect
-    from fpocli.report.runs import report
+    from fpocli.report.runs import report_runs
     from fpocli.report.saes import saes
     from fpocli.store.reader import Store
     from fpocli.training.train import train
@@ -65,7 +65,7 @@ _MODULES = {
     "compare": "fpocli.comparison.compare",
     "inspect": "fpocli.report.inspect",
     "saes": "fpocli.report.saes",
-    "report": "fpocli.report.runs",
+    "report_runs": "fpocli.report.runs",
     "contrast": "fpocli.interpretation.contrast",
     "find": "fpocli.interpretation.find",
     "show": "fpocli.interpretation.show",
@@ -96,7 +96,7 @@ __all__ = [
     "evaluate",
     "find",
     "inspect",
-    "report",
+    "report_runs",
     "saes",
     "show",
     "steer",

@@ -11,6 +11,7 @@ from fpocli.config import MAY_DIFFER, CacheConfig
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source
 from fpocli.features.encoder import SparseEncoder
+from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
@@ -112,7 +113,9 @@ def writer_versions() -> dict[str, str]:
 def _describe_sites(
     config: CacheConfig, encoders: dict[str, SparseEncoder]
 ) -> dict[str, dict[str, Any]]:
-    described = {}
+    widths = {name: encoder.features for name, encoder in encoders.items()}
+    keep = load_feature_weights(config.keep, widths) if config.keep else {}
+    described: dict[str, dict[str, Any]] = {}
     for (layer, kind), source, (name, encoder) in zip(
         config.sites, config.sae, encoders.items(), strict=True
     ):
@@ -131,4 +134,8 @@ def _describe_sites(
             "value_dtype": config.value_dtype,
             "pooling": "mean over the positions that predict the response",
         }
+        if encoder.neuronpedia:
+            described[name]["sae"]["neuronpedia"] = encoder.neuronpedia
+        if name in keep:
+            described[name]["keep"] = keep[name].named.tolist()
     return described

@@ -1,6 +1,6 @@
 """Scores one block of a store with the frozen reference: token ids in, reference values out.
 
-Shapes: b pairs of the block, P pairs of a packed sequence, K kept features, m features.
+Shapes: b pairs of the block, P pairs of a packed sequence, K stored features, m features.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ def score_block(
     Args:
         model: the reference.
         encoders: the SAE of each site.
-        store: determines how many features are kept, and their dtype.
+        store: determines which features are stored, and their dtype.
         tokens: of the b pairs.
         packed_length: the most tokens of a packed sequence.
         bar: advanced by the pairs that are done.
@@ -72,7 +72,7 @@ def score_block(
         values.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
             pooled = pooled[finite]
-            _keep_largest(pooled, values.features[site], kept, tokens.source_row)
+            _keep_features(pooled, values.features[site], kept, tokens.source_row)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
         bar.advance(len(kept), pairs=len(kept), tokens=sum(lengths[pair] for pair in kept))
@@ -81,14 +81,17 @@ def score_block(
     return values, totals
 
 
-def _keep_largest(
+def _keep_features(
     pooled: torch.Tensor, into: TopFeatures, pairs: list[int], source_row: np.ndarray
 ) -> None:
+    """The K largest of each response, and those that are stored for every one."""
     k = into.index.shape[-1]
     index, value = (tensor.cpu().numpy() for tensor in top_k(pooled, k))
     into.index[pairs] = np.where(value > 0, index, np.iinfo(into.index.dtype).max)
+    # A value too large for float16 is among the K largest as well, and found there.
     with np.errstate(over="ignore"):
         into.value[pairs] = value
+        into.kept_value[pairs] = pooled[..., into.kept].cpu().numpy()
     if not (fits := np.isfinite(into.value[pairs]).all((1, 2))).all():
         row = source_row[pairs[int(np.argmin(fits))]]
         raise UserError(

@@ -68,6 +68,14 @@ class CacheConfig:
     top_k: Annotated[
         str, Option(help="Number of largest pooled features to store per response, or all.")
     ] = "256"
+    keep: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Store the features that this weights file names for every response, so that "
+            "their distance is exact.",
+        ),
+    ] = None
     value_dtype: Annotated[
         Literal["float32", "float16"], Option(help="Dtype of stored feature values.")
     ] = "float32"
@@ -128,6 +136,8 @@ class CacheConfig:
             raise UserError(f"--site {unknown[0]} is unknown", "use resid_post or mlp_out")
         if not self.layer and (self.sae or self.site != ["resid_post"]):
             raise UserError("--sae and --site need a --layer", "name one, such as --layer 25")
+        if self.keep and not self.layer:
+            raise UserError("--keep needs a --layer", "name one, such as --layer 25")
         if len(self.site) not in (1, len(self.layer)):
             raise UserError(
                 f"--site is used {len(self.site)} times for {len(self.layer)} layers",

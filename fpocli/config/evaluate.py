@@ -53,6 +53,14 @@ class EvalConfig:
     k: Annotated[
         int | None, Option(min=1, help="Top features compared. Default: the run's, else 50.")
     ] = None
+    feature_weights: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="Also measure the distance of the groups of features in this weights file. "
+            "Default: the run's.",
+        ),
+    ] = None
     generate: Annotated[
         list[str],
         Option(

@@ -148,6 +148,7 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
     table = Table("", "chosen", "rejected", "|margin|", box=None, header_style="")
     rows = {"perplexity": result["perplexity"]}
     rows |= {f"D, {site}": value for site, value in result.get("distance", {}).items()}
+    rows |= {f"D of group {name}": value for name, value in result.get("groups", {}).items()}
     if "kl" in result:
         rows |= {"sequential KL, nats": result["kl"], "per token": result["kl_per_token"]}
     for title, value in rows.items():

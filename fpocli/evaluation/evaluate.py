@@ -6,11 +6,13 @@ from typing import Any
 
 from fpocli.config import EvalConfig, TrainConfig
 from fpocli.display.terminal import show_evaluation
-from fpocli.evaluation.measure import Values, in_order, measure_pairs, write_measurements
+from fpocli.evaluation.feature_changes import write_changes
+from fpocli.evaluation.measure import Measured, Values, in_order, measure_pairs, write_measurements
 from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
+from fpocli.features.weights import load_feature_weights
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
@@ -53,6 +55,8 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
     sites = sites_of(store, config.at or (trained.at if trained else []))
     check_k(store, sites, k)
+    named = config.feature_weights or (trained.feature_weights if trained else None)
+    groups = load_feature_weights(named, store.widths) if named else {}
     loader = PairLoader(
         store,
         batch_size=1,
@@ -75,13 +79,15 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     # All weights are read for it, so once, and by rank 0, which opens the samples.
     weights = folder.weights_hash() if prompts and ranks.rank == 0 else ""
     answers = [Samples(config, asked, weights, store, out, ranks) for asked in prompts]
-    parts = ranks.gather(measure_pairs(config, store, folder, loader, sites, split, k, device))
+    parts = ranks.gather(
+        measure_pairs(config, store, folder, loader, sites, split, k, groups, device)
+    )
     sampled = generate(config, answers, folder, tokenizer, store, device)
     result = None
     if ranks.rank == 0:
-        values = in_order(parts)
-        result = _describe(config, store, folder, trained, split, values, sampled)
-        _write(result, values, out)
+        measured = in_order(parts)
+        result = _describe(config, store, folder, trained, split, measured.values, sampled)
+        _write(result, measured, out)
         _print(result, config)
     return ranks.of_first(result)
 
@@ -106,12 +112,13 @@ def _describe(
     return result | ({"generation": sampled} if config.generate else {})
 
 
-def _write(result: dict[str, Any], values: Values, out: Path) -> None:
+def _write(result: dict[str, Any], measured: Measured, out: Path) -> None:
     from fpocli.evaluation.charts import draw_evaluation
 
-    write_measurements(out / "pairs.jsonl", values)
+    write_measurements(out / "pairs.jsonl", measured.values)
+    write_changes(out / "features.npz", measured.values["pair"], measured.changes)
     replace_text(out / "eval.json", json.dumps(result, indent=2))
-    draw_evaluation(values, out)
+    draw_evaluation(measured.values, out)
     say(f"the results are in {out}")
 
 

@@ -6,17 +6,19 @@ is chosen, column 1 rejected.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fpocli.config import EvalConfig
+from fpocli.evaluation.feature_changes import FeatureChanges, changes_of, join
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.kl_bound import operator_norm, squared_change
 from fpocli.features.pretrained import load_decoder
 from fpocli.features.site import Site
+from fpocli.features.weights import FeatureWeights
 from fpocli.model.language_model import FrozenReference, LanguageModel, load_model
 from fpocli.scoring.loading import (
     find_reference,
@@ -29,11 +31,18 @@ from fpocli.store.reader import Store
 from fpocli.system.console import progress
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
-from fpocli.training.objective import compare_features
+from fpocli.training.objective import compare_features, group_distances
 from fpocli.training.pair_loader import MicroBatch, PairLoader
 
 # Arrays of one number per pair, or one per response [N, 2].
 Values = dict[str, np.ndarray]
+
+
+class Measured(NamedTuple):
+    """What is measured of P pairs: their numbers, and how their features changed at each site."""
+
+    values: Values
+    changes: dict[str, FeatureChanges]
 
 
 def measure_pairs(
@@ -44,8 +53,9 @@ def measure_pairs(
     sites: list[Site],
     split: str,
     k: int,
+    weights: dict[str, FeatureWeights],
     device: torch.device,
-) -> list[Values]:
+) -> list[Measured]:
     """All measurements of this rank's pairs, in parts; `in_order` puts those of all together."""
     dtype = getattr(torch, store.meta["model"]["dtype"])
     original = (
@@ -60,7 +70,8 @@ def measure_pairs(
     if original:
         reference = load_reference(original, sites, dtype, device)
         norms = _operator_norms(config, store, sites, policy)
-    parts: list[Values] = []
+    groups = {site: omega.to(device) for site, omega in weights.items()}
+    parts: list[Measured] = []
     with (
         torch.inference_mode(),
         progress("Scoring pairs", loader.split_size(split) // loader.world) as bar,
@@ -68,16 +79,20 @@ def measure_pairs(
         for micro in loader.evaluation(device, split):
             # A rank without work gets a pair of weight 0, for collectives that there are none of.
             if micro.pair_weights.any():
-                parts.append(_measure(policy, reference, encoders, micro, k, norms))
+                parts.append(_measure(policy, reference, encoders, micro, k, groups, norms))
             bar.advance(len(micro.pairs))
     return parts
 
 
-def in_order(ranks: list[list[Values]]) -> Values:
+def in_order(ranks: list[list[Measured]]) -> Measured:
     """The measurements of all ranks, in the store's order."""
     parts = [part for rank in ranks for part in rank]
-    order = np.argsort(np.concatenate([part["pair"] for part in parts]))
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+    values = [part.values for part in parts]
+    order = np.argsort(np.concatenate([part["pair"] for part in values]))
+    return Measured(
+        {name: np.concatenate([part[name] for part in values])[order] for name in values[0]},
+        {site: join([part.changes[site] for part in parts], order) for site in parts[0].changes},
+    )
 
 
 def _measure(
@@ -86,8 +101,9 @@ def _measure(
     encoders: dict[str, SparseEncoder],
     micro: MicroBatch,
     k: int,
+    groups: dict[str, FeatureWeights],
     norms: dict[str, float],
-) -> Values:
+) -> Measured:
     output = reference(micro.batch) if reference else None
     scores = score(policy, encoders, micro.batch, output)
     _, distances = compare_features(scores, micro.reference, encoders, k)
@@ -97,12 +113,19 @@ def _measure(
         "ref_logp": micro.reference.logp,
         **{f"distance.{site}": distance for site, distance in distances.items()},
     }
+    for name, part in group_distances(scores, micro.reference, k, groups, weighted=False).items():
+        values[f"group.{name}"] = part
     if scores.kl is not None and output is not None:
         values["kl"] = scores.kl
         for site, norm in norms.items():
             change = _changes(scores, output.states[site], encoders[site], site)
             values[f"bound.{site}"] = norm**2 / 2 * change
-    return {"pair": micro.pairs} | {name: v.double().cpu().numpy() for name, v in values.items()}
+    changes = {
+        site: changes_of(pooled, micro.reference.features[site])
+        for site, pooled in scores.pooled.items()
+    }
+    arrays = {name: value.double().cpu().numpy() for name, value in values.items()}
+    return Measured({"pair": micro.pairs} | arrays, changes)
 
 
 def _changes(scores: PairScores, states: Tensor, encoder: SparseEncoder, site: str) -> Tensor:

@@ -15,8 +15,8 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     """The quantities of fpo eval.
 
     Args:
-        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, and with a
-            reference kl in nats and bound.SITE.
+        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, group.NAME, and
+            with a reference kl in nats and bound.SITE.
 
     Returns:
         JSON-ready results; docs/evaluation.md defines each.
@@ -37,6 +37,8 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     sites = measured_sites(values)
     if sites:
         result["distance"] = {site: _spread(values[f"distance.{site}"]) for site in sites}
+    if groups := measured_groups(values):
+        result["groups"] = {name: _spread(values[f"group.{name}"]) for name in groups}
     if "kl" in values:
         kl = values["kl"]
         result["kl"] = _spread(kl)
@@ -68,6 +70,7 @@ def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
     sites = measured_sites(values)
     both = {"kl": values.get("kl")}
+    both |= {f"group.{name}": values[f"group.{name}"] for name in measured_groups(values)}
     if sites:
         both["distance"] = np.mean([values[f"distance.{site}"] for site in sites], axis=0)
     for name, array in both.items():
@@ -84,6 +87,11 @@ def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def measured_sites(values: dict[str, np.ndarray]) -> list[str]:
     """The sites at which D was measured."""
     return [name.removeprefix("distance.") for name in values if name.startswith("distance.")]
+
+
+def measured_groups(values: dict[str, np.ndarray]) -> list[str]:
+    """The groups of features whose distance was measured."""
+    return [name.removeprefix("group.") for name in values if name.startswith("group.")]
 
 
 def _accuracy(values: np.ndarray, size: np.ndarray) -> dict[str, float | None]:

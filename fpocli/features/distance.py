@@ -1,6 +1,6 @@
 """The feature distance D (paper, equation 10) against a store that holds the top K of each vector.
 
-Shapes: P pairs, m features, K stored features, k compared features, J = 2k.
+Shapes: P pairs, m features, K stored features, k compared features, F named features, J = 2k + F.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fpocli.features.encoder import SparseEncoder, top_k
 from fpocli.features.top_features import TopFeatures
+from fpocli.features.weights import FeatureWeights
 
 
 @dataclass(frozen=True)
 class ComparedFeatures:
-    """The union I = top_k(policy) with top_k(reference), padded to J.
+    """The union I = top_k(policy) with top_k(reference) with the named features, padded to J.
 
     Args:
         index: int64 [P, 2, J]; 0 where `used` is False.
@@ -31,7 +32,9 @@ class ComparedFeatures:
     overlap: Tensor
 
 
-def compared_features(pooled: Tensor, reference: TopFeatures[Tensor], k: int) -> ComparedFeatures:
+def compared_features(
+    pooled: Tensor, reference: TopFeatures[Tensor], k: int, named: Tensor | None = None
+) -> ComparedFeatures:
     """The features that D compares, with what the store holds of the reference there.
 
     A feature that is 0 on one side is not in that side's top k; it would add nothing to D.
@@ -40,28 +43,64 @@ def compared_features(pooled: Tensor, reference: TopFeatures[Tensor], k: int) ->
         pooled: float32 [P, 2, m], the policy's.
         reference: the store's values of the same pairs.
         k: features compared per side; the store must hold as many or all.
+        named: int64 [F], features that are compared in every response (section 5.3).
     """
     own, own_value = top_k(pooled, min(k, pooled.shape[-1]))
     top, top_value = reference.index[..., :k], reference.value[..., :k]
-    # [P, 2, k, K]: where in the store, if anywhere, each of the policy's top features is.
-    match = (own[..., :, None] == reference.index[..., None, :]) & (own_value > 0)[..., None]
-    found = match.any(-1)
     # Not where the stored value is 0, as tiny values are in float16: `top` leaves them out.
-    in_top = (match[..., :k] & (top_value > 0)[..., None, :]).any(-1)
-    floor = torch.where(
-        reference.nonzero <= reference.value.shape[-1], 0, reference.value[..., -1]
-    )[..., None]
-    own_stored = found | (floor == 0)
-    own_reference = torch.where(found, (match * reference.value[..., None, :]).sum(-1), floor)
-    used = torch.cat([top_value > 0, (own_value > 0) & ~in_top], -1)
+    in_top = (own_value > 0) & _are_in(own, top, top_value > 0)
+    index, used = [top, own], [top_value > 0, (own_value > 0) & ~in_top]
+    own_reference, own_stored = reference_values(own, reference)
+    stored = [torch.ones_like(top, dtype=torch.bool), own_stored]
+    value = [top_value, own_reference]
+    if named is not None and len(named):
+        extra = named.expand(*pooled.shape[:2], -1)
+        extra_value, extra_stored = reference_values(extra, reference)
+        index.append(extra)
+        used.append(~_are_in(extra, torch.cat([top, own], -1), torch.cat(used, -1)))
+        stored.append(extra_stored)
+        value.append(extra_value)
+    all_used = torch.cat(used, -1)
     size = torch.maximum((top_value > 0).sum(-1), (own_value > 0).sum(-1)).clamp(min=1)
     return ComparedFeatures(
-        index=torch.where(used, torch.cat([top, own], -1), 0),
-        used=used,
-        stored=torch.cat([torch.ones_like(top, dtype=torch.bool), own_stored], -1),
-        value=torch.cat([top_value, own_reference], -1),
+        index=torch.where(all_used, torch.cat(index, -1), 0),
+        used=all_used,
+        stored=torch.cat(stored, -1),
+        value=torch.cat(value, -1),
         overlap=in_top.sum(-1) / size,
     )
+
+
+def reference_values(index: Tensor, reference: TopFeatures[Tensor]) -> tuple[Tensor, Tensor]:
+    """What the store holds of the reference at some features.
+
+    Args:
+        index: int64 [P, 2, q], the features.
+        reference: the store's values of the same pairs.
+
+    Returns:
+        float32 [P, 2, q], the value, or the largest that it can be if it is missing;
+        bool [P, 2, q], whether it is known.
+    """
+    # [P, 2, q, K]: where among the stored features, if anywhere, each one is.
+    match = index[..., :, None] == reference.index[..., None, :]
+    found = match.any(-1)
+    smallest = reference.value[..., -1]
+    floor = torch.where(reference.nonzero <= reference.value.shape[-1], 0, smallest)[..., None]
+    value = torch.where(found, (match * reference.value[..., None, :]).sum(-1), floor)
+    known = found | (floor == 0)
+    if len(reference.kept):
+        place = torch.searchsorted(reference.kept, index.contiguous())
+        place = place.clamp(max=len(reference.kept) - 1)
+        is_kept = reference.kept[place] == index
+        value = torch.where(is_kept, reference.kept_value.gather(-1, place), value)
+        known = known | is_kept
+    return value, known
+
+
+def _are_in(index: Tensor, others: Tensor, used: Tensor) -> Tensor:
+    """Which of `index` [P, 2, q] are among the used ones of `others` [P, 2, r]: bool [P, 2, q]."""
+    return ((index[..., :, None] == others[..., None, :]) & used[..., None, :]).any(-1)
 
 
 def policy_features(
@@ -83,7 +122,7 @@ def policy_features(
 
 
 def feature_distance(
-    policy: Tensor, compared: ComparedFeatures, k: int, weights: Tensor | None = None
+    policy: Tensor, compared: ComparedFeatures, k: int, weights: FeatureWeights | None = None
 ) -> Tensor:
     """D(y) = (1/k) sum over I of omega (policy - reference)^2 (paper, equation 10; v4 numbering;
     omega: section 5.3).
@@ -95,14 +134,50 @@ def feature_distance(
         policy: float32 [P, 2, J], the policy's values of these features.
         compared: the features.
         k: the paper's k.
-        weights: omega, float32 [m]; None is 1 for all.
+        weights: omega and directions; None is 1 and both for all.
 
     Returns:
         float32 [P, 2].
     """
-    nearest = torch.minimum(policy.detach(), compared.value)
-    reference = torch.where(compared.stored, compared.value, nearest)
-    squares = torch.where(compared.used, policy - reference, 0) ** 2
-    if weights is not None:
-        squares = weights[compared.index] * squares
-    return squares.sum(-1) / k
+    change = policy - _nearest(policy, compared.value, compared.stored)
+    return _penalty(torch.where(compared.used, change, 0), compared.index, weights).sum(-1) / k
+
+
+def group_distance(
+    pooled: Tensor,
+    reference: TopFeatures[Tensor],
+    k: int,
+    features: Tensor,
+    weights: FeatureWeights | None = None,
+) -> Tensor:
+    """The part of D that a group of features has; without `weights` as if all were 1.
+
+    Args:
+        pooled: float32 [P, 2, m], the policy's.
+        reference: the store's values of the same pairs.
+        k: the paper's k.
+        features: int64 [q], the group.
+        weights: omega and directions.
+
+    Returns:
+        float32 [P, 2], without gradient.
+    """
+    index = features.expand(*pooled.shape[:2], -1)
+    policy = pooled.gather(-1, index)
+    change = policy - _nearest(policy, *reference_values(index, reference))
+    return _penalty(change, index, weights).sum(-1) / k
+
+
+def _nearest(policy: Tensor, value: Tensor, stored: Tensor) -> Tensor:
+    """The reference's value, or the nearest that it can be."""
+    return torch.where(stored, value, torch.minimum(policy.detach(), value))
+
+
+def _penalty(change: Tensor, index: Tensor, weights: FeatureWeights | None) -> Tensor:
+    """omega times the squared change, in the penalised direction only."""
+    squares = change**2
+    if weights is None:
+        return squares
+    direction = weights.direction[index]
+    penalised = (direction == 0) | (change * direction > 0)
+    return weights.weight[index] * torch.where(penalised, squares, 0)

@@ -1,14 +1,20 @@
-"""Per-feature weights omega of the distance D (paper, section 5.3), read from a file.
+"""Weights of single features in the distance D (paper, section 5.3), read from a file.
 
     layer_25.resid_post:
       default: 1.0
-      1041: 0.0        # this feature is free to change
-      77: 5.0
+      1041: 0.0                              # this feature is free to change
+      77: {weight: 5.0, direction: up}       # this one is held, but may fall
+      groups:
+        french: [90, 1041]                   # a name for some features: their distance is logged
+        json: {features: [3, 12], weight: 5.0}
 
-Shapes: m features of a site.
+Shapes: m features of a site, F named features.
 """
 
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -16,60 +22,169 @@ from torch import Tensor
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import read_yaml
 
+# What a direction penalises: any change, a rise above the reference, a fall below it.
+_DIRECTIONS = {"both": 0, "up": 1, "down": -1}
 
-def load_feature_weights(path: str, sites: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+
+@dataclass(frozen=True)
+class FeatureWeights:
+    """The weights of a site's features in D.
+
+    Args:
+        weight: omega, float32 [m].
+        direction: int8 [m]: 0 penalises any change, 1 a value above the reference's, -1 one below.
+        named: int64 [F], the features that the file names, rising. They are compared in every
+            response.
+        groups: features by the name of their group, int64, rising.
+    """
+
+    weight: Tensor
+    direction: Tensor
+    named: Tensor
+    groups: dict[str, Tensor]
+
+    def to(self, device: torch.device) -> Self:
+        """The same weights on another device."""
+        return type(self)(
+            self.weight.to(device),
+            self.direction.to(device),
+            self.named.to(device),
+            {name: features.to(device) for name, features in self.groups.items()},
+        )
+
+
+class _Entry(NamedTuple):
+    weight: float
+    direction: int
+
+
+def load_feature_weights(path: str, features: Mapping[str, int]) -> dict[str, FeatureWeights]:
     """The weights in a YAML or JSON file.
 
     Args:
-        path: the file: for each site a default and values by feature index. A missing site or
-            default means 1.
-        sites: the store's sites, as in its metadata.
+        path: the file: for each site a default, entries by feature index, and groups. An entry is a
+            weight, or `weight` and `direction`; a group is a list of features, or `features` with
+            an entry for all of them. A missing default is 1, and a feature without an entry has the
+            default. An entry of its own overrides that of a group.
+        features: m of each site.
 
     Returns:
-        float32 [m] for each site in the file.
+        the weights of each site in the file.
 
     Raises:
-        UserError: the file cannot be read, names a site or feature that the store does not have,
-            or a weight is not a finite number of at least 0.
+        UserError: the file cannot be read, names a site or feature that does not exist, or an entry
+            is not a finite weight of at least 0 and a direction.
     """
     content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(
             f"{path} does not hold weights by site",
-            f"write '{next(iter(sites))}:' and below it 'default: 1.0' and 'INDEX: WEIGHT'",
+            f"write '{next(iter(features), 'layer_25.resid_post')}:' and below it 'default: 1.0' "
+            "and 'INDEX: WEIGHT'",
         )
-    weights = {}
-    for site, values in content.items():
-        if site not in sites:
+    for site in content:
+        if site not in features:
             raise UserError(
                 f"{path} has weights for {site}, which is not a site of the store",
-                f"its sites are {', '.join(sites)}",
+                f"its sites are {', '.join(features)}",
             )
-        m = sites[site]["d_sae"]
-        weights[site] = torch.full((m,), _number(path, site, "default", values.get("default", 1)))
+    return {
+        site: _SiteReader(f"{path}, {site}", features[site]).read(values)
+        for site, values in content.items()
+    }
+
+
+class _SiteReader:
+    """Reads what a file says about one site.
+
+    Args:
+        where: the file and the site, for errors.
+        m: number of features.
+    """
+
+    def __init__(self, where: str, m: int) -> None:
+        self.where, self.m = where, m
+
+    def read(self, values: dict[Any, Any]) -> FeatureWeights:
+        default = self._entry("default", values.get("default", 1))
+        weight = torch.full((self.m,), default.weight)
+        direction = torch.full((self.m,), default.direction, dtype=torch.int8)
+        groups, entries = self._groups(values.get("groups", {}))
         for name, value in values.items():
-            if name != "default":
-                weights[site][_index(path, site, name, m)] = _number(path, site, name, value)
-    return weights
+            if name not in ("default", "groups"):
+                entries[self._index(name)] = self._entry(name, value)
+        for index, entry in entries.items():
+            if entry is not None:
+                weight[index], direction[index] = entry
+        named = torch.tensor(sorted(entries), dtype=torch.int64)
+        return FeatureWeights(weight, direction, named, groups)
 
+    def _groups(self, content: Any) -> tuple[dict[str, Tensor], dict[int, _Entry | None]]:
+        """The groups, and the entry of each of their features; None stands for the default."""
+        if not isinstance(content, dict):
+            raise UserError(f"{self.where}: groups is not a mapping", "write 'NAME: [INDEX, ...]'")
+        groups: dict[str, Tensor] = {}
+        entries: dict[int, _Entry | None] = {}
+        for name, about in content.items():
+            # The name becomes a part of a metric's.
+            if not re.fullmatch(r"[\w-]+", str(name)):
+                raise UserError(
+                    f"{self.where}: the group {name!r} has no plain name",
+                    "use letters, digits, - and _",
+                )
+            about = {"features": about} if isinstance(about, list) else about
+            listed = about.get("features") if isinstance(about, dict) else None
+            if not isinstance(listed, list) or not listed:
+                raise UserError(
+                    f"{self.where}: the group {name} has no features",
+                    f"write '{name}: [INDEX, ...]' or '{name}: {{features: [INDEX, ...], weight: "
+                    "5.0}'",
+                )
+            indices = sorted({self._index(one) for one in listed})
+            settings = {key: value for key, value in about.items() if key != "features"}
+            entry = self._entry(f"group {name}", settings) if settings else None
+            for index in indices:
+                if entries.get(index) is not None and entry not in (None, entries[index]):
+                    raise UserError(
+                        f"{self.where}: groups give feature {index} different weights",
+                        f"give it an entry of its own: '{index}: WEIGHT'",
+                    )
+                entries[index] = entry or entries.get(index)
+            groups[str(name)] = torch.tensor(indices, dtype=torch.int64)
+        return groups, entries
 
-def _index(path: str, site: str, name: Any, m: int) -> int:
-    # Keys of a JSON object are strings.
-    text = str(name)
-    if isinstance(name, bool) or not (text.isascii() and text.isdecimal()) or int(text) >= m:
-        raise UserError(
-            f"{path} has a weight for feature {name} of {site}, which does not exist",
-            f"its features are 0 to {m - 1}",
-        )
-    return int(text)
+    def _index(self, name: Any) -> int:
+        # Keys of a JSON object are strings.
+        text = str(name)
+        if isinstance(name, bool) or not (text.isascii() and text.isdecimal()):
+            wrong = True
+        else:
+            wrong = int(text) >= self.m
+        if wrong:
+            raise UserError(
+                f"{self.where}: a weight for feature {name}, which does not exist",
+                f"its features are 0 to {self.m - 1}",
+            )
+        return int(text)
 
-
-def _number(path: str, site: str, name: Any, value: Any) -> float:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # Written so that nan fails the comparison.
-    if not number or not 0 <= value <= torch.finfo(torch.float32).max:
-        raise UserError(
-            f"{path} has the weight {value} for {name} of {site}",
-            "a weight is a finite float32 number of at least 0",
-        )
-    return float(value)
+    def _entry(self, name: Any, value: Any) -> _Entry:
+        about = value if isinstance(value, dict) else {"weight": value}
+        if unknown := about.keys() - {"weight", "direction"}:
+            raise UserError(
+                f"{self.where}: {name} has {', '.join(map(str, sorted(unknown, key=str)))}",
+                "an entry is a weight, or {weight: 5.0, direction: up}",
+            )
+        weight, direction = about.get("weight", 1), about.get("direction", "both")
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        # Written so that nan fails the comparison.
+        if not number or not 0 <= weight <= torch.finfo(torch.float32).max:
+            raise UserError(
+                f"{self.where}: the weight {weight} for {name}",
+                "a weight is a finite float32 number of at least 0",
+            )
+        if direction not in _DIRECTIONS:
+            raise UserError(
+                f"{self.where}: the direction {direction} for {name}",
+                "use up (no rise above the reference), down (no fall below it) or both",
+            )
+        return _Entry(float(weight), _DIRECTIONS[direction])

@@ -1,25 +1,17 @@
-"""fpo inspect: what is in a store, as data; terminal.py prints it."""
+"""fpo inspect: what is in a store, printed, as JSON, or as an HTML page."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fpocli.config import InspectConfig
 from fpocli.display.terminal import show_pair, show_store
-from fpocli.features.top_features import TopFeatures
+from fpocli.report.describe import describe, describe_pair
 from fpocli.store.metadata import REPAIR
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
 from fpocli.system.console import data_console, say, warn
 from fpocli.system.errors import UserError
-from fpocli.system.model_folder import find_model
-
-# The paper's Figure 2 shows the 50 largest mean activations.
-_FIGURE_2 = 50
-_FREQUENT = 10
-_PAIR_FEATURES = 10
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
@@ -40,8 +32,17 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             warn(one.message)
         raise UserError(f"{store.path} is damaged, as listed above", REPAIR)
     if config.pair is not None:
-        shown = describe_pair(store, config.pair, config.model)
+        # Imports torch, which takes seconds.
+        from fpocli.scoring.loading import find_tokenizer
+
+        shown = describe_pair(store, config.pair, find_tokenizer(store, config.model))
         show = show_pair
+    elif config.html:
+        from fpocli.report.store_page import describe_for_page, write_store_page
+
+        shown = describe_for_page(store, config)
+        write_store_page(shown, Path(config.html))
+        show = show_store
     else:
         shown = describe(store)
         show = show_store
@@ -65,140 +66,3 @@ def _plot(store: Store, file: Path) -> None:
         raise UserError(f"{store.path} has no features to plot", "cache again with --layer")
     draw_figure2({site: store.mean(site) for site in store.sites}, file)
     say(f"Figure 2 is in {file}")
-
-
-def describe(store: Store) -> dict[str, Any]:
-    """Everything about a store but its pairs."""
-    spans, missing = store.read_array("spans"), store.unscored_blocks()
-    lengths = np.diff(spans)
-    pairs = np.arange(store.pairs)
-    done = ~np.isin(pairs // store.block_size, missing) & ~np.isin(pairs, store.non_finite)
-    margins = store.read_array("ref/margin")[done]
-    total = spans[:, [2, 3]] - spans[:, [1, 2]] + (spans[:, 1] - spans[:, 0])[:, None]
-    return {
-        "path": str(store.path),
-        **{name: store.meta[name] for name in ("format", "version", "state", "created", "writer")},
-        "fingerprint": store.meta["fingerprint"],
-        "blocks": {
-            "done": store.blocks - len(missing),
-            "all": store.blocks,
-            "pairs_per_block": store.block_size,
-        },
-        **{name: store.meta[name] for name in ("model", "tokenizer", "data", "limits", "sites")},
-        "allowed": store.meta.get("allowed", {}),
-        "pairs": store.meta["pairs"],
-        "lengths": {
-            name: _spread(lengths[:, column])
-            for column, name in enumerate(("prompt", "chosen", "rejected"))
-        }
-        | {"responses_at_limit": int((total == store.meta["limits"]["max_length"]).sum())},
-        "margin": _margin(margins),
-        "features": {site: _features(store, site) for site in store.sites}
-        if store.meta["state"] == "complete"
-        else {},
-        "arrays": {
-            name: {"bytes": raw, "stored_bytes": stored}
-            for name, (raw, stored) in store.sizes().items()
-        },
-    }
-
-
-def _spread(values: np.ndarray) -> dict[str, float]:
-    low, middle, high = np.percentile(values, [5, 50, 95])
-    return {
-        "min": int(values.min()),
-        "5%": float(low),
-        "median": float(middle),
-        "mean": round(float(values.mean()), 1),
-        "95%": float(high),
-        "max": int(values.max()),
-    }
-
-
-def _margin(margins: np.ndarray) -> dict[str, Any]:
-    if not len(margins):
-        return {}
-    counts, edges = np.histogram(margins, bins=15)
-    return {
-        "mean": float(margins.mean()),
-        "std": float(margins.std()),
-        "above_0": float((margins > 0).mean()),
-        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
-    }
-
-
-def _features(store: Store, site: str) -> dict[str, Any]:
-    mean, frequency = store.mean(site), store.frequency(site)
-    largest = np.argsort(-mean, kind="stable")[:_FIGURE_2]
-    frequent = np.argsort(-frequency.sum(0), kind="stable")[:_FREQUENT]
-    return {
-        "active": int((frequency.sum(0) > 0).sum()),
-        "largest_mean": [{"feature": int(i), "mean": float(mean[i])} for i in largest],
-        "most_frequent": [
-            {
-                "feature": int(i),
-                "chosen": float(frequency[0, i] / store.scored),
-                "rejected": float(frequency[1, i] / store.scored),
-            }
-            for i in frequent
-        ],
-    }
-
-
-def describe_pair(store: Store, pair: int, model: str | None = None) -> dict[str, Any]:
-    """The texts, scores and largest features of one pair.
-
-    Args:
-        store: the store.
-        pair: its number, from 0.
-        model: where the store's model, and so its tokeniser, is now; None is where it was.
-
-    Raises:
-        UserError: there is no such pair, or the tokeniser is not found or another one.
-    """
-    from fpocli.scoring.loading import find_model_of, tokenizer_of
-
-    if pair >= store.pairs:
-        raise UserError(f"{store.path} has no pair {pair}", f"its pairs are 0 to {store.pairs - 1}")
-    block, row = divmod(pair, store.block_size)
-    tokens = store.tokens(block)
-    revision = None if model else store.meta["tokenizer"]["revision"]
-    source = model or find_model_of(store, "--model")
-    tokenizer = tokenizer_of(store, find_model(source, revision=revision, weights=False))
-    ids = tokens.pair(row)
-    runs = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
-    shown: dict[str, Any] = {
-        "pair": pair,
-        "source_row": ids.row,
-        "tokens": {name: len(run) for name, run in runs.items()},
-        "text": {name: tokenizer.decode(list(run)) for name, run in runs.items()},
-    }
-    if not store.is_scored(block) or pair in store.non_finite:
-        return shown
-    reference = store.reference(block, tokens)
-    sums = dict(zip(("chosen", "rejected"), reference.logp[row].tolist(), strict=True))
-    return shown | {
-        "logp": sums,
-        "average_logp": {name: sums[name] / shown["tokens"][name] for name in sums},
-        "margin": float(reference.margin[row]),
-        "features": {
-            site: _pair_features(features, row) for site, features in reference.features.items()
-        },
-    }
-
-
-def _pair_features(features: TopFeatures, row: int) -> dict[str, Any]:
-    shown = {}
-    for side, name in enumerate(("chosen", "rejected")):
-        index, value = features.index[row, side], features.value[row, side]
-        used = (value > 0)[:_PAIR_FEATURES]
-        shown[name] = {
-            "nonzero": int(features.nonzero[row, side]),
-            "top": [
-                {"feature": int(i), "value": float(v)}
-                for i, v in zip(
-                    index[:_PAIR_FEATURES][used], value[:_PAIR_FEATURES][used], strict=True
-                )
-            ],
-        }
-    return shown

@@ -173,3 +173,18 @@ def tokenizer_of(store: Store, folder: ModelFolder) -> Any:
         )
     tokenizer.chat_template = store.meta["tokenizer"]["chat_template"]["text"]
     return tokenizer
+
+
+def find_tokenizer(store: Store, name: str | None) -> Any:
+    """The tokeniser that a store was made with; no weights are needed.
+
+    Args:
+        store: the store.
+        name: where the model is now; None is where it was.
+
+    Raises:
+        UserError: it is not found, or is another one.
+    """
+    revision = None if name else store.meta["tokenizer"]["revision"]
+    source = name or find_model_of(store, "--model")
+    return tokenizer_of(store, find_model(source, revision=revision, weights=False))

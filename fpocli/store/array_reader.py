@@ -37,6 +37,11 @@ class ArrayReader:
         self.sites: dict[str, dict[str, Any]] = meta["sites"]
 
     @property
+    def widths(self) -> dict[str, int]:
+        """m of each site."""
+        return {site: about["d_sae"] for site, about in self.sites.items()}
+
+    @property
     def blocks(self) -> int:
         """B, the number of blocks."""
         return -(-self.pairs // self.block_size)

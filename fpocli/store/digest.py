@@ -25,6 +25,13 @@ def digest_of_totals(block: int, totals: dict[str, FeatureTotals]) -> np.uint64:
     return _digest(arrays)
 
 
+def digest_of_kept(block: int, reference: ReferenceValues) -> np.uint64:
+    """64 bits of sha256 over a block's number and its values of the features that are always
+    stored; never 0."""
+    kept = [reference.features[site].kept_value for site in sorted(reference.features)]
+    return _digest([np.array(block, np.int64), *(values for values in kept if values.size)])
+
+
 def _digest(arrays: list[np.ndarray]) -> np.uint64:
     digest = hashlib.sha256()
     for array in arrays:

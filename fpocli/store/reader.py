@@ -1,6 +1,7 @@
 """Reads a store of version 1 (docs/format.md); writer.py writes it, schema.py describes it.
 
-Shapes: N pairs, T tokens, K kept features, m features of a site, B blocks, b pairs of one block.
+Shapes: N pairs, T tokens, K stored features, F features that are stored for every response,
+m features of a site, B blocks, b pairs of one block.
 """
 
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.array_reader import BROKEN, ArrayReader
-from fpocli.store.digest import digest_of_block, digest_of_totals
+from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
 from fpocli.store.metadata import (
     DOCUMENT,
     REPAIR,
@@ -21,7 +23,7 @@ from fpocli.store.metadata import (
     read_root,
 )
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.schema import FORMAT, VERSION, array_schema, wrong_attribute
+from fpocli.store.schema import FORMAT, VERSION, array_schema, kept_features, wrong_attribute
 from fpocli.system.errors import UserError
 
 # In this order; other codecs might hide damage.
@@ -166,6 +168,11 @@ class Store(ArrayReader):
         ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
 
+    def pair(self, number: int) -> TokenPair:
+        """The token ids of a pair by its number in the store."""
+        block, row = divmod(number, self.block_size)
+        return self.tokens(block).pair(row)
+
     def reference(self, block: int, tokens: TokenPairs) -> ReferenceValues:
         """The reference values of a block.
 
@@ -180,24 +187,31 @@ class Store(ArrayReader):
         reference = ReferenceValues(
             logp=self._read("ref/logp", rows, block),
             margin=self._read("ref/margin", rows, block),
-            features={
-                site: TopFeatures(
-                    *(
-                        self._read(f"features/{site}/{name}", rows, block)
-                        for name in ("index", "value", "nonzero")
-                    )
-                )
-                for site in self.sites
-            },
+            features={site: self._features(site, rows, block) for site in self.sites},
         )
         if digest_of_block(tokens, reference) != self._record(block):
             raise self._damaged("blocks/digest", block, "the values do not match it")
+        if any(map(kept_features, self.sites.values())):
+            recorded = self._read("blocks/kept", slice(block, block + 1), block)[0]
+            if digest_of_kept(block, reference) != recorded:
+                raise self._damaged("blocks/kept", block, "the values do not match it")
         self.check_not_replaced()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
             raise self._damaged("ref/margin", block, "missing values do not match the metadata")
         return reference
+
+    def _features(self, site: str, rows: slice, block: int) -> TopFeatures[np.ndarray]:
+        index, value, nonzero = (
+            self._read(f"features/{site}/{name}", rows, block)
+            for name in ("index", "value", "nonzero")
+        )
+        kept = kept_features(self.sites[site])
+        kept_value = np.empty((len(index), 2, 0), value.dtype)
+        if kept:
+            kept_value = self._read(f"features/{site}/kept", rows, block)
+        return TopFeatures(index, value, nonzero, kept_value, np.array(kept, np.int64))
 
     def _record(self, block: int) -> np.uint64:
         """The digest of a block as it was written; 0 if it is not scored."""

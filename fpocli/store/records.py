@@ -1,10 +1,11 @@
 """What a store holds of b pairs, in memory: token ids and reference values.
 
-Shapes: b pairs, K kept features, m features of a site. Column 0 is chosen, column 1 rejected.
+Shapes: b pairs, K stored features, m features of a site. Column 0 is chosen, column 1 rejected.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic
+from typing import Generic, Self
 
 import numpy as np
 
@@ -53,6 +54,18 @@ class TokenPairs:
     ids: np.ndarray
     spans: np.ndarray
     source_row: np.ndarray
+
+    @classmethod
+    def of(cls, pairs: Sequence[TokenPair]) -> Self:
+        """The token ids of pairs, in order."""
+        runs = [run for pair in pairs for run in (pair.prompt, pair.chosen, pair.rejected)]
+        ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
+        starts = np.concatenate([[0], ends[:-1, 2]])
+        return cls(
+            ids=np.concatenate([np.asarray(run, np.uint32) for run in runs]),
+            spans=np.column_stack([starts, ends]),
+            source_row=np.array([pair.row for pair in pairs], np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.spans)

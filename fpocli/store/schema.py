@@ -1,7 +1,7 @@
 """The arrays and attributes of a store, as docs/format.md defines them. Reads and writes nothing.
 
-Shapes: N pairs, T tokens, K kept features, m features of a site,
-b pairs of a block, B blocks.
+Shapes: N pairs, T tokens, K stored features, F features that are stored for every response,
+m features of a site, b pairs of a block, B blocks.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT, VERSION = "fpo-store", "1.1"
+FORMAT, VERSION = "fpo-store", "1.2"
 STATES = ("tokenised", "partial", "complete")
 TOKENS_PER_CHUNK = 2**18
 # A chunk is read into memory whole.
@@ -54,6 +54,11 @@ def index_dtype(m: int) -> str:
     return "uint16" if m <= 65_535 else "uint32"
 
 
+def kept_features(about: dict[str, Any]) -> list[int]:
+    """The features of a site that are stored for every response, rising; from its attributes."""
+    return about.get("keep", [])
+
+
 def fingerprint(meta: dict[str, Any]) -> str:
     """sha256 over all attributes that determine a store's content."""
     identity = {name: meta[name] for name in _IDENTITY}
@@ -88,6 +93,10 @@ def array_schema(meta: dict[str, Any]) -> dict[str, ArraySchema]:
             f"{parts}/sum": ArraySchema((blocks, m), "float64", (1, m)),
             f"{parts}/frequency": ArraySchema((blocks, 2, m), "int64", (1, 2, m)),
         }
+        if kept := len(kept_features(about)):
+            dtype = about["value_dtype"]
+            arrays[f"{features}/kept"] = ArraySchema((n, 2, kept), dtype, (block, 2, kept))
+            arrays["blocks/kept"] = ArraySchema((blocks,), "uint64", (1,))
     return arrays
 
 
@@ -184,6 +193,13 @@ def _wrong_site(site: str, about: Any) -> str | None:
         return "it is no site"
     if not 1 <= k <= m <= 2**32 - 1:
         return f"k {k} and d_sae {m} cannot be"
+    keep = kept_features(about)
+    if not (
+        isinstance(keep, list)
+        and all(type(feature) is int and 0 <= feature < m for feature in keep)
+        and keep == sorted(set(keep))
+    ):
+        return "keep are no features"
     if about["value_dtype"] not in ("float32", "float16"):
         return f"the dtype {about['value_dtype']} is unknown"
     return None

@@ -12,11 +12,11 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.config import MAY_DIFFER
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.digest import digest_of_block, digest_of_totals
+from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
 from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint
+from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint, kept_features
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, remove_folder
@@ -89,12 +89,14 @@ class StoreWriter(Store):
             array = arrays[name]
             return np.full((b, *array.shape[1:]), array.fill(name), array.dtype)
 
-        features = {
-            site: TopFeatures(
-                *(rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero"))
+        features = {}
+        for site, about in self.sites.items():
+            index, value, nonzero = (
+                rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero")
             )
-            for site in self.sites
-        }
+            kept = np.array(kept_features(about), np.int64)
+            kept_value = np.full((b, 2, len(kept)), np.nan, value.dtype)
+            features[site] = TopFeatures(index, value, nonzero, kept_value, kept)
         return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features)
 
     def write_block(
@@ -109,8 +111,12 @@ class StoreWriter(Store):
         for site, features in reference.features.items():
             for name in ("index", "value", "nonzero"):
                 self._array(f"features/{site}/{name}")[rows] = getattr(features, name)
+            if len(features.kept):
+                self._array(f"features/{site}/kept")[rows] = features.kept_value
             self._array(f"blocks/{site}/sum")[block] = totals[site].value
             self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
+        if any(map(kept_features, self.sites.values())):
+            self._array("blocks/kept")[block] = digest_of_kept(block, reference)
         self._array("blocks/totals")[block] = digest_of_totals(block, totals)
         self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
 

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fpocli.config import TrainConfig
 from fpocli.features.encoder import SparseEncoder
+from fpocli.features.weights import FeatureWeights
 from fpocli.scoring.score import score
 from fpocli.training.means import Means
-from fpocli.training.objective import objective
+from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.pair_loader import MicroBatch
 
 
@@ -20,7 +20,7 @@ def held_out_means(
     encoders: dict[str, SparseEncoder],
     batches: Iterable[MicroBatch],
     settings: TrainConfig,
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, FeatureWeights],
     reference: Any,
     where: str,
 ) -> dict[str, float]:
@@ -31,7 +31,7 @@ def held_out_means(
         encoders: an SAE for each site that is compared.
         batches: what to score.
         settings: the method and its scalars.
-        weights: per-feature weights of the sites that have them.
+        weights: weights of single features, of the sites that have them.
         reference: the FrozenReference, or an engine around it, to measure the sequential KL with
             any method; or None.
         where: which pairs these are, for the error.
@@ -46,4 +46,4 @@ def held_out_means(
         scores = score(model, encoders, micro.batch, output)
         _, metrics = objective(scores, micro.reference, encoders, settings, weights)
         means.add(metrics, micro.pair_weights, micro.pairs)
-    return means.result(where)
+    return shares_of_groups(means.result(where))

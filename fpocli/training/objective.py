@@ -15,9 +15,11 @@ from fpocli.features.distance import (
     ComparedFeatures,
     compared_features,
     feature_distance,
+    group_distance,
     policy_features,
 )
 from fpocli.features.encoder import SparseEncoder
+from fpocli.features.weights import FeatureWeights
 from fpocli.scoring.accuracy import wins
 from fpocli.scoring.score import PairScores
 from fpocli.store.records import ReferenceValues
@@ -29,7 +31,7 @@ def compare_features(
     reference: ReferenceValues[Tensor],
     encoders: dict[str, SparseEncoder],
     k: int,
-    weights: Mapping[str, Tensor] = MappingProxyType({}),
+    weights: Mapping[str, FeatureWeights] = MappingProxyType({}),
 ) -> tuple[dict[str, ComparedFeatures], dict[str, Tensor]]:
     """The compared features of each site, and D there, float32 [P, 2] with gradient.
 
@@ -38,15 +40,44 @@ def compare_features(
         reference: the store's values of the same pairs.
         encoders: the SAE of each site.
         k: features compared per side.
-        weights: per-feature weights float32 [m] of the sites that have them.
+        weights: weights of single features, of the sites that have them.
     """
     compared, distances = {}, {}
     for site, encoder in encoders.items():
-        here = compared_features(scores.pooled[site], reference.features[site], k)
+        weighed = weights.get(site)
+        named = weighed.named if weighed else None
+        here = compared_features(scores.pooled[site], reference.features[site], k, named)
         policy = policy_features(encoder, scores.states[site], here)
         compared[site] = here
-        distances[site] = feature_distance(policy, here, k, weights.get(site))
+        distances[site] = feature_distance(policy, here, k, weighed)
     return compared, distances
+
+
+def group_distances(
+    scores: PairScores,
+    reference: ReferenceValues[Tensor],
+    k: int,
+    weights: Mapping[str, FeatureWeights],
+    *,
+    weighted: bool,
+) -> dict[str, Tensor]:
+    """The part of D that each named group of features has: float32 [P, 2], the mean over sites.
+
+    Args:
+        scores: the policy's.
+        reference: the store's values of the same pairs.
+        k: features compared per side.
+        weights: of the sites that have groups.
+        weighted: as in D, or as if all weights were 1.
+    """
+    found: dict[str, Tensor] = {}
+    for site, pooled in scores.pooled.items():
+        if site in weights:
+            omega = weights[site] if weighted else None
+            for name, features in weights[site].groups.items():
+                part = group_distance(pooled, reference.features[site], k, features, omega)
+                found[name] = found.get(name, 0) + part / len(scores.pooled)
+    return found
 
 
 def objective(
@@ -54,7 +85,7 @@ def objective(
     reference: ReferenceValues[Tensor],
     encoders: dict[str, SparseEncoder],
     settings: TrainConfig,
-    weights: Mapping[str, Tensor] = MappingProxyType({}),
+    weights: Mapping[str, FeatureWeights] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each pair, and the metrics that are logged.
 
@@ -63,10 +94,11 @@ def objective(
         reference: the store's values of the same pairs.
         encoders: the SAE of each constrained site; empty for methods without the constraint.
         settings: the method and its scalars.
-        weights: per-feature weights float32 [m] of the sites that have them.
+        weights: weights of single features, of the sites that have them.
 
     Returns:
-        loss float32 [P] with gradient, and metrics by name, each float32 [P] without.
+        loss float32 [P] with gradient, and metrics by name, each float32 [P] without. Means of the
+        metrics `group.NAME.part_SIDE` are for `shares_of_groups`.
     """
     compared, distances = compare_features(scores, reference, encoders, settings.k, weights)
     distance = torch.zeros_like(scores.logp)
@@ -121,4 +153,22 @@ def objective(
             ).mean(0),
             "overlap": torch.stack([c.overlap.mean(1) for c in compared.values()]).mean(0),
         }
+    for name, weighted in (("distance", False), ("part", True)):
+        groups = group_distances(scores, reference, settings.k, weights, weighted=weighted)
+        for group, parts in groups.items():
+            metrics[f"group.{group}.{name}_chosen"] = parts[:, 0]
+            metrics[f"group.{group}.{name}_rejected"] = parts[:, 1]
     return loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def shares_of_groups(means: dict[str, float]) -> dict[str, float]:
+    """Means of the metrics, with each group's part of D as a share of D."""
+    shares = {}
+    for name, mean in means.items():
+        group, part, side = name.partition(".part_")
+        if not part:
+            shares[name] = mean
+        else:
+            whole = means[f"distance_{side}"]
+            shares[f"{group}.share_{side}"] = mean / whole if whole else 0.0
+    return shares

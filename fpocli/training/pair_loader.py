@@ -262,20 +262,22 @@ def _gather(
         return torch.from_numpy(np.array(arrays, dtype)).to(device)
 
     sites = places[0][0].features
+
+    def features(site: str) -> TopFeatures[Tensor]:
+        kept = torch.from_numpy(places[0][0].features[site].kept).to(device)
+        index, value, nonzero, kept_value = (
+            gather([getattr(ref.features[site], name)[row] for ref, row in places], dtype)
+            for name, dtype in (
+                ("index", np.int64),
+                ("value", np.float32),
+                ("nonzero", np.int64),
+                ("kept_value", np.float32),
+            )
+        )
+        return TopFeatures(index, value, nonzero, kept_value, kept)
+
     return ReferenceValues(
         logp=gather([reference.logp[row] for reference, row in places], np.float32),
         margin=gather([reference.margin[row] for reference, row in places], np.float32),
-        features={
-            site: TopFeatures(
-                *(
-                    gather([getattr(ref.features[site], name)[row] for ref, row in places], dtype)
-                    for name, dtype in (
-                        ("index", np.int64),
-                        ("value", np.float32),
-                        ("nonzero", np.int64),
-                    )
-                )
-            )
-            for site in sites
-        },
+        features={site: features(site) for site in sites},
     )

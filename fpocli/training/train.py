@@ -45,7 +45,7 @@ from fpocli.training.held_out import held_out_means
 from fpocli.training.losses import METHODS
 from fpocli.training.means import Means
 from fpocli.training.memory import MemoryMeter
-from fpocli.training.objective import objective
+from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import RunFolder, locked_run_folder
 from fpocli.training.schedule import learning_rate, warmup_steps
@@ -96,7 +96,7 @@ def _train(
     check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
     omegas = (
-        load_feature_weights(settings.feature_weights, store.sites)
+        load_feature_weights(settings.feature_weights, store.widths)
         if settings.feature_weights
         else {}
     )
@@ -119,7 +119,8 @@ def _train(
     encoders = {}
     if sites:
         encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
-    weights = {site: omega.to(device) for site, omega in omegas.items()}
+    # Those of sites that are not compared have nothing to act on.
+    weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
     run.resume_at(done)
@@ -167,7 +168,7 @@ def _train(
                 means.add(metrics | {"tokens": micro.tokens}, micro.pair_weights, micro.pairs)
                 bar.advance(1 / len(micro_batches))
             # Before the optimiser steps, which it must not do with non-finite values.
-            line = means.result(f"step {step + 1}")
+            line = shares_of_groups(means.result(f"step {step + 1}"))
             norm = take_step(engine, lr, step + 1)
             now = time.perf_counter()
             tokens = line["tokens"] * loader.size(step)

@@ -24,7 +24,7 @@ from fpocli.features.site import Site
 from fpocli.model import packing
 from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.packing import pack
-from fpocli.report.inspect import describe
+from fpocli.report.describe import describe
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
@@ -456,3 +456,48 @@ def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(
 def test_pairs_that_do_not_fit_are_named_when_none_is_left(material, tmp_path):
     with pytest.raises(UserError, match=r"21 prompt too long; the first is .*pairs.jsonl, line 1"):
         cache(cache_config(material, tmp_path / "ref.zarr", max_prompt_length=1))
+
+
+# -- features that are stored for every response ---------------------------------------------------
+
+
+def test_keep_stores_the_named_features_of_every_response(material, tmp_path):
+    site = f"layer_{tiny.LAYERS - 1}.resid_post"
+    file = tmp_path / "keep.yaml"
+    file.write_text(f"{site}: {{7: 0.0, groups: {{some: [95, 1, 2]}}}}")
+    settings = {"top_k": "3", "keep": str(file)}
+    path = tmp_path / "ref.zarr"
+    store = cache(cache_config(material, path, **settings))
+    whole = cache(cache_config(material, tmp_path / "all.zarr", top_k="all"))
+    assert store.sites[site]["keep"] == [1, 2, 7, 95]
+    for block in range(store.blocks):
+        tokens = store.tokens(block)
+        kept = store.reference(block, tokens).features[site]
+        every = whole.reference(block, tokens).features[site]
+        dense = np.zeros((len(tokens), 2, tiny.FEATURES + 1), np.float32)
+        np.put_along_axis(dense, np.minimum(every.index, tiny.FEATURES), every.value, -1)
+        np.testing.assert_array_equal(kept.kept_value, dense[..., [1, 2, 7, 95]])
+    assert find_damage(store) == []
+    # A chunk in the place of another has the right checksum, but not the right digest.
+    chunks = path / f"features/{site}/kept/c"
+    (chunks / "0/0/0").write_bytes((chunks / "1/0/0").read_bytes())
+    assert "blocks/kept" in find_damage(store)[0].message
+    cache(cache_config(material, path, repair=True, **settings))
+    assert find_damage(Store.open(path)) == []
+    (chunks / "2/0/0").unlink()
+    assert "chunk 2 is missing" in find_damage(store)[0].message
+    file.write_text(f"{site}: {{7: 0.0}}")
+    with pytest.raises(UserError, match="keep"):
+        cache(cache_config(material, path, **settings))
+    file.write_text("layer_0.resid_post: {7: 0.0}")
+    with pytest.raises(UserError, match=r"layer_0\.resid_post, which is not a site"):
+        cache(cache_config(material, path, **settings))
+
+
+def test_the_id_at_neuronpedia_is_kept_where_sae_lens_knows_it(material, tmp_path):
+    sae = tiny.sae()
+    sae.cfg.metadata.neuronpedia_id = "tiny/3-res"
+    sae.save_model(tmp_path / "sae")
+    store = cache(cache_config(material, tmp_path / "ref.zarr", sae=[str(tmp_path / "sae")]))
+    (about,) = store.sites.values()
+    assert about["sae"]["neuronpedia"] == "tiny/3-res"

@@ -79,7 +79,8 @@ def test_every_pair_equals_plain_transformers_on_separate_sequences(measured, st
         expected = np.exp(-logp[:, side].sum() / counts[:, side].sum())
         assert result["perplexity"][name] == pytest.approx(expected, rel=1e-5)
     assert {file.name for file in out.iterdir()} == {
-        "eval.json", "pairs.jsonl", "reward_margin.png", "consistency.png", "bound.png",
+        "eval.json", "pairs.jsonl", "features.npz", "reward_margin.png", "consistency.png",
+        "bound.png",
     }  # fmt: skip
     assert json.loads((out / "eval.json").read_text()) == result
 

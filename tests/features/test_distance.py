@@ -24,11 +24,12 @@ def sparse_vectors(rng, pairs: int, m: int = M) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def stored(reference: torch.Tensor, k: int) -> TopFeatures:
-    """What the store keeps of whole vectors."""
+def stored(reference: torch.Tensor, k: int, keep=()) -> TopFeatures:
+    """What the store keeps of whole vectors: the k largest, and the features in `keep`."""
     index, value = top_k(reference, k)
     unused = torch.where(value > 0, index, 65_535)
-    return TopFeatures(unused, value, (reference > 0).sum(-1))
+    kept = torch.tensor(sorted(keep), dtype=torch.int64)
+    return TopFeatures(unused, value, (reference > 0).sum(-1), reference[..., kept], kept)
 
 
 def naive(policy, reference, k, kept) -> tuple[float, float]:
@@ -170,6 +171,8 @@ def test_a_reference_value_rounded_to_zero_is_still_compared():
         torch.tensor([[[3, 7], [3, 7]]]),
         torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]),
         torch.tensor([[2, 2]]),
+        torch.zeros(1, 2, 0),
+        torch.zeros(0, dtype=torch.int64),
     )
     policy = torch.zeros(1, 2, 9)
     policy[..., 3], policy[..., 7] = 1.0, 5.0

@@ -21,13 +21,15 @@ from fpocli.store.schema import VERSION  # noqa: E402
 
 
 def main() -> None:
-    """Cache seven pairs in three blocks at two sites, and write every value next to the store."""
+    """Cache seven pairs in three blocks at two sites, two features of one site for every response,
+    and write every value next to the store."""
     import os
 
     os.chdir(tempfile.mkdtemp())
     tiny.model_folder(Path("model"))
     tiny.sae_folder(Path("sae"))
     write_pairs(Path("pairs.jsonl"), 7)
+    Path("keep.yaml").write_text("layer_3.resid_post: {groups: {two: [1, 95]}}")
     path = HERE / f"ref-{VERSION}.zarr"
     cache(
         CacheConfig(
@@ -39,6 +41,7 @@ def main() -> None:
             device="cpu",
             block=3,
             top_k="20",
+            keep="keep.yaml",
             out="ref.zarr",
         )
     )

@@ -25,6 +25,7 @@ from fpocli import (
     CompareConfig,
     EvalConfig,
     InspectConfig,
+    ReportConfig,
     SaesConfig,
     TrainConfig,
     UserError,
@@ -40,9 +41,16 @@ COMMANDS = {
     "compare": CompareConfig,
     "inspect": InspectConfig,
     "saes": SaesConfig,
+    "report": ReportConfig,
 }
-FUNCTIONS = {name: "evaluate" if name == "eval" else name for name in COMMANDS}
-POSITIONAL = {"eval": "model", "compare": "config_file", "inspect": "store", "saes": "model"}
+FUNCTIONS = {name: name for name in COMMANDS} | {"eval": "evaluate", "report": "report_runs"}
+POSITIONAL = {
+    "eval": "model",
+    "compare": "config_file",
+    "inspect": "store",
+    "saes": "model",
+    "report": "runs",
+}
 REQUIRED = {
     "cache": "--model m --layer 1",
     "train": "--cache s",
@@ -50,6 +58,7 @@ REQUIRED = {
     "compare": "c.yaml",
     "inspect": "s",
     "saes": "m",
+    "report": "r --html p",
 }
 ORDERS = [
     " ".join(order)
@@ -76,7 +85,7 @@ def test_nothing_heavy_is_loaded(command):
 
 def test_flags_are_the_fields():
     commands = typer.main.get_command(cli.app).commands
-    assert [*commands] == [*COMMANDS]
+    assert [name for name in commands if name != "features"] == [*COMMANDS]
     for name, config in COMMANDS.items():
         names = [field.name for field in dataclasses.fields(config)] + EXTRA.get(name, [])
         names += ["quiet", "json_logs"]
@@ -121,6 +130,8 @@ def resolve(monkeypatch, tmp_path):
 def test_flags(resolve):
     assert resolve("train --cache s") == TrainConfig(cache="s")
     assert resolve("inspect s --pair 3 --json") == InspectConfig(store="s", pair=3, json=True)
+    two = ReportConfig(runs=["a", "b"], html="page.html")
+    assert resolve("report a b --html page.html") == two
     assert resolve("compare c.yaml --plan") == CompareConfig(config_file="c.yaml", plan=True)
     sampled = EvalConfig(model="run", cache="s", generate=["p"], temperature=[0.2, 1.0])
     flags = "--generate p --temperature 0.2 --temperature 1"

@@ -17,7 +17,7 @@ from stores import assert_equal, cache_config, make_loader
 
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
-from fpocli.report.inspect import describe
+from fpocli.report.describe import describe
 from fpocli.store.metadata import DOCUMENT, attributes, document_sums, write_root
 from fpocli.store.reader import Store
 from fpocli.store.schema import fingerprint

@@ -14,13 +14,14 @@ from fpocli import cache
 from fpocli.config import TrainConfig
 from fpocli.features.pretrained import load_encoder
 from fpocli.features.site import Site
+from fpocli.features.weights import FeatureWeights, load_feature_weights
 from fpocli.model.language_model import FrozenReference, load_model
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 from fpocli.training.held_out import held_out_means
-from fpocli.training.objective import objective
+from fpocli.training.objective import objective, shares_of_groups
 
 CPU = torch.device("cpu")
 
@@ -197,3 +198,98 @@ def test_an_error_of_the_thread_that_reads_reaches_the_loop(store_path, tmp_path
     (damaged / "ref" / "logp" / "c" / "0" / "0").write_bytes(b"nothing")
     with pytest.raises(UserError, match="ref/logp"):
         list(loader(Store.open(damaged), 500).steps(0, 1, CPU))
+
+
+# -- named features (section 5.3) ------------------------------------------------------------------
+
+
+def quiet_features(store, model, encoder, site, micro) -> list[int]:
+    """Features that are active in the policy but in neither side's top 2 of any response."""
+    scores = score(model, {site: encoder}, micro.batch)
+    pooled, reference = scores.pooled[site], micro.reference.features[site]
+    loud = set(pooled.topk(2).indices.ravel().tolist())
+    loud |= set(reference.index[..., :2].ravel().tolist())
+    active = (pooled > 0).all(1).all(0).nonzero().ravel().tolist()
+    return [feature for feature in active if feature not in loud]
+
+
+def test_a_named_feature_outside_both_top_k_changes_the_gradient(stage):
+    store, model, encoders = stage
+    site, encoder = next(iter(encoders.items()))
+    (micro,) = first_step(loader(store, 5000))
+    policy = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    quiet = quiet_features(store, policy, encoder, site, micro)[:3]
+    assert quiet, "the tiny model has features of middling activation"
+    weight = torch.ones(tiny.FEATURES)
+    weight[quiet] = 1000.0
+    none = torch.zeros(tiny.FEATURES, dtype=torch.int8)
+    found = []
+    for named in ([], quiet):
+        weights = {site: FeatureWeights(weight, none, torch.tensor(named, dtype=torch.int64), {})}
+        settings = TrainConfig(cache="unused", k=2, alpha=50.0)
+        policy.zero_grad()
+        scores = score(policy, {site: encoder}, micro.batch)
+        loss, metrics = objective(scores, micro.reference, {site: encoder}, settings, weights)
+        loss.mean().backward()
+        gradient = torch.cat([p.grad.ravel() for p in policy.parameters() if p.grad is not None])
+        found.append((metrics["distance_rejected"], gradient))
+    (before, small), (after, large) = found
+    assert (after > before).any(), "D counts what was named"
+    assert (large - small).norm() > 0.01 * small.norm()
+
+
+def test_with_keep_the_distance_of_named_features_is_exact(material, tmp_path):
+    """The store holds two features of each response, and the named ones beside them."""
+    site = f"layer_{tiny.LAYERS - 1}.resid_post"
+    named = [1, 2, 4, 5, 7, 50, 95]
+    file = tmp_path / "weights.yaml"
+    group = "groups: {some: [1, 2, 4], others: {features: [5, 7, 50, 95], weight: 3}}"
+    file.write_text(f"{site}: {{{group}}}")
+    policy = load_model(
+        find_model(str(material / "policy")), [Site.parse(site)], torch.float32, CPU
+    )
+    original = load_model(
+        find_model(str(material / "model")), [Site.parse(site)], torch.float32, CPU
+    )
+    encoders = {site: load_encoder(str(material / "sae"), CPU)}
+    (weights,) = load_feature_weights(str(file), {site: tiny.FEATURES}).values()
+    settings = TrainConfig(cache="unused", k=2)
+    for keep in (str(file), None):
+        config = cache_config(material, tmp_path / f"{keep is None}.zarr", top_k="2", keep=keep)
+        (micro,) = first_step(loader(cache(config), 5000))
+        with torch.no_grad():
+            scores = score(policy, encoders, micro.batch)
+            exact = score(original, encoders, micro.batch).pooled[site]
+            arguments = (scores, micro.reference, encoders, settings, {site: weights})
+            metrics = objective(*arguments)[1]
+        change = (scores.pooled[site] - exact)[..., named].double()
+        squares = (change**2 / 2).numpy()
+        unweighted = {"some": squares[..., :3].sum(-1), "others": squares[..., 3:].sum(-1)}
+        for name, expected in unweighted.items():
+            for column, side in enumerate(("chosen", "rejected")):
+                actual = metrics[f"group.{name}.distance_{side}"].numpy()
+                if keep:
+                    np.testing.assert_allclose(actual, expected[:, column], rtol=1e-4, atol=1e-9)
+                else:
+                    assert (actual <= expected[:, column] * (1 + 1e-4) + 1e-9).all()
+                    assert (actual < 0.9 * expected[:, column]).any(), "a lower bound only"
+                share = metrics[f"group.{name}.part_{side}"].numpy()
+                omega = 3 if name == "others" else 1
+                np.testing.assert_allclose(share, omega * actual, rtol=1e-5, atol=1e-12)
+
+
+def test_shares_of_groups_are_parts_of_the_mean_distance():
+    means = {
+        "distance_chosen": 2.0,
+        "distance_rejected": 0.0,
+        "group.a.distance_chosen": 0.25,
+        "group.a.part_chosen": 0.5,
+        "group.a.part_rejected": 0.0,
+    }
+    shares = shares_of_groups(means)
+    assert shares["group.a.share_chosen"] == 0.25 and shares["group.a.share_rejected"] == 0.0
+    assert not any(".part_" in name for name in shares)
