@@ -50,7 +50,8 @@ def main() -> None:
         wanted, texts, steps = {layer: WORK / f"sae-{layer}" for layer in SITES}, 12, 60
     for layer, folder in wanted.items():
         if not folder.is_dir():
-            train_sae(collect_activations(layer, texts), layer, folder, steps)
+            rows = [json.loads(line) for line in islice(PAIRS.open(), texts)]
+            train_sae(collect_activations(layer, rows), layer, folder, steps)
     if sys.argv[1:]:
         return
     fpo(
@@ -93,13 +94,12 @@ def convert_model() -> None:
         tokenizer.save_pretrained(MODEL)
 
 
-def collect_activations(layer: int, texts: int) -> torch.Tensor:
-    """The residual stream after a layer on texts of the pairs: [positions, width]."""
+def collect_activations(layer: int, rows: list[dict[str, str]]) -> torch.Tensor:
+    """The residual stream after a layer on the chosen answers of pairs: [positions, width]."""
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModel.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
-    rows = [json.loads(line) for line in islice(PAIRS.open(), texts)]
     activations: list[torch.Tensor] = []
     hook = model.layers[layer].register_forward_hook(
         # The first position is an outlier in every text; SAEs leave it out.

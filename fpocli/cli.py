@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
+from typer.exceptions import TyperException
 
 import fpocli
 from fpocli.config import (
@@ -29,9 +29,10 @@ from fpocli.config import (
     SteerConfig,
     TrainConfig,
 )
-from fpocli.system.console import console
+from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
 from fpocli.system.json_yaml import read_yaml
+from fpocli.system.output import output, write_json
 from fpocli.system.signals import add_resume_note, suppress_stop_message
 
 app = typer.Typer(
@@ -119,6 +120,21 @@ _PRESET = Annotated[
     ),
 ]
 
+# Flags of every command, which change no result and so are no settings.
+_OUTPUT = {
+    "quiet": Annotated[
+        bool, typer.Option("--quiet", help="Print warnings and errors only, beside the data.")
+    ],
+    "json_logs": Annotated[
+        bool,
+        typer.Option(
+            "--json-logs",
+            help="Print each message, and progress now and then, as a JSON object on a line of "
+            "stderr.",
+        ),
+    ],
+}
+
 
 def _command(
     name: str, function: str, config: type, extra: dict[str, Any], to: typer.Typer = app
@@ -139,6 +155,10 @@ def _command(
             add_resume_note(
                 f"after removing overwrite from {flags['config']}, which would start over"
             )
+        output.quiet, output.json_logs = flags["quiet"], flags["json_logs"]
+        if output.flags():
+            # tqdm's bars, of downloads for example.
+            os.environ["TQDM_DISABLE"] = "1"
         try:
             getattr(fpocli, function)(config(**settings))
         except UserError as error:
@@ -155,9 +175,9 @@ def _command(
                 raise
             _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
-    flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)} | {
-        extra_name: (kind, None) for extra_name, kind in extra.items()
-    }
+    flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)}
+    flags |= {name: (kind, None) for name, kind in extra.items()}
+    flags |= {name: (kind, False) for name, kind in _OUTPUT.items()}
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
@@ -184,9 +204,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _fail(message: str, hint: str) -> None:
     suppress_stop_message()
-    console.print(Text.assemble(("error: ", "bold red"), message))
-    if hint:
-        console.print(Text.assemble(("hint: ", "bold"), hint))
+    show_error(message, hint)
     raise typer.Exit(2)
 
 
@@ -231,4 +249,10 @@ def main() -> None:
     logging.getLogger("DeepSpeed").addFilter(
         lambda record: "Setting accelerator" not in record.getMessage()
     )
-    app()
+    json_logs = "--json-logs" in sys.argv
+    try:
+        sys.exit(app(standalone_mode=not json_logs))
+    except TyperException as error:
+        # A mistake in the flags; without --json-logs typer prints it and exits.
+        write_json("error", message=error.format_message(), hint="--help lists the flags")
+        sys.exit(error.exit_code)

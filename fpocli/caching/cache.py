@@ -1,11 +1,13 @@
 """fpo cache: tokenise, run the frozen reference and its SAEs once, write the store."""
 
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fpocli.caching.claims import BlockClaims, launch_name
@@ -143,7 +145,7 @@ def _score_blocks(
         claims.release(block)
 
     with (
-        progress("Scoring pairs with the reference", store.pairs) as bar,
+        progress("Scoring pairs with the reference", store.pairs, _pairs_done(store)) as bar,
         # One block is compressed and written while the next is scored.
         ThreadPoolExecutor(1) as writer,
     ):
@@ -152,15 +154,17 @@ def _score_blocks(
             free = claims.free()
             for block in filter(claims.claim, free):
                 bar.advance_to(_pairs_done(store))
+                tokens, began = store.tokens(block), time.perf_counter()
                 scored = score_block(
                     model,
                     encoders,
                     store,
-                    store.tokens(block),
+                    tokens,
                     _packed_length(config, device),
                     bar,
                     drop_non_finite=config.drop_non_finite,
                 )
+                bar.show(_shown(scored[0], len(tokens.ids) / (time.perf_counter() - began)))
                 # At most one block waits, and an error of the writer stops the scoring.
                 if written:
                     written.result()
@@ -171,6 +175,14 @@ def _score_blocks(
             if not free:
                 claims.wait()
             bar.advance_to(_pairs_done(store))
+
+
+def _shown(values: ReferenceValues, tokens_per_second: float) -> dict[str, float]:
+    """What somebody who waits wants to know of each block: is it as fast as those before, and are
+    the numbers sane?"""
+    margin = values.margin[np.isfinite(values.margin)]
+    shown = {"tokens_per_second": tokens_per_second}
+    return shown | ({"margin": float(margin.mean())} if len(margin) else {})
 
 
 def _pairs_done(store: StoreWriter) -> int:

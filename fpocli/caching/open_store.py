@@ -18,7 +18,7 @@ from fpocli.store.records import TokenPairs
 from fpocli.store.schema import fingerprint, raw_bytes
 from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
-from fpocli.system.console import console, progress, say
+from fpocli.system.console import progress, say, warn
 from fpocli.system.errors import UserError
 
 
@@ -49,7 +49,7 @@ def open_or_create(
     listed = dropped_file(path)
     tokenizer.dropped.write(listed)
     if tokenizer.dropped.counts:
-        console.print(f"dropped rows are listed in {listed}")
+        say(f"dropped rows are listed in {listed}", any_rank=True)
     StoreWriter.remove(path)
     return StoreWriter.create(path, about, tokens)
 
@@ -63,7 +63,7 @@ def _repair(
     try:
         store = Store.open(path)
     except UserError as error:
-        console.print(str(error))
+        warn(str(error))
         # The root's metadata may be lost, and with it what the blocks were made from.
         if StoreWriter.fingerprint_of_blocks(path) != fingerprint(identity):
             raise UserError(
@@ -87,10 +87,10 @@ def _repair(
     pairs, tokens = _tokenise(config, tokenizer, source)
     store = StoreWriter.rewrite_metadata(path, about | {"pairs": pairs}, tokens)
     for block, message in find_damage(store):
-        console.print(message)
+        warn(message)
         if block is not None:
             store.mark_unscored(block)
-    console.print(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")
+    say(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")
     return store
 
 
@@ -138,10 +138,11 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
     sites = "no features, as no --layer is named: for all methods but fpo"
     if about["sites"]:
         sites = f"sites {', '.join(about['sites'])}"
-    console.print(
+    say(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
         f"{len(tokens.ids):,} tokens; {sites}\n"
-        f"{path} will take at most {decimal(size)}; {decimal(free)} are free"
+        f"{path} will take at most {decimal(size)}; {decimal(free)} are free",
+        any_rank=True,
     )
     if size > free:
         raise UserError(

@@ -14,7 +14,8 @@ from fpocli.model.packing import pack, plan_packing
 from fpocli.scoring.score import PairScores, score
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.writer import StoreWriter
-from fpocli.system.console import Bar, console
+from fpocli.system.bar import Bar
+from fpocli.system.console import warn
 from fpocli.system.errors import UserError
 
 
@@ -74,7 +75,7 @@ def score_block(
             _keep_features(pooled, values.features[site], kept, tokens.source_row)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
-        bar.advance(len(kept))
+        bar.advance(len(kept), pairs=len(kept), tokens=sum(lengths[pair] for pair in kept))
     average = values.logp / tokens.counts.astype(np.float32)
     values.margin[:] = average[:, 0] - average[:, 1]
     return values, totals
@@ -113,4 +114,4 @@ def _leave_out(row: int, allowed: bool) -> None:
     message = f"the log-probability or a feature of the pair in row {row} is non-finite"
     if not allowed:
         raise UserError(message, "try --dtype float32, or drop the pair with --drop-non-finite")
-    console.print(f"{message}; the pair is dropped")
+    warn(f"{message}; the pair is dropped", any_rank=True)

@@ -46,11 +46,18 @@ class Table:
         title: above it.
         keys: settings that tell its rows apart.
         columns: what is measured.
+        groups: whether the distances of named groups of features follow.
     """
 
     title: str
     keys: tuple[str, ...]
     columns: tuple[Column, ...]
+    groups: bool = False
+
+    def known_columns(self, rows: list[Record]) -> list[Column]:
+        """The columns that were measured in some run."""
+        columns = [*self.columns, *(_group_columns(rows) if self.groups else ())]
+        return [column for column in columns if column.known(rows)]
 
 
 def _path(*names: str) -> Callable[[Record], float | None]:
@@ -87,6 +94,21 @@ def _distance(side: str) -> Callable[[Record], float | None]:
         return statistics.mean(site[side] for site in sites.values()) if sites else None
 
     return value
+
+
+def _group_columns(rows: list[Record]) -> list[Column]:
+    """D of each named group of features, for both responses."""
+    names = dict.fromkeys(name for row in rows for name in row["eval"].get("groups", {}))
+    return [
+        Column(
+            f"D of {name}, {side}",
+            _path("eval", "groups", name, side),
+            5,
+            per_pair=f"group.{name}_{side}",
+        )
+        for name in names
+        for side in ("chosen", "rejected")
+    ]
 
 
 def _judged(title: str, judge: str, name: str, digits: int = 1, *, whole: float | None) -> Column:
@@ -130,6 +152,7 @@ def _alpaca_eval(whole: float | None) -> tuple[Column, ...]:
 
 
 D_MARGIN = Column("D margin", _distance("margin"), 5, per_pair="distance_margin")
+_D_REJECTED = Column("D rejected", _distance("rejected"), 5, per_pair="distance_rejected")
 MEAN_MEMORY = Column("Mean memory (GB)", _path("memory_gb"), 2)
 _PEAK = Column("Peak (GB)", _path("peak_memory_gb"), 2)
 # The paper's definition, and the one by rewards that most tools log.
@@ -162,7 +185,7 @@ _ALL = (
     Column("KL rejected (nats)", _path("eval", "kl", "rejected"), 3, per_pair="kl_rejected"),
     Column("KL margin", _path("eval", "kl", "margin"), 3, per_pair="kl_margin"),
     Column("D chosen", _distance("chosen"), 5, per_pair="distance_chosen"),
-    Column("D rejected", _distance("rejected"), 5, per_pair="distance_rejected"),
+    _D_REJECTED,
     D_MARGIN,
     Column("Time (s)", _path("seconds"), 0),
     MEAN_MEMORY,
@@ -171,9 +194,15 @@ _ALL = (
 )
 _SITES = ("at", "layer", "site")
 TABLES = {
-    "all": Table("All runs", ("method", *_SITES, "alpha", "stop_gradient"), _ALL),
+    "all": Table("All runs", ("method", *_SITES, "alpha", "stop_gradient"), _ALL, groups=True),
     "table2": Table("The paper's Table 2", ("method",), (*_BENCHMARKS, *_PAPER)),
     "table3": Table("The paper's Table 3", (*_SITES, "alpha", "stop_gradient"), _PAPER),
+    "table4": Table(
+        "Held and freed features (the paper's Table 4)",
+        ("feature_weights",),
+        (*_ACCURACY, _D_REJECTED),
+        groups=True,
+    ),
     "table6": Table("The paper's Table 6", ("method",), (*_PAPER, *_AGAINST_BASELINE)),
     "table7": Table("The paper's Table 7", _SITES, (*_PAPER, *_AGAINST_BASELINE)),
 }

@@ -15,9 +15,10 @@ from fpocli.comparison.steps import Step
 from fpocli.comparison.tables import REPORTS, write_reports
 from fpocli.config import JUDGES, CompareConfig
 from fpocli.evaluation.prompts import find_prompts
-from fpocli.system.console import console
+from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.files import remove_folder, replace_text
+from fpocli.system.output import output
 from fpocli.system.signals import run_if_stopped
 
 # Endings of local files.
@@ -51,14 +52,14 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     for number, step in enumerate(grid.steps, 1):
         # Again, as the steps before may have changed what it reads.
         if not _done(grid, step):
-            console.print(f"\n[{number} of {len(grid.steps)}] {step.name}")
+            say(f"\n[{number} of {len(grid.steps)}] {step.name}")
             _run(grid, step)
     rows = collect(grid)
     replace_text(grid.out / "results.json", json.dumps(rows, indent=1))
     for script in write_judge_scripts(grid):
-        console.print(f"{script} has the answers judged; then run this command again")
+        say(f"{script} has the answers judged; then run this command again")
     write_reports(grid, rows)
-    console.print(f"tables and figures are in {grid.out}")
+    say(f"tables and figures are in {grid.out}")
     return rows
 
 
@@ -127,7 +128,7 @@ def _run(grid: Grid, step: Step) -> None:
     settings, inputs = step.settings, step.inputs(finished=False)
     # What was begun with the same inputs is resumed, anything else made again.
     if begun.is_file() and begun.read_text() != inputs:
-        console.print("made again, as its settings or what it reads have changed")
+        say("made again, as its settings or what it reads have changed")
         if step.kind == "cache":
             # Several processes do not overwrite.
             remove_folder(Path(settings["out"]))
@@ -143,6 +144,8 @@ def _run(grid: Grid, step: Step) -> None:
     model = [settings["model"]] if step.kind == "eval" else []
     # The commands' own tables would mix with those of fpo compare on stdout.
     words = [*step.words, *model, "--config", str(file)]
+    if step.kind != "sft":
+        words += output.flags()
 
     def stop() -> None:
         child.terminate()

@@ -63,7 +63,7 @@ def differences_table(
 ) -> tuple[str, pd.DataFrame]:
     """All differences in all quantities as Markdown, and as a frame."""
     keys, groups = grouped(rows, TABLES["all"].keys)
-    columns = [column for column in TABLES["all"].columns if column.known(rows)]
+    columns = TABLES["all"].known_columns(rows)
     lines: list[list[str]] = []
     records: list[dict[str, Any]] = []
     for key, group in groups.items():

@@ -28,7 +28,7 @@ from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
 from fpocli.store.reader import Store
 from fpocli.store.schema import raw_bytes
-from fpocli.system.console import console, progress
+from fpocli.system.console import progress, warn
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 from fpocli.training.losses import METHODS
@@ -101,7 +101,7 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
             try:
                 counted[path] = _count(path, stores.get(path))
             except UserError as error:
-                console.print(f"no estimate for {path}: {error}")
+                warn(f"no estimate for {path}: {error}")
                 counted[path] = None
         return counted[path]
 
@@ -160,7 +160,7 @@ def _sampling(config: EvalConfig, found: StoreSize, speed: float, ranks: int) ->
     try:
         asked = load_prompts(config)
     except UserError as error:
-        console.print(f"without the time of sampling: {error}")
+        warn(f"without the time of sampling: {error}")
         return 0.0
     seconds = 0.0
     read = _WEIGHTS * found.parameters * _OPERATIONS_PER_BYTE / (speed / ranks)
@@ -182,7 +182,7 @@ def _sft(step: Step, speed: float) -> Cost:
             settings.get("split"), settings.get("limit"), str(folder.path),
         )  # fmt: skip
     except (UserError, KeyError) as error:
-        console.print(f"no estimate for the SFT stage: {error}")
+        warn(f"no estimate for the SFT stage: {error}")
         return Cost(None, None)
     tokens *= float(settings.get("num_train_epochs", 1))
     return Cost(8 * size * tokens / speed / 3600, 4 * size)

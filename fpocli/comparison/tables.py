@@ -61,7 +61,7 @@ def make_table(
 ) -> tuple[str, pd.DataFrame]:
     """Markdown with mean ± standard deviation over seeds, and a frame with both as numbers."""
     keys, groups = grouped(rows, table.keys)
-    columns = [column for column in table.columns if column.known(rows)]
+    columns = table.known_columns(rows)
     lines, records, starred = [], [], False
     for key, group in groups.items():
         record: Record = dict(zip(keys, key, strict=True)) | {"runs": len(group)}

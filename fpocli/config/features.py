@@ -1,5 +1,7 @@
 """The settings of fpo features: contrast, find, show, diff and steer."""
 
+import math
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -207,3 +209,36 @@ class SteerConfig:
             raise UserError("no feature is named", "use --add FEATURE=VALUE or --ablate FEATURE")
         if not (self.prompt or self.prompts):
             raise UserError("no prompt is named", "use --prompt TEXT or --prompts FILE")
+        if not all(text.strip() for text in self.prompt):
+            raise UserError("a --prompt is empty", "write a question")
+        if self.temperature == math.inf:
+            raise UserError("--temperature must be a number", "try --temperature 0.7")
+        named = [feature for feature, _ in self._pairs()] + self.ablate
+        if twice := [str(feature) for feature in named if named.count(feature) > 1]:
+            raise UserError(
+                f"the feature {twice[0]} is named twice", "use one --add or one --ablate for each"
+            )
+
+    @property
+    def added(self) -> dict[int, float]:
+        """The value that is added to each feature of --add."""
+        return dict(self._pairs())
+
+    def _pairs(self) -> list[tuple[int, float]]:
+        return [_read_addition(text) for text in self.add]
+
+
+def _read_addition(text: str) -> tuple[int, float]:
+    """Feature and value of an --add.
+
+    Raises:
+        UserError: it is not FEATURE=VALUE.
+    """
+    feature, _, value = text.partition("=")
+    with suppress(ValueError):
+        if math.isfinite(number := float(value)):
+            return int(feature), number
+    raise UserError(
+        f"--add {text} is not a feature's index and a finite number",
+        "write FEATURE=VALUE, such as --add 1041=8",
+    )

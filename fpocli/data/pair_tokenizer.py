@@ -21,7 +21,7 @@ from fpocli.data.tokenizer import (
     render_prompt,
     vocabulary_hash,
 )
-from fpocli.system.console import console
+from fpocli.system.console import warn
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder
 
@@ -161,7 +161,7 @@ class PairTokenizer:
         end = end.strip()
         if ids := self._encode([end])[0]:
             if len(ids) > 1:
-                console.print(
+                warn(
                     f"note: {end!r}, which ends a turn in the chat template {self.template_name}, "
                     f"is not a token of the tokeniser; it becomes {len(ids)} tokens"
                 )

@@ -1,9 +1,11 @@
-"""Tables of fpo features for a terminal."""
+"""Tables of fpo features contrast, find and diff for a terminal."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fpocli.display.contexts import show_contexts
 
 
 def show_contrast(shown: dict[str, Any], out: Console) -> None:
@@ -46,6 +48,75 @@ def show_contrast(shown: dict[str, Any], out: Console) -> None:
         )
     out.print(table)
     show_labels(shown["features"], out)
+
+
+def show_found(result: dict[str, Any], out: Console) -> None:
+    """Print the result of interpretation.find."""
+    against = ""
+    if result["against"]:
+        against = f" against {result['background_texts']} of {result['against']}"
+    out.print(
+        f"{len(result['features'])} features of {result['texts']} texts of {result['target']}"
+        f"{against}\n{result['model']}, {result['site']}, SAE {result['sae']}\n"
+    )
+    if not result["features"]:
+        return
+    heads = ("feature", "mean", "backgr.", "peak", "backgr.", "fires in", "backgr.", "effect", "q")
+    table = Table(*heads, box=None, header_style="")
+    for one in result["features"]:
+        table.add_row(
+            str(one["feature"]),
+            f"{one['mean']:.3g}",
+            f"{one['background_mean']:.3g}",
+            f"{one['peak']:.3g}",
+            f"{one['background_peak']:.3g}",
+            f"{one['share']:.0%}",
+            f"{one['background_share']:.0%}",
+            f"{one['effect']:.2f}",
+            f"{one['q']:.2g}",
+        )
+    out.print(table)
+    if any(one["contexts"] or one["label"] or one["page"] for one in result["features"]):
+        out.print("\nWhere they are largest")
+        for one in result["features"]:
+            show_contexts(one, out)
+
+
+def show_diff(result: dict[str, Any], out: Console) -> None:
+    """Print the result of interpretation.diff."""
+    out.print(
+        f"Change of the mean activation from the reference to the policy at {result['site']}, over "
+        f"{result['pairs']:,} pairs"
+    )
+    table = Table("run", "", "rose", "fell", "sum of squares", box=None, header_style="")
+    for number, run in enumerate(result["runs"], 1):
+        table.add_row(
+            f"{number}  {run['run']}", run["method"] or "", f"{run['rose']:,}", f"{run['fell']:,}",
+            f"{run['mean_square']:.4g}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(f"(rose and fell beyond noise: at most {result['rate']:.0%} of them by chance)\n")
+    several = len(result["runs"]) > 1
+    own = ["chosen", "rejected", "q"] if not several else []
+    changes = [f"change in {number}" for number in range(1, len(result["runs"]) + 1)]
+    table = Table(
+        "feature", "before", *(changes if several else ["change"]), *own, box=None, header_style=""
+    )
+    for row in result["features"]:
+        first = row["runs"][0]
+        cells = [str(row["feature"]), f"{first['before']:.3g}"]
+        for one in row["runs"]:
+            beyond = " *" if one["q"] <= result["rate"] else ""
+            cells.append(f"{one['mean']:+.3g} ± {one['error']:.2g}{beyond}")
+        if not several:
+            cells += [f"{first['chosen']:+.3g}", f"{first['rejected']:+.3g}", f"{first['q']:.2g}"]
+        table.add_row(*cells)
+    out.print(table)
+    out.print("± is the standard error over pairs; * marks a change beyond noise")
+    if any(row["contexts"] or row["label"] for row in result["features"]):
+        out.print("\nTokens they fire on, where they changed most")
+        for row in result["features"]:
+            show_contexts(row, out)
 
 
 def show_labels(rows: list[dict[str, Any]], out: Console) -> None:

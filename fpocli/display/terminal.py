@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fpocli.system.sparkline import block
+
 
 def show_store(shown: dict[str, Any], out: Console) -> None:
     """Print the result of report.inspect.describe."""
@@ -80,10 +82,7 @@ def _show_features(site: str, about: dict[str, Any], out: Console) -> None:
     top = largest[0]["mean"] or 1.0
     height = 8
     for level in range(height, 0, -1):
-        columns = "".join(
-            " ▁▂▃▄▅▆▇█"[round(8 * min(1, max(0, item["mean"] / top * height - level + 1)))]
-            for item in largest
-        )
+        columns = "".join(block(item["mean"] / top * height - level + 1) for item in largest)
         label = f"{top * level / height:9.3f}" if level in (height, height // 2) else " " * 9
         out.print(f"{label} ┤{columns}")
     out.print(f"{' ' * 10}└{'─' * len(largest)}")

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fpocli.config import EvalConfig, TrainConfig
 from fpocli.display.terminal import show_evaluation
 from fpocli.evaluation.feature_changes import write_changes
@@ -19,7 +17,7 @@ from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
 from fpocli.store.reader import Store
-from fpocli.system.console import console, say
+from fpocli.system.console import data_console, say, warn
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder, find_model
@@ -71,7 +69,7 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     )
     split = config.split or ("eval" if loader.held_out_pairs else "all")
     if trained and split != "eval":
-        say(f"note: {config.model} may have been trained on pairs of the split {split}")
+        warn(f"note: {config.model} may have been trained on pairs of the split {split}")
     if not loader.split_size(split):
         raise UserError(
             f"the split {split} of {store.path} is empty",
@@ -121,14 +119,14 @@ def _write(result: dict[str, Any], measured: Measured, out: Path) -> None:
     write_changes(out / "features.npz", measured.values["pair"], measured.changes)
     replace_text(out / "eval.json", json.dumps(result, indent=2))
     draw_evaluation(measured.values, out)
-    console.print(f"the results are in {out}")
+    say(f"the results are in {out}")
 
 
 def _print(result: dict[str, Any], config: EvalConfig) -> None:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        show_evaluation(result, Console(highlight=False, markup=False, soft_wrap=True))
+        show_evaluation(result, data_console())
 
 
 def find_policy(

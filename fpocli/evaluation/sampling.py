@@ -51,7 +51,16 @@ def generate(
     """
     todo = [(samples, *batch) for samples in answers for batch in samples.missing()]
     if todo:
-        sampler = Sampler(folder, tokenizer, store, config, device)
+        network = load_network(folder, getattr(torch, store.meta["model"]["dtype"])).to(device)
+        special = store.meta["tokenizer"]["special_tokens"]
+        sampler = Sampler(
+            network,
+            tokenizer,
+            bos=special["bos"],
+            end_of_turn=special["end_of_turn"],
+            top_p=config.top_p,
+            seed=config.seed,
+        )
         batches = [
             samples.asked.prompts[first : first + config.batch_size] for samples, _, first in todo
         ]
@@ -83,33 +92,34 @@ class Sampler:
     """A policy that answers prompts, with transformers' generate.
 
     Args:
-        folder: the policy.
-        tokenizer: with the store's template.
-        store: its template begins a prompt and ends a turn.
-        config: of the sampling.
-        device: where it runs.
+        network: transformers' model, on its device.
+        tokenizer: with a chat template.
+        bos: the id that starts every prompt, or None.
+        end_of_turn: the ids that end a turn in the template.
+        top_p: of nucleus sampling; 1 keeps all tokens.
+        seed: of the sampling.
     """
 
     def __init__(
         self,
-        folder: ModelFolder,
+        network: Any,
         tokenizer: Any,
-        store: Store,
-        config: EvalConfig,
-        device: torch.device,
+        *,
+        bos: int | None,
+        end_of_turn: list[int],
+        top_p: float,
+        seed: int,
     ) -> None:
         from transformers import GenerationConfig
 
-        self.config, self.tokenizer = config, tokenizer
-        special = store.meta["tokenizer"]["special_tokens"]
-        self.bos: int | None = special["bos"]
+        self.tokenizer, self.bos = tokenizer, bos
+        self.top_p, self.seed = top_p, seed
         # The end of a turn may be several tokens.
-        self.ends: list[list[int]] = [special["end_of_turn"]]
+        self.ends = [end_of_turn]
         if tokenizer.eos_token_id is not None and [tokenizer.eos_token_id] not in self.ends:
             self.ends.append([tokenizer.eos_token_id])
-        dtype = getattr(torch, store.meta["model"]["dtype"])
         # Packed sequences are for scoring; generation uses transformers' own attention.
-        self.network = load_network(folder, dtype).to(device).eval()
+        self.network = network.eval()
         # Ignore penalties and filters in the model's own generation configuration.
         self.network.generation_config = GenerationConfig()
 
@@ -128,7 +138,7 @@ class Sampler:
         Returns:
             per prompt `turns`: text, ids, entropy in nats per token, and whether it ended.
         """
-        seed = hashlib.sha256(f"{self.config.seed} {temperature} {first}".encode()).digest()
+        seed = hashlib.sha256(f"{self.seed} {temperature} {first}".encode()).digest()
         torch.manual_seed(int.from_bytes(seed[:4], "little"))
         talks: list[list[dict[str, str]]] = [[] for _ in prompts]
         answers: list[dict[str, Any]] = [{"turns": []} for _ in prompts]
@@ -158,8 +168,7 @@ class Sampler:
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {
-                "do_sample": True, "temperature": temperature, "top_p": self.config.top_p,
-                "top_k": 0,
+                "do_sample": True, "temperature": temperature, "top_p": self.top_p, "top_k": 0,
             }  # fmt: skip
         if several := [self.tokenizer.decode(end) for end in self.ends if len(end) > 1]:
             sampling |= {"stop_strings": several, "tokenizer": self.tokenizer}

@@ -81,6 +81,18 @@ class SparseEncoder:
     def pool_selected(self, states: Tensor, index: Tensor) -> Tensor:
         """The pooled features `index` alone, with their gradient.
 
+        Args:
+            states: [n, d].
+            index: [J] features, without repetition.
+
+        Returns:
+            float32 [J].
+        """
+        return self.selected(states, index).sum(0) / len(states)
+
+    def selected(self, states: Tensor, index: Tensor) -> Tensor:
+        """The features `index` alone at every position, with their gradient.
+
         Every supported architecture is piecewise linear: an active feature is its affine
         pre-activation. So only J columns of W_enc are multiplied.
 
@@ -89,7 +101,7 @@ class SparseEncoder:
             index: [J] features, without repetition.
 
         Returns:
-            float32 [J].
+            float32 [n, J].
         """
         sae = self.sae
         inputs = sae.process_sae_in(states)
@@ -105,7 +117,7 @@ class SparseEncoder:
                 active = self._active(states, index)
             else:
                 active = value > 0
-        return torch.where(active, value, 0).sum(0) / len(states)
+        return torch.where(active, value, 0)
 
     @torch.no_grad()
     def _active(self, states: Tensor, index: Tensor) -> Tensor:

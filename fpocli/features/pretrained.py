@@ -51,9 +51,16 @@ def load_encoder(source: str, device: torch.device) -> SparseEncoder:
 
 def load_decoder(source: str, device: torch.device) -> Tensor:
     """W_dec of an SAE, float32 [m, d], which turns the features of `load_encoder` into states."""
+    return load_sae(source, device)[1]
+
+
+def load_sae(source: str, device: torch.device) -> tuple[SparseEncoder, Tensor]:
+    """Both halves of an SAE: those of `load_encoder` and `load_decoder`."""
     sae = _load(source, device)
     fold_decoder_norm(sae)
-    return sae.W_dec.detach()
+    # Held before the encoder, which has no use for it, gives it up.
+    decoder = sae.W_dec.detach()
+    return SparseEncoder(sae), decoder
 
 
 def _load(source: str, device: torch.device) -> Any:

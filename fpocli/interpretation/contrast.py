@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from scipy.sparse import csr_array
 
 from fpocli.config import ContrastConfig
@@ -29,7 +28,7 @@ from fpocli.interpretation.paired_test import (
 from fpocli.interpretation.style import STYLE, measure_style
 from fpocli.scoring.loading import find_tokenizer, one_site
 from fpocli.store.reader import Store
-from fpocli.system.console import progress
+from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
 
 # Of fewer pairs, the style measures alone would explain every difference.
@@ -56,7 +55,7 @@ def contrast(config: ContrastConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(shown, indent=2))
     else:
-        show_contrast(shown, Console(highlight=False, markup=False, soft_wrap=True))
+        show_contrast(shown, data_console())
     return shown
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from fpocli.config import DiffConfig
-from fpocli.display.single_features import show_diff
+from fpocli.display.feature_tables import show_diff
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.evaluation.feature_changes import FeatureChanges, read_changes
 from fpocli.features.site import Site
@@ -31,6 +30,7 @@ from fpocli.scoring.loading import tokenizer_of
 from fpocli.scoring.saes import load_encoders
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
+from fpocli.system.console import data_console
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import read_json
 from fpocli.system.model_folder import find_model
@@ -104,7 +104,7 @@ def diff(config: DiffConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        show_diff(result, Console(highlight=False, markup=False, soft_wrap=True))
+        show_diff(result, data_console())
     return result
 
 

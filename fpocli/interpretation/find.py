@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from scipy.stats import false_discovery_control, ttest_ind
 
 from fpocli.config import FindConfig
@@ -17,7 +16,8 @@ from fpocli.data.dropped import DroppedRows
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.texts import read_texts
-from fpocli.display.single_features import context_text, show_found
+from fpocli.display.contexts import context_text
+from fpocli.display.feature_tables import show_found
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.interpretation.activations import Peaks, peaks, token_activations
@@ -32,7 +32,7 @@ from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
-from fpocli.system.console import console, say
+from fpocli.system.console import data_console, say
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 
@@ -145,7 +145,7 @@ def find(config: FindConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        show_found(result, Console(highlight=False, markup=False, soft_wrap=True))
+        show_found(result, data_console())
     return result
 
 
@@ -268,7 +268,7 @@ def _contexts(
 def _write(result: dict[str, Any]) -> None:
     """The weights file: one group, each feature with what it fires on as a comment."""
     if not result["features"]:
-        console.print("no feature was found, so no weights file is written")
+        say("no feature was found, so no weights file is written")
         return
     notes = {
         one["feature"]: one["label"]
@@ -276,4 +276,4 @@ def _write(result: dict[str, Any]) -> None:
         for one in result["features"]
     }
     add_group(Path(result["out"]), result["site"], result["group"], notes)
-    console.print(f"the group {result['group']} is in {result['out']}")
+    say(f"the group {result['group']} is in {result['out']}")

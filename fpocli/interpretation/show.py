@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from fpocli.config import ShowConfig
 from fpocli.display.single_features import show_feature
@@ -24,7 +23,7 @@ from fpocli.scoring.loading import find_reference, one_site, tokenizer_of
 from fpocli.scoring.saes import load_encoders
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
-from fpocli.system.console import progress
+from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
 
 _SIDES = ("chosen", "rejected")
@@ -66,7 +65,7 @@ def show(config: ShowConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(result, indent=2))
     else:
-        show_feature(result, Console(highlight=False, markup=False, soft_wrap=True))
+        show_feature(result, data_console())
     return result
 
 

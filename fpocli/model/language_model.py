@@ -19,9 +19,9 @@ from fpocli.model.attention import (
     register_kernel,
 )
 from fpocli.model.head import choose_head, logprobs, logprobs_and_kl
+from fpocli.model.hook_point import hook_module
 from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
-from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder
 
 
@@ -120,7 +120,8 @@ class LanguageModel(nn.Module):
             return hook
 
         hooks = [
-            self.hook_module(site).register_forward_hook(keep(str(site))) for site in self.sites
+            hook_module(self.network, site).register_forward_hook(keep(str(site)))
+            for site in self.sites
         ]
         try:
             yield captured
@@ -128,27 +129,6 @@ class LanguageModel(nn.Module):
             # Removed before the backward pass, whose recomputation would call them again.
             for hook in hooks:
                 hook.remove()
-
-    def hook_module(self, site: Site) -> nn.Module:
-        """The module whose output is the hidden state of a site.
-
-        Raises:
-            UserError: the network has no such module.
-        """
-        decoder = self.network.get_decoder()
-        # GPT-2 calls its layers h.
-        layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
-        layer = layers[site.layer]
-        if site.kind == "resid_post":
-            return layer
-        if not hasattr(layer, "mlp"):
-            raise UserError(
-                f"the layers of {type(self.network).__name__} have no module mlp, so there is no "
-                f"hook point {site}",
-                "use --site resid_post",
-            )
-        # Gemma-2 and Gemma-3 normalise the MLP's output before adding it to the residual stream.
-        return getattr(layer, "post_feedforward_layernorm", layer.mlp)
 
 
 class ReferenceOutput(NamedTuple):

@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from fpocli.config import InspectConfig
 from fpocli.display.terminal import show_pair, show_store
 from fpocli.report.describe import describe, describe_pair
 from fpocli.store.metadata import REPAIR
 from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
-from fpocli.system.console import console
+from fpocli.system.console import data_console, say, warn
 from fpocli.system.errors import UserError
 
 
@@ -31,7 +29,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
             damaged = [one._asdict() for one in damage]
             print(json.dumps({"path": str(store.path), "damaged": damaged}, indent=2))
         for one in damage:
-            console.print(one.message)
+            warn(one.message)
         raise UserError(f"{store.path} is damaged, as listed above", REPAIR)
     if config.pair is not None:
         # Imports torch, which takes seconds.
@@ -56,7 +54,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(shown, indent=2))
     else:
-        show(shown, Console(highlight=False, markup=False, soft_wrap=True))
+        show(shown, data_console())
     return shown
 
 
@@ -67,4 +65,4 @@ def _plot(store: Store, file: Path) -> None:
     if not store.sites:
         raise UserError(f"{store.path} has no features to plot", "cache again with --layer")
     draw_figure2({site: store.mean(site) for site in store.sites}, file)
-    console.print(f"Figure 2 is in {file}")
+    say(f"Figure 2 is in {file}")

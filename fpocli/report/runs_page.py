@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from fpocli.display.page import write_page
 from fpocli.display.page_charts import Curve, curves, histogram
-from fpocli.system.console import console
+from fpocli.system.console import say
 
 # Metrics by heading, with caption and unit. docs/method.md defines them.
 _METRICS: dict[str, dict[str, tuple[str, str]]] = {
@@ -68,7 +68,7 @@ def write_runs_page(shown: dict[str, Any], file: Path) -> None:
         "settings": "All settings",
     }
     write_page(file, "runs.html", contents=contents, report=shown, charts=charts, margins=margins)
-    console.print(f"the page is in {file}")
+    say(f"the page is in {file}")
 
 
 def _curve_charts(found: dict[str, list[dict[str, Any]]]) -> dict[str, list[tuple[str, Markup]]]:

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fpocli.config import SaesConfig
 from fpocli.features.known_saes import base_model, known_saes, preferred_saes
 from fpocli.model.network import read_config
-from fpocli.system.console import console, progress
+from fpocli.system.console import data_console, progress, say
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import SHORT_NAMES, find_model
 
@@ -63,14 +62,14 @@ def saes(config: SaesConfig) -> list[dict[str, Any]]:
         print(json.dumps(rows, indent=2))
         return rows
     if by_shape:
-        console.print(f"these were trained on {model}, whose shape {config.model} has")
+        say(f"these were trained on {model}, whose shape {config.model} has")
     table = Table("site", "width", "l0", "--sae", "", box=None, header_style="")
     for sae, row in zip(found, rows, strict=True):
         l0 = "-" if sae.l0 is None else f"{sae.l0:g}"
         default = "default" if row["default"] else ""
         table.add_row(str(sae.site), sae.width or "-", l0, sae.source, default)
     # Wide enough for every id, which are there to be copied.
-    Console(highlight=False, markup=False, width=1000).print(table)
+    data_console(width=1000).print(table)
     return rows
 
 

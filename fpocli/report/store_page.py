@@ -19,7 +19,7 @@ from fpocli.report.describe import describe, describe_pair
 from fpocli.report.feature_tokens import describe_feature_pairs
 from fpocli.scoring.loading import find_tokenizer
 from fpocli.store.reader import Store
-from fpocli.system.console import console, progress
+from fpocli.system.console import progress, say
 
 SIDES = ("chosen", "rejected")
 _BINS = 40
@@ -152,7 +152,7 @@ def write_store_page(shown: dict[str, Any], file: Path) -> None:
         "examples": "Example pairs",
     }
     write_page(file, "store.html", contents=contents, store=shown, charts=_charts(shown))
-    console.print(f"the page is in {file}")
+    say(f"the page is in {file}")
 
 
 def _charts(shown: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fpocli.data.pairs import TokenIds, TokenPair
 from fpocli.features.site import Site
 from fpocli.model.attention import SUPPORTED, length_multiple
 from fpocli.model.head import logprobs
+from fpocli.model.hook_point import changed_output
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import PackedSequence, pack
 from fpocli.store.records import TokenPairs
@@ -196,10 +197,7 @@ def _additive(model: LanguageModel, pair: TokenPair, site: Site) -> float:
     own = LanguageModel(model.network, [site, Site(site.layer, "resid_post")])
     _, states = own.states(batch)
     contribution, before = (states[str(site)].float() for site in own.sites)
-    hook = own.hook_module(site).register_forward_hook(lambda module, inputs, output: output * 0)
-    try:
+    with changed_output(model.network, site, lambda output: output * 0):
         _, states = own.states(batch)
-    finally:
-        hook.remove()
     fallen = before - states[f"layer_{site.layer}.resid_post"].float()
     return ((fallen - contribution).norm() / contribution.norm()).item()

@@ -1,109 +1,151 @@
-"""Messages and progress on stderr; stdout is reserved for data."""
+"""Messages and progress on stderr; stdout is reserved for data. The only maker of rich consoles."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.text import Text
 
+from fpocli.system.bar import Bar, duration, number, rate_texts
+from fpocli.system.live import live_view
+from fpocli.system.output import output, write_json
 from fpocli.system.ranks import is_first_rank
-from fpocli.system.signals import run_if_stopped
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-# Without a terminal, progress is a plain line: the first after so many seconds, then every so many.
+# Without a terminal, progress is a line: the first after so many seconds, then every so many.
 _FIRST_LINE, _EVERY = 2.0, 30.0
 
 
-def say(text: str) -> None:
-    """Print a message once, whatever the number of processes."""
-    if is_first_rank():
-        console.print(text)
+def say(text: str, *, any_rank: bool = False) -> None:
+    """Print a message; nothing with --quiet.
+
+    Args:
+        text: the message.
+        any_rank: not from rank 0 alone, because only this process knows it.
+    """
+    if not output.quiet and (any_rank or is_first_rank()):
+        _print("message", text)
+
+
+def warn(text: str, *, any_rank: bool = False) -> None:
+    """Print what may spoil a result, also with --quiet; the arguments are those of `say`."""
+    if any_rank or is_first_rank():
+        _print("warning", text)
+
+
+def show_error(message: str, hint: str = "") -> None:
+    """Print why the command fails, and what to do about it."""
+    if output.json_logs:
+        write_json("error", message=message, hint=hint)
+        return
+    _stderr().print(Text.assemble(("error: ", "bold red"), message))
+    if hint:
+        _stderr().print(Text.assemble(("hint: ", "bold"), hint))
+
+
+def _print(event: str, text: str) -> None:
+    if output.json_logs:
+        write_json(event, message=text.strip())
+    else:
+        _stderr().print(text)
 
 
 @contextmanager
-def progress(description: str, total: float | None) -> Iterator["Bar"]:
-    """Progress of work that can take more than two seconds: a bar on a terminal, else plain lines.
+def progress(description: str, total: float | None, done: float = 0) -> Iterator[Bar]:
+    """Progress of work that can take more than two seconds: a live view on a terminal, else lines.
 
     Args:
         description: what is being done.
         total: number of units; None if it is unknown.
+        done: units that were done before, by an earlier command or another process.
 
-    Only rank 0 shows it. If the work fails, the bar disappears, so that the error stands alone.
+    Only rank 0 shows it. If the work fails, the view disappears, so that the error stands alone.
     """
-    bars = Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not (is_first_rank() and console.is_terminal),
-    )
-
-    def clear() -> None:
-        bars.live.transient = True
-        bars.stop()
-
-    bar = Bar(bars, description, total)
-    with bars, run_if_stopped(clear):
-        try:
+    bar = Bar(description, total, done)
+    if output.quiet or not is_first_rank():
+        yield bar
+    elif not output.json_logs and _is_interactive(_stderr()):
+        with live_view(bar, _stderr()):
             yield bar
-        except BaseException:
-            bars.live.transient = True
-            raise
-        bar.close()
+    else:
+        lines = _Lines(bar)
+        bar.when_changed = lines.print_if_due
+        yield bar
+        lines.close()
 
 
-class Bar:
-    """The progress of one piece of work."""
+class _Lines:
+    """Prints a bar now and then, as text or JSON."""
 
-    def __init__(self, bars: Progress, description: str, total: float | None) -> None:
-        self._bars = bars
-        self._task = bars.add_task(description, total=total, note="")
-        self._plain = bars.disable and is_first_rank()
-        self._began = time.monotonic()
-        self._due = self._began + _FIRST_LINE
-        self._printed = 0.0
+    def __init__(self, bar: Bar) -> None:
+        self._bar, self._printed = bar, 0.0
+        self._due = time.monotonic() + _FIRST_LINE
 
-    def advance_to(self, done: float) -> None:
-        """Set the number of units that are done, unless more are done already."""
-        if done > self._bars.tasks[self._task].completed:
-            self._bars.update(self._task, completed=done)
-            self._print_if_due()
-
-    def advance(self, amount: float = 1, note: str = "") -> None:
-        """Add `amount` units; `note` is shown at the end of the line."""
-        self._bars.update(self._task, advance=amount, note=note)
-        self._print_if_due()
-
-    def close(self) -> None:
-        """Print the last line, if earlier ones were printed and it says more."""
-        if self._plain and 0 < self._printed < self._bars.tasks[self._task].completed:
-            self._print()
-
-    def _print_if_due(self) -> None:
-        if self._plain and time.monotonic() >= self._due:
+    def print_if_due(self) -> None:
+        if time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             self._print()
 
+    def close(self) -> None:
+        """Print the last line, if it says more than earlier ones; of short work as JSON alone."""
+        if (self._printed or output.json_logs) and self._bar.done > self._printed:
+            self._print()
+
     def _print(self) -> None:
-        task = self._bars.tasks[self._task]
-        self._printed = task.completed
-        done = f"{task.completed:,.0f}" + (f" of {task.total:,.0f}" if task.total else "")
-        seconds = time.monotonic() - self._began
-        line = f"{task.description}: {done} in {seconds:,.0f} s"
-        if task.total and 0 < task.completed < task.total:
-            left = seconds * (task.total - task.completed) / task.completed
-            line += f", about {left:,.0f} s left"
-        console.print(", ".join(filter(None, [line, task.fields["note"]])))
+        bar = self._bar
+        self._printed = bar.done
+        left = bar.left
+        if output.json_logs:
+            write_json(
+                "progress",
+                description=bar.description,
+                done=bar.done,
+                total=bar.total,
+                seconds=bar.seconds,
+                rate=bar.rate,
+                left=left,
+                **{f"{name}_per_second": rate for name, rate in bar.rates.items()},
+                metrics=bar.last,
+            )
+            return
+        total = f" of {bar.total:,.0f}" if bar.total else ""
+        parts = [f"{bar.description}: {int(bar.done):,}{total} in {duration(bar.seconds)}"]
+        if left is not None:
+            parts.append(f"about {duration(left)} left")
+        parts += rate_texts(bar)
+        parts += [f"{name} {number(value)}" for name, value in bar.last.items()]
+        _stderr().print(", ".join(parts))
+
+
+def data_console(width: int | None = None) -> Console:
+    """For the tables on stdout.
+
+    Args:
+        width: in columns; None for that of the terminal, in which long lines are not broken.
+    """
+    return _console(stderr=False, width=width)
+
+
+@cache
+def _stderr() -> Console:
+    return _console(stderr=True, width=None)
+
+
+def _console(*, stderr: bool, width: int | None) -> Console:
+    # rich itself takes NO_COLOR as no colours, and leaves bold text (https://no-color.org).
+    plain = bool(os.environ.get("NO_COLOR"))
+    return Console(
+        stderr=stderr,
+        width=width,
+        soft_wrap=width is None,
+        color_system=None if plain else "auto",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _is_interactive(console: Console) -> bool:
+    """Whether the cursor can be moved. FORCE_COLOR, which rich reads as well, is about colours."""
+    return console.is_interactive and console.file.isatty()

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
-from fpocli.system.console import console
+from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.signals import run_if_stopped
 
@@ -160,7 +160,7 @@ class WriterLock:
             if self._clear(self._folder / name):
                 continue
             if waited == 50 and (owner := self.owner(name)):
-                console.print(f"waiting for {owner} ({name})")
+                say(f"waiting for {owner} ({name})", any_rank=True)
             time.sleep(0.1)
             waited += 1
         try:
@@ -241,7 +241,8 @@ class WriterLock:
         for owner, names in left.items():
             claims = [name for name in names if not name.startswith((_WRITER, "."))]
             what = f", with {', '.join(claims)}," if claims else ""
-            console.print(f"{owner}, stopped writing {self.path}{what}; resuming from there")
+            text = f"{owner}, stopped writing {self.path}{what}; resuming from there"
+            say(text, any_rank=True)
 
     def _clear(self, file: Path) -> bool:
         """Remove the file of a process that has exited; False if it is running."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from fpocli.system.output import output, write_json
 from fpocli.system.ranks import is_first_rank
 
 # Seconds that releasing locks and printing may take.
@@ -99,11 +100,19 @@ def end(code: int, why: str) -> NoReturn:
         with suppress(Exception):
             callback()
     if why and not _told.is_set():
-        lines = [why, *_notes]
-        if _is_program():
-            lines[0] = f"{why}; resume from what was last saved with\n    {resume_command()}"
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        _print(why)
     os._exit(code)
+
+
+def _print(why: str) -> None:
+    resume = resume_command() if _is_program() else None
+    if output.json_logs:
+        write_json("stopped", message=why, resume=resume, notes=_notes)
+        return
+    lines = [why, *_notes]
+    if resume:
+        lines[0] = f"{why}; resume from what was last saved with\n    {resume}"
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def resume_command() -> str:

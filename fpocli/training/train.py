@@ -25,7 +25,7 @@ from fpocli.scoring.saes import load_encoders
 from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
-from fpocli.system.console import console, progress, say
+from fpocli.system.console import progress, say, warn
 from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
@@ -131,7 +131,7 @@ def _train(
         f"{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
     )
     if warmup_steps(steps, settings) > steps:
-        say(
+        warn(
             f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the run, "
             f"so the learning rate never reaches {settings.lr}"
         )
@@ -149,8 +149,7 @@ def _train(
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
     memory = MemoryMeter(device)
-    with progress("Training", steps) as bar:
-        bar.advance(done)
+    with progress("Training", steps, done) as bar:
         began, waited = time.perf_counter(), 0.0
         prefetched = loader.steps(done, steps, device)
         for step, micro_batches in enumerate(prefetched, done):
@@ -181,7 +180,8 @@ def _train(
                 "data_wait": (prefetched.waited - waited) / (now - began),
             }
             run.log({"step": step + 1, "split": "train"} | line)
-            bar.advance(0, f"loss {line['loss']:.4f}")
+            bar.advance(0, pairs=loader.size(step), tokens=tokens)
+            bar.show(_shown(line))
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
@@ -194,9 +194,17 @@ def _train(
     state = gather_weights(engine)
     if state is not None:
         run.save_model(model.network, state, tokenizer, store)
-        console.print(f"the trained model is in {run.final}")
+        say(f"the trained model is in {run.final}")
     torch.distributed.barrier()
     return run.final
+
+
+def _shown(line: dict[str, float]) -> dict[str, float]:
+    """What is shown while training runs, of a line of metrics."""
+    shown = {name: line[name] for name in ("loss", "u", "margin", "reward_accuracy")}
+    if "distance_chosen" in line:
+        shown["D"] = (line["distance_chosen"] + line["distance_rejected"]) / 2
+    return shown
 
 
 def check_store_serves(store: Store, settings: TrainConfig) -> None:

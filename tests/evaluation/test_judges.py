@@ -13,6 +13,7 @@ from fpocli import EvalConfig, Store, UserError, evaluate
 from fpocli.config import JUDGES
 from fpocli.evaluation.prompts import Prompt, load_prompts, read_prompts
 from fpocli.evaluation.sampling import Sampler
+from fpocli.model.network import load_network
 from fpocli.scoring.loading import tokenizer_of
 from fpocli.system.model_folder import find_model
 
@@ -134,8 +135,9 @@ def test_mt_bench_temperatures_are_fastchats(material, store_path, monkeypatch):
     assert [prompt.temperature(None) for prompt in prompts] == [0.7, 0.0, 0.1, 0.7]
     assert [prompt.temperature(0.3) for prompt in prompts] == [0.3] * 4
     store, folder = Store.open(store_path), find_model(str(material / "policy"))
-    settings = config(material, "unused")
-    mouth = Sampler(folder, tokenizer_of(store, folder), store, settings, torch.device("cpu"))
+    special = store.meta["tokenizer"]["special_tokens"]
+    network = load_network(folder, torch.float32)
+    mouth = Sampler(network, tokenizer_of(store, folder), **special, top_p=1.0, seed=0)
     used = []
     real = Sampler._sample
 

@@ -13,6 +13,7 @@ from fpocli import EvalConfig, cache, evaluate
 from fpocli.data.tokenizer import encode_prompt
 from fpocli.evaluation.prompts import Prompt
 from fpocli.evaluation.sampling import Sampler, diversity
+from fpocli.model.network import load_network
 from fpocli.scoring.loading import tokenizer_of
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
@@ -41,10 +42,11 @@ def config(material, prompts, out, **changes) -> EvalConfig:
     return EvalConfig(**(settings | changes))
 
 
-def sampler(material, folder, store, prompts, **changes) -> Sampler:
+def sampler(folder, store) -> Sampler:
     model = find_model(str(folder))
-    settings = config(material, prompts, "unused", **changes)
-    return Sampler(model, tokenizer_of(store, model), store, settings, torch.device("cpu"))
+    special = store.meta["tokenizer"]["special_tokens"]
+    network = load_network(model, torch.float32)
+    return Sampler(network, tokenizer_of(store, model), **special, top_p=1.0, seed=0)
 
 
 def questions(*texts):
@@ -53,14 +55,12 @@ def questions(*texts):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
-def test_entropy_is_that_of_the_policys_distribution(
-    material, tmp_path, prompts, family, temperature
-):
+def test_entropy_is_that_of_the_policys_distribution(material, tmp_path, family, temperature):
     """Each answer is scored by plain transformers by itself: no padding, no cache, no
     temperature."""
     folder = tiny.model_folder(tmp_path / "model", family)
     store = cache(cache_config(material, tmp_path / "ref.zarr", model=str(folder)))
-    mouth = sampler(material, folder, store, prompts)
+    mouth = sampler(folder, store)
     network = tiny.network(family)
     for text, answer in zip(
         QUESTIONS, mouth.answer(questions(*QUESTIONS), temperature, 0, 10), strict=True
@@ -79,10 +79,10 @@ def test_entropy_is_that_of_the_policys_distribution(
             assert turn["ids"] == chosen
 
 
-def test_tokens_are_drawn_from_the_policys_distribution(material, store_path, prompts):
+def test_tokens_are_drawn_from_the_policys_distribution(material, store_path):
     """The first token of 600 answers, against the softmax at the temperature."""
     store, temperature = Store.open(store_path), 0.5
-    mouth = sampler(material, material / "policy", store, prompts)
+    mouth = sampler(material / "policy", store)
     drawn = np.zeros(tiny.VOCABULARY)
     for answer in mouth.answer(questions(*["say the cat"] * 600), temperature, 0, 1):
         (turn,) = answer["turns"]
@@ -129,10 +129,10 @@ def test_samples_of_other_settings_are_kept(material, store_path, tmp_path, prom
     evaluate(config(material, prompts, tmp_path / "out", seed=5, overwrite=True))
 
 
-def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tmp_path, prompts):
+def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tmp_path):
     """The tokeniser does not know chatml's <|im_end|>; a lone < is an ordinary character."""
     store = cache(cache_config(material, tmp_path / "ref.zarr", chat_template="chatml"))
-    mouth = sampler(material, material / "policy", store, prompts)
+    mouth = sampler(material / "policy", store)
     assert len(mouth.ends[0]) > 1 and len(mouth.ends) == 2
     ids = mouth.tokenizer("if x < y: code<|im_end|> and", add_special_tokens=False).input_ids
     reply = mouth._reply(ids, [1.0] * len(ids))
@@ -140,13 +140,13 @@ def test_an_end_of_turn_of_several_tokens_ends_an_answer_as_a_whole(material, tm
     assert all(answer["turns"] for answer in mouth.answer(questions(*QUESTIONS), 0.7, 0, 10))
 
 
-def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path, prompts):
+def test_a_models_own_generation_settings_are_ignored(material, store_path, tmp_path):
     folder = shutil.copytree(material / "policy", tmp_path / "policy")
     about = {"repetition_penalty": 1.8, "do_sample": True, "temperature": 0.1}
     (folder / "generation_config.json").write_text(json.dumps(about))
     store = Store.open(store_path)
     one, other = (
-        sampler(material, path, store, prompts).answer(questions(*QUESTIONS), 0, 0, 10)
+        sampler(path, store).answer(questions(*QUESTIONS), 0, 0, 10)
         for path in (material / "policy", folder)
     )
     assert one == other
@@ -162,8 +162,8 @@ def test_samples_of_another_template_are_not_reused(material, store_path, tmp_pa
         evaluate(config(material, prompts, tmp_path / "out"))
 
 
-def test_an_answer_ends_with_its_turn(material, store_path, prompts):
-    mouth = sampler(material, material / "policy", Store.open(store_path), prompts)
+def test_an_answer_ends_with_its_turn(material, store_path):
+    mouth = sampler(material / "policy", Store.open(store_path))
     (end,) = mouth.ends[0]
     reply = mouth._reply([40, 41, end, 7, 7], [1.0, 2.0, 3.0, 50.0, 50.0])
     assert reply["ids"] == [40, 41] and reply["ended"] and reply["entropy"] == 2
@@ -174,8 +174,8 @@ def test_an_answer_ends_with_its_turn(material, store_path, prompts):
     assert reply["ids"] == [40, 41] and not reply["ended"] and reply["entropy"] == 1.5
 
 
-def test_the_second_turn_sees_the_first_answer(material, store_path, prompts):
-    mouth = sampler(material, material / "policy", Store.open(store_path), prompts)
+def test_the_second_turn_sees_the_first_answer(material, store_path):
+    mouth = sampler(material / "policy", Store.open(store_path))
     talk = [Prompt(("say the cat", "and more"), {}), Prompt(("rat",), {})]
     first, second = mouth.answer(talk, 0, 0, 10)
     assert len(first["turns"]) == 2 and len(second["turns"]) == 1
@@ -200,9 +200,9 @@ def test_distinct_n_by_hand():
     assert diversity([turn(1)])["distinct_2"] is None
 
 
-def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path, prompts):
+def test_a_prompt_is_encoded_as_the_store_encodes_it(material, store_path):
     store = Store.open(store_path)
-    mouth = sampler(material, material / "policy", store, prompts)
+    mouth = sampler(material / "policy", store)
     rows = [json.loads(line) for line in (material / "pairs.jsonl").read_text().splitlines()]
     tokens = store.tokens(0)
     for number in range(len(tokens)):

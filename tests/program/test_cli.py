@@ -88,6 +88,7 @@ def test_flags_are_the_fields():
     assert [name for name in commands if name != "features"] == [*COMMANDS]
     for name, config in COMMANDS.items():
         names = [field.name for field in dataclasses.fields(config)] + EXTRA.get(name, [])
+        names += ["quiet", "json_logs"]
         words = POSITIONAL.get(name)
         flags = ["--" + name.replace("_", "-") for name in names if name != words]
         parameters = commands[name].params

@@ -23,6 +23,12 @@ def test_every_room_says_in_a_sentence_what_it_is(room):
     assert text and text.endswith("."), room
 
 
+def test_one_file_makes_the_consoles():
+    """There NO_COLOR, --quiet and --json-logs are respected."""
+    made = [file.name for file in FILES if "Console(" in file.read_text()]
+    assert made == ["console.py"]
+
+
 @names
 def test_everything_public_has_a_docstring(file):
     tree = ast.parse(file.read_text())

@@ -12,6 +12,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import terminal
+
 import fpocli
 from fpocli import __main__ as program
 
@@ -29,14 +31,25 @@ class Command:
         words: of the command line.
         die_at: the process kills itself at this change of the file system, counted from 0.
         before: before the change, or else right after it.
+        columns: stderr is a terminal of so many columns; None for a file.
         environment: added to the process's own.
     """
 
     def __init__(
-        self, *words: str, die_at: int | None = None, before: bool = True, **environment: str
+        self,
+        *words: str,
+        die_at: int | None = None,
+        before: bool = True,
+        columns: int | None = None,
+        **environment: str,
     ) -> None:
         self._folder = Path(tempfile.mkdtemp())
-        arguments = (words, die_at, before, os.environ | environment, Path.cwd(), self._folder)
+        files = [str(self._folder / name) for name in ("stdout", "stderr")]
+        self._terminal = None
+        if columns:
+            self._terminal = terminal.Terminal(Path(files[1]), columns)
+            files[1] = self._terminal.name
+        arguments = (words, die_at, before, os.environ | environment, Path.cwd(), files)
         self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -57,6 +70,9 @@ class Command:
     def wait(self, seconds: float | None = None) -> int | None:
         """The exit code, negative for a signal; None if it still runs after so many seconds."""
         self._process.join(seconds)
+        if self._terminal and self._process.exitcode is not None:
+            self._terminal.close()
+            self._terminal = None
         return self._process.exitcode
 
     def printed(self) -> str:
@@ -69,7 +85,8 @@ class Command:
 
     def messages(self) -> str:
         """Its stderr."""
-        return (self._folder / "stderr").read_text(errors="replace")
+        # In which the newlines of a terminal are kept.
+        return (self._folder / "stderr").read_bytes().decode(errors="replace")
 
     def close(self) -> None:
         """End it and remove what it left."""
@@ -95,11 +112,13 @@ def _run(
     before: bool,
     environment: dict[str, str],
     folder: Path,
-    output: Path,
+    files: list[str],
 ) -> None:
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        with (output / name).open("wb") as file:
+    for number, name in enumerate(files, 1):
+        with Path(name).open("wb", buffering=0) as file:
             os.dup2(file.fileno(), number)
+    # The server's own object believes that it writes to a file.
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

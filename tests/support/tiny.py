@@ -115,7 +115,9 @@ def model_folder(path: Path, family: str = "gemma2", seed: int = 0, **changes) -
     return path
 
 
-def sae(architecture: str = "jumprelu", width: int = WIDTH, features: int = FEATURES, seed=0):
+def sae(
+    architecture: str = "jumprelu", width: int = WIDTH, features: int = FEATURES, seed=0, **changes
+):
     """A random SAE of sae-lens."""
     kind, settings, extra = {
         "standard": (StandardSAE, StandardSAEConfig, {}),
@@ -123,7 +125,7 @@ def sae(architecture: str = "jumprelu", width: int = WIDTH, features: int = FEAT
         "gated": (GatedSAE, GatedSAEConfig, {}),
         "topk": (TopKSAE, TopKSAEConfig, {"k": 7}),
     }[architecture]
-    made = kind(settings(d_in=width, d_sae=features, **extra))
+    made = kind(settings(d_in=width, d_sae=features, **(extra | changes)))
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
