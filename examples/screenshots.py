@@ -30,7 +30,7 @@ PICTURES: dict[str, Any] = {
     "store-light": ("store", None, "light", 1280),
     "store-contrast": ("store", "contrast", "light", 1280),
     "store-tokens": ("store", "examples", "dark", 1280),
-    "runs-dark": ("runs", None, "dark", 1280),
+    "runs-dark": ("runs", "curves", "dark", 1280),
     "runs-samples": ("runs", "samples", "light", 1280),
     "runs-narrow": ("runs", None, "light", 390),
 }

@@ -58,8 +58,8 @@ def write_runs_page(shown: dict[str, Any], file: Path) -> None:
     charts = _curve_charts(shown["curves"])
     margins = _margin_chart(shown)
     contents = {
-        "runs": "Runs",
         **({"differing": "Settings that differ"} if shown["differing"] else {}),
+        "runs": "Runs",
         **({"curves": "Curves"} if charts else {}),
         **({"held-out": "Held-out pairs, before and after"} if shown["held_out"] else {}),
         **({"evaluation": "Evaluation"} if shown["evaluation"] else {}),
