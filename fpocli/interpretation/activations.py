@@ -17,10 +17,15 @@ from torch import Tensor
 
 from fpocli.data.pairs import TokenPair
 from fpocli.features.encoder import SparseEncoder
+from fpocli.features.site import Site
 from fpocli.model.attention import length_multiple
-from fpocli.model.language_model import LanguageModel
-from fpocli.model.packing import pack, plan_packing
+from fpocli.model.language_model import LanguageModel, load_model
+from fpocli.model.packing import default_packed_length, pack, plan_packing
+from fpocli.scoring.saes import load_encoders
+from fpocli.scoring.startup_check import check_against_transformers
+from fpocli.store.reader import Store
 from fpocli.system.console import progress
+from fpocli.system.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,34 @@ class Peaks:
     peak: np.ndarray
 
 
+def load_model_and_sae(
+    store: Store, folder: ModelFolder, site: Site, sae: str | None, device: torch.device
+) -> tuple[LanguageModel, SparseEncoder]:
+    """A model, as a store's pairs are scored, and the SAE of a site.
+
+    Args:
+        store: the store.
+        folder: of the reference, or of a policy.
+        site: of the store.
+        sae: where the SAE is now; None is where it was.
+        device: where both run.
+
+    Raises:
+        UserError: one of them cannot be loaded, or is not what the store was made with.
+    """
+    dtype = getattr(torch, store.meta["model"]["dtype"])
+    model = load_model(folder, [site], dtype, device).eval()
+    check_against_transformers(model, store.tokens(0))
+    named = [sae] if sae else []
+    (encoder,) = load_encoders(store, [site], named, model.config.hidden_size, device).values()
+    return model, encoder
+
+
 def peaks(
-    model: LanguageModel, encoder: SparseEncoder, pairs: Sequence[TokenPair], packed_length: int
+    model: LanguageModel,
+    encoder: SparseEncoder,
+    pairs: Sequence[TokenPair],
+    packed_length: int | None = None,
 ) -> Peaks:
     """Run a model over pairs and summarise every feature.
 
@@ -45,7 +76,7 @@ def peaks(
         model: a model whose only site is the encoder's.
         encoder: the SAE.
         pairs: P pairs.
-        packed_length: the most tokens of a packed sequence.
+        packed_length: the most tokens of a packed sequence; None is the device's default.
     """
     shape = (2 * len(pairs), encoder.features)
     found = Peaks(np.empty(shape, np.float32), np.empty(shape, np.float32))
@@ -66,7 +97,7 @@ def token_activations(
     encoder: SparseEncoder,
     pairs: Sequence[TokenPair],
     features: Sequence[int],
-    packed_length: int,
+    packed_length: int | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """The activations of chosen features at every scored position.
 
@@ -75,7 +106,7 @@ def token_activations(
         encoder: the SAE.
         pairs: P pairs.
         features: q features.
-        packed_length: the most tokens of a packed sequence.
+        packed_length: the most tokens of a packed sequence; None is the device's default.
 
     Returns:
         for each pair the chosen and the rejected response's, float32 [n, q].
@@ -90,11 +121,12 @@ def token_activations(
 
 @torch.inference_mode()
 def _states(
-    model: LanguageModel, pairs: Sequence[TokenPair], packed_length: int
+    model: LanguageModel, pairs: Sequence[TokenPair], packed_length: int | None
 ) -> Iterator[tuple[int, Tensor]]:
     """The number of each response and its hidden states at the scored positions, [n, d]."""
     device = model.network.device
-    packed = plan_packing([len(pair) for pair in pairs], packed_length)
+    budget = packed_length or default_packed_length(device)
+    packed = plan_packing([len(pair) for pair in pairs], budget)
     with progress("Reading activations", len(pairs)) as bar:
         for members in packed:
             batch = pack([pairs[i] for i in members], length_multiple(device)).to(device)

@@ -12,23 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from fpocli.config import DiffConfig
 from fpocli.display.feature_tables import show_diff
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.evaluation.feature_changes import FeatureChanges, read_changes
 from fpocli.features.site import Site
-from fpocli.interpretation.activations import token_activations
+from fpocli.interpretation.activations import load_model_and_sae, token_activations
 from fpocli.interpretation.contexts import context
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.interpretation.paired_test import correct, sign_flip_p
-from fpocli.model.language_model import load_model
 from fpocli.model.network import choose_device
-from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import tokenizer_of
-from fpocli.scoring.saes import load_encoders
-from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.system.console import data_console
 from fpocli.system.errors import UserError
@@ -242,7 +237,6 @@ def _add_contexts(
     """Add to each feature the tokens it fires on in the policy that changed it most, in the
     responses in which it changed most."""
     device = choose_device(config.device)
-    dtype = getattr(torch, store.meta["model"]["dtype"])
     for number, run in enumerate(runs):
         mine = [
             row
@@ -253,10 +247,7 @@ def _add_contexts(
             continue
         folder = find_model(run.result["model"], trust_remote_code=config.trust_remote_code)
         tokenizer = tokenizer_of(store, folder)
-        model = load_model(folder, [site], dtype, device).eval()
-        check_against_transformers(model, store.tokens(0))
-        named = [config.sae] if config.sae else []
-        (encoder,) = load_encoders(store, [site], named, model.config.hidden_size, device).values()
+        model, encoder = load_model_and_sae(store, folder, site, config.sae, device)
         change = run.sites[str(site)].change.tocsc()
         wanted = {}
         for row in mine:
@@ -265,9 +256,7 @@ def _add_contexts(
         responses = np.unique(np.concatenate(list(wanted.values())))
         numbers = {int(response) // 2 for response in responses}
         pairs = {i: store.pair(int(run.pairs[i])) for i in sorted(numbers)}
-        values = token_activations(
-            model, encoder, list(pairs.values()), list(wanted), default_packed_length(device)
-        )
+        values = token_activations(model, encoder, list(pairs.values()), list(wanted))
         by_pair = dict(zip(pairs, values, strict=True))
         for column, row in enumerate(mine):
             for response in wanted[row["feature"]].tolist():

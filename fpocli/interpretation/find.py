@@ -26,7 +26,6 @@ from fpocli.interpretation.group_file import add_group
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.model.language_model import LanguageModel, check_layers, load_model
 from fpocli.model.network import choose_device, read_config
-from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import tokenizer_of
 from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
@@ -109,9 +108,8 @@ def find(config: FindConfig) -> dict[str, Any]:
     (encoder,) = load_saes(sources, [site], model_config.hidden_size, device).values()
     model = load_model(folder, [site], getattr(torch, config.dtype), device).eval()
     check_against_transformers(model, TokenPairs.of(target.pairs))
-    length = config.packed_length or default_packed_length(device)
-    on_target = _peaks(model, encoder, target, length)
-    on_background = _peaks(model, encoder, background, length) if background else None
+    on_target = _peaks(config, model, encoder, target)
+    on_background = _peaks(config, model, encoder, background) if background else None
     # -- the two steps, and what the features fire on ---------------------------------------------
     found = select(on_target, on_background, config.candidates, config.rate)
     found = Finding(*(values[: config.top] for values in found))
@@ -227,8 +225,8 @@ def _background(tokenizer: PairTokenizer, config: FindConfig, folder: Any) -> Te
     return Texts(pairs, np.ones(2 * len(pairs), bool))
 
 
-def _peaks(model: LanguageModel, encoder: SparseEncoder, texts: Texts, packed_length: int) -> Peaks:
-    found = peaks(model, encoder, texts.pairs, packed_length)
+def _peaks(config: FindConfig, model: LanguageModel, encoder: SparseEncoder, texts: Texts) -> Peaks:
+    found = peaks(model, encoder, texts.pairs, config.packed_length)
     return Peaks(found.pooled[texts.counted], found.peak[texts.counted])
 
 
@@ -251,7 +249,7 @@ def _contexts(
         encoder,
         [target.pairs[pair] for pair in pairs],
         found.feature.tolist(),
-        config.packed_length or default_packed_length(model.network.device),
+        config.packed_length,
     )
     by_pair = dict(zip(pairs, values, strict=True))
     return [

@@ -7,21 +7,16 @@ import json
 from typing import Any
 
 import numpy as np
-import torch
 
 from fpocli.config import ShowConfig
 from fpocli.display.single_features import show_feature
 from fpocli.features.site import Site
 from fpocli.features.top_features import TopFeatures
-from fpocli.interpretation.activations import token_activations
+from fpocli.interpretation.activations import load_model_and_sae, token_activations
 from fpocli.interpretation.contexts import context
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
-from fpocli.model.language_model import load_model
 from fpocli.model.network import choose_device
-from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import find_reference, one_site, tokenizer_of
-from fpocli.scoring.saes import load_encoders
-from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
@@ -145,14 +140,9 @@ def _contexts(
     folder = find_reference(store, config.reference, trust_remote_code=config.trust_remote_code)
     tokenizer = tokenizer_of(store, folder)
     device = choose_device(config.device)
-    dtype = getattr(torch, store.meta["model"]["dtype"])
-    model = load_model(folder, [site], dtype, device).eval()
-    check_against_transformers(model, store.tokens(0))
-    named = [config.sae] if config.sae else []
-    (encoder,) = load_encoders(store, [site], named, model.config.hidden_size, device).values()
+    model, encoder = load_model_and_sae(store, folder, site, config.sae, device)
     pairs = [store.pair(one["pair"]) for one in largest]
-    length = default_packed_length(device)
-    found = token_activations(model, encoder, pairs, [config.feature], length)
+    found = token_activations(model, encoder, pairs, [config.feature])
     contexts = []
     for one, pair, values in zip(largest, pairs, found, strict=True):
         side = _SIDES.index(one["side"])

@@ -7,21 +7,16 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import torch
 
 from fpocli.config import InspectConfig
 from fpocli.data.pairs import TokenIds, TokenPair
 from fpocli.features.site import Site
-from fpocli.interpretation.activations import token_activations
+from fpocli.interpretation.activations import load_model_and_sae, token_activations
 from fpocli.interpretation.contexts import pieces
 from fpocli.interpretation.show import describe_feature
-from fpocli.model.language_model import load_model
 from fpocli.model.network import choose_device
-from fpocli.model.packing import default_packed_length
 from fpocli.report.describe import describe_pair
 from fpocli.scoring.loading import find_reference, one_site
-from fpocli.scoring.saes import load_encoders
-from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 
@@ -79,12 +74,8 @@ def _activations(
     """The feature's activation at every scored position of each pair's responses, [n]."""
     device = choose_device(config.device)
     folder = find_reference(store, config.model, trust_remote_code=config.trust_remote_code)
-    dtype = getattr(torch, store.meta["model"]["dtype"])
-    model = load_model(folder, [site], dtype, device).eval()
-    check_against_transformers(model, store.tokens(0))
-    named = [config.sae] if config.sae else []
-    (encoder,) = load_encoders(store, [site], named, model.config.hidden_size, device).values()
-    found = token_activations(model, encoder, pairs, [feature], default_packed_length(device))
+    model, encoder = load_model_and_sae(store, folder, site, config.sae, device)
+    found = token_activations(model, encoder, pairs, [feature])
     return [(chosen[:, 0], rejected[:, 0]) for chosen, rejected in found]
 
 
