@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check lint browser-check screenshots compare paper-small bench bench-smoke \
-	wheel-check families clean
+	wheel-check families control control-small clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -13,7 +13,7 @@ test: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
 # What CI runs, which then runs browser-check.
-check: lint test bench-smoke wheel-check paper-small
+check: lint test bench-smoke wheel-check paper-small control-small
 
 # The HTML pages in a browser: needs chromium, on Debian `apt-get install chromium`.
 browser-check: .venv/dev
@@ -33,6 +33,18 @@ paper-small: .venv/dev demo/sae-25/cfg.json
 	$(BIN)/fpo compare examples/paper/small.yaml
 	$(BIN)/python examples/paper/stub_judge.py demo/paper-small/judge/alpaca_eval.sh
 	$(BIN)/fpo compare examples/paper/small.yaml
+
+# The control experiment of the paper's Table 4; half an hour on two cores.
+control: .venv/dev demo/control/found.yaml
+	$(BIN)/fpo compare examples/control/control.yaml
+	$(BIN)/python examples/control/count.py demo/control/compare/runs/*/eval/prompts/samples.jsonl
+
+control-small: .venv/dev demo/control/found.yaml
+	$(BIN)/fpo compare examples/control/small.yaml
+	$(BIN)/python examples/control/count.py demo/control/small/runs/*/eval/prompts/samples.jsonl
+
+demo/control/found.yaml: .venv/demo
+	$(BIN)/python examples/control/prepare.py
 
 demo/sae-25/cfg.json: .venv/demo
 	$(BIN)/python examples/demo.py --prepare-sites

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from scipy.stats import sem
 
 from fpocli import EvalConfig, evaluate
@@ -337,3 +338,24 @@ def test_the_script_counts_what_fpo_eval_writes(
         count.main()
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith(f"{files[1]} does not exist")
+
+
+def test_the_small_grid_is_the_experiment_but_for_its_size():
+    """CI runs small.yaml; control.yaml takes half an hour."""
+    grids = [
+        yaml.safe_load((CONTROL / f"{name}.yaml").read_text(encoding="utf-8"))
+        for name in ("control", "small")
+    ]
+    sizes = {
+        "cache": {"limit", "block"},
+        "train": {"batch_size", "eval_fraction", "warmup"},
+        "eval": {"prompts", "max_new_tokens"},
+    }
+    for section, own in sizes.items():
+        whole, small = ({**grid[section]} for grid in grids)
+        assert {n: v for n, v in whole.items() if n not in own} == {
+            n: v for n, v in small.items() if n not in own
+        }
+    assert grids[0]["baseline"] == grids[1]["baseline"]
+    (whole,), (small,) = (grid["runs"] for grid in grids)
+    assert set(small["feature_weights"]) <= set(whole["feature_weights"])
