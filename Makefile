@@ -19,8 +19,8 @@ check: lint test bench-smoke wheel-check paper-small control-small
 browser-check: .venv/dev
 	$(BIN)/pytest -m browser tests/report
 
-# docs/images, from both pages about SmolLM2; needs chromium as well.
-screenshots: .venv/dev demo/sae/cfg.json
+# docs/images, from pages about the control experiment; needs chromium as well.
+screenshots: control
 	$(BIN)/python examples/screenshots.py
 
 # Every method of the paper on SmolLM2, compared in one table; over an hour on two cores.

@@ -1,8 +1,9 @@
-"""Runs SmolLM2 in the two ways the pages show, writes both pages and takes docs/images/*.png.
+"""Writes HTML pages of the control experiment and takes the pictures docs/images/*.png.
 
     make screenshots
 
-Takes about fifteen minutes on two cores, and needs the browser of `make browser-check`.
+It begins with `make control`, which takes half an hour on two cores if it was not run before, and
+needs the browser of `make browser-check`.
 """
 
 import shlex
@@ -13,18 +14,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from fpocli import ContrastConfig, contrast
-
-WORK = Path("demo/pages")
-MODEL, SAE = Path("demo/SmolLM2-135M-Instruct"), Path("demo/sae")
-# Many pairs to look at, few to train on.
-STORE, SMALL = WORK / "ref.zarr", WORK / "small.zarr"
+CONTROL, WORK = Path("demo/control"), Path("demo/pages")
+RUNS = CONTROL / "compare/runs"
 IMAGES = Path("docs/images")
-PAIRS, PROMPTS = "examples/preferences.jsonl", "examples/prompts.jsonl"
-SAMPLES = f"--generate {PROMPTS} --prompts 3 --max-new-tokens 40 --temperature 0"
 # By name of the picture: page, heading it begins at or None for the top, scheme, width.
 PICTURES: dict[str, Any] = {
     "store-light": ("store", None, "light", 1280),
@@ -37,30 +33,15 @@ PICTURES: dict[str, Any] = {
 
 
 def main() -> None:
-    """Make what is missing, then both pages and the pictures."""
+    """Both pages, and the pictures of them."""
     WORK.mkdir(parents=True, exist_ok=True)
-    for store, limit in ((STORE, 160), (SMALL, 32)):
-        data = f"--data {PAIRS} --limit {limit} --out {store}"
-        fpo(f"cache --model {MODEL} --layer 24 --sae {SAE} {data}")
-    runs = {"fpo": "--method fpo", "dpo_norm": "--method dpo_norm"}
-    for name, method in runs.items():
-        fpo(
-            f"train --cache {SMALL} {method} --lr 2e-5 --warmup 2 --batch-size 2 --eval-every 4 "
-            f"--measure-kl --no-activation-checkpointing --eval-fraction 0.25 --out {WORK / name}"
-        )
-    for name in runs:
-        fpo(f"eval {WORK / name} --cache {SMALL} --reference {MODEL} {SAMPLES}")
-    before = f"--eval-fraction 0.25 --reference {MODEL} {SAMPLES} --out {WORK / 'reference'}"
-    fpo(f"eval {MODEL} --cache {SMALL} {before}")
-    fpo(f"inspect {STORE} --html {WORK / 'store.html'} --feature {separating_feature()}")
-    folders = " ".join(str(WORK / name) for name in ("reference", *runs))
-    fpo(f"report {folders} --html {WORK / 'runs.html'}")
+    (store,) = (CONTROL / "compare/stores").glob("*.zarr")
+    (site,) = yaml.safe_load((CONTROL / "found.yaml").read_text(encoding="utf-8")).values()
+    feature = site["groups"]["french"]["features"][0]
+    fpo(f"inspect {store} --html {WORK / 'store.html'} --feature {feature}")
+    seeds = " ".join(str(run) for run in sorted(RUNS.glob("*_seed-0")))
+    fpo(f"report {RUNS / 'reference'} {seeds} --html {WORK / 'runs.html'}")
     take_pictures()
-
-
-def separating_feature() -> int:
-    """The feature that separates chosen from rejected responses best."""
-    return contrast(ContrastConfig(store=str(STORE), top=1))["features"][0]["feature"]
 
 
 def take_pictures() -> None:

@@ -10,6 +10,8 @@ import numpy as np
 
 from fpocli.data.pairs import TokenPair
 
+# Tokens before one that may change its text.
+_DEPENDENT = 8
 # Tokens shown before the largest activation and after it.
 _BEFORE, _AFTER = 16, 8
 
@@ -54,13 +56,19 @@ def context(tokenizer: Any, pair: TokenPair, side: int, activations: np.ndarray)
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, so that the pieces together are the text of all. A character of
     several tokens is in the piece of its last."""
-    found, before = [], ""
+    found: list[str] = []
+    done = 0  # tokens whose text is in `found`
     for end in range(1, len(ids) + 1):
-        whole = tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False)
+        # What a token adds to the text depends on the few before it.
+        window = max(0, done - _DEPENDENT)
+        before, whole = (
+            tokenizer.decode(list(ids[window:stop]), clean_up_tokenization_spaces=False)
+            for stop in (done, end)
+        )
         # The replacement character stands for bytes that are not a character yet.
         if whole.endswith("\ufffd") and end < len(ids):
             found.append("")
             continue
         found.append(whole[len(before) :])
-        before = whole
+        done = end
     return found

@@ -357,5 +357,5 @@ def test_the_small_grid_is_the_experiment_but_for_its_size():
             n: v for n, v in small.items() if n not in own
         }
     assert grids[0]["baseline"] == grids[1]["baseline"]
-    (whole,), (small,) = (grid["runs"] for grid in grids)
+    (_, whole), (small,) = (grid["runs"] for grid in grids)
     assert set(small["feature_weights"]) <= set(whole["feature_weights"])
