@@ -40,7 +40,7 @@ def main() -> None:
     feature = site["groups"]["french"]["features"][0]
     fpo(f"inspect {store} --html {WORK / 'store.html'} --feature {feature}")
     seeds = " ".join(str(run) for run in sorted(RUNS.glob("*_seed-0")))
-    fpo(f"report {RUNS / 'reference'} {seeds} --html {WORK / 'runs.html'}")
+    fpo(f"report {RUNS / 'method-reference'} {seeds} --html {WORK / 'runs.html'}")
     take_pictures()
 
 

@@ -23,10 +23,15 @@ import fpocli
 from fpocli import (
     CacheConfig,
     CompareConfig,
+    ContrastConfig,
+    DiffConfig,
     EvalConfig,
+    FindConfig,
     InspectConfig,
     ReportConfig,
     SaesConfig,
+    ShowConfig,
+    SteerConfig,
     TrainConfig,
     UserError,
     cli,
@@ -42,14 +47,25 @@ COMMANDS = {
     "inspect": InspectConfig,
     "saes": SaesConfig,
     "report": ReportConfig,
+    "features contrast": ContrastConfig,
+    "features find": FindConfig,
+    "features show": ShowConfig,
+    "features diff": DiffConfig,
+    "features steer": SteerConfig,
 }
-FUNCTIONS = {name: name for name in COMMANDS} | {"eval": "evaluate", "report": "report_runs"}
+FUNCTIONS = {name: name.removeprefix("features ") for name in COMMANDS} | {
+    "eval": "evaluate",
+    "report": "report_runs",
+}
 POSITIONAL = {
     "eval": "model",
     "compare": "config_file",
     "inspect": "store",
     "saes": "model",
     "report": "runs",
+    "features contrast": "store",
+    "features show": "store",
+    "features diff": "runs",
 }
 REQUIRED = {
     "cache": "--model m --layer 1",
@@ -59,6 +75,11 @@ REQUIRED = {
     "inspect": "s",
     "saes": "m",
     "report": "r --html p",
+    "features contrast": "s",
+    "features find": "--model m --layer 1 --target t",
+    "features show": "s --feature 1",
+    "features diff": "r",
+    "features steer": "--model m --layer 1 --add 1=2 --prompt p",
 }
 ORDERS = [
     " ".join(order)
@@ -84,8 +105,10 @@ def test_nothing_heavy_is_loaded(command):
 
 
 def test_flags_are_the_fields():
-    commands = typer.main.get_command(cli.app).commands
-    assert [name for name in commands if name != "features"] == [*COMMANDS]
+    commands = dict(typer.main.get_command(cli.app).commands)
+    group = commands.pop("features").commands
+    commands |= {f"features {name}": command for name, command in group.items()}
+    assert [*commands] == [*COMMANDS]
     for name, config in COMMANDS.items():
         names = [field.name for field in dataclasses.fields(config)] + EXTRA.get(name, [])
         names += ["quiet", "json_logs"]
@@ -368,7 +391,8 @@ def test_a_full_disk_is_reported(monkeypatch, name):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setitem(vars(fpocli), FUNCTIONS[name], full)
-    assert "cannot be written: No space left on device" in error(name, *REQUIRED[name].split())
+    words = f"{name} {REQUIRED[name]}".split()
+    assert "cannot be written: No space left on device" in error(*words)
 
 
 @pytest.mark.parametrize(
