@@ -22,6 +22,8 @@ from torch import Tensor
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import read_yaml
 
+# The name of a group becomes a part of a metric's.
+GROUP_NAME = re.compile(r"[\w-]+")
 # What a direction penalises: any change, a rise above the reference, a fall below it.
 _DIRECTIONS = {"both": 0, "up": 1, "down": -1}
 
@@ -126,8 +128,7 @@ class _SiteReader:
         groups: dict[str, Tensor] = {}
         entries: dict[int, _Entry | None] = {}
         for name, about in content.items():
-            # The name becomes a part of a metric's.
-            if not re.fullmatch(r"[\w-]+", str(name)):
+            if not GROUP_NAME.fullmatch(str(name)):
                 raise UserError(
                     f"{self.where}: the group {name!r} has no plain name",
                     "use letters, digits, - and _",

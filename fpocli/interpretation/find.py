@@ -22,7 +22,7 @@ from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.interpretation.activations import Peaks, peaks, token_activations
 from fpocli.interpretation.contexts import context
-from fpocli.interpretation.group_file import add_group
+from fpocli.interpretation.group_file import add_group, require_no_group
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.model.language_model import LanguageModel, check_layers, load_model
 from fpocli.model.network import choose_device, read_config
@@ -89,6 +89,7 @@ def find(config: FindConfig) -> dict[str, Any]:
     group = config.group or Path(config.target).stem
     labels = read_labels(config.labels) if config.labels else {}
     site = Site(config.layer, config.site)
+    require_no_group(Path(config.out), str(site), group)
     device = choose_device(config.device)
     trust = config.trust_remote_code
     folder = find_model(config.model, trust_remote_code=trust)

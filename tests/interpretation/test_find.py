@@ -206,6 +206,12 @@ def test_groups_are_added_to_a_file_with_its_comments(tmp_path):
     with pytest.raises(UserError, match="does not end with the groups"):
         add_group(file, "layer_1.mlp_out", "three", {1: ""})
     assert file.read_text() == text
+    for name in ("yes", "12", "a-b"):
+        add_group(file, SITE, name, {8: ""})
+    names = ["one", "two", "yes", "12", "a-b"]
+    assert list(load_feature_weights(str(file), {SITE: FEATURES})[SITE].groups) == names
+    with pytest.raises(UserError, match="no name of a group"):
+        add_group(file, SITE, "a b", {8: ""})
     file.write_text("- 1\n")
     with pytest.raises(UserError, match="not a weights file"):
         add_group(file, SITE, "two", {1: ""})
