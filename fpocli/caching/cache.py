@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from fpocli.caching.claims import BlockClaims, launch_name
-from fpocli.caching.identity import identify
+from fpocli.caching.identity import describe_origin, identify
 from fpocli.caching.open_store import dropped_file, open_or_create
 from fpocli.caching.score_block import score_block
 from fpocli.config import CacheConfig
@@ -102,7 +102,8 @@ def _cache(
 
     # -- token ids of all pairs, once ------------------------------------------------------------
     with lock.exclusive("tokens"):
-        store = open_or_create(config, identity, tokenizer, source)
+        origin = describe_origin(config, encoders)
+        store = open_or_create(config, identity, origin, tokenizer, source)
 
     # -- the reference's scores, block by block ---------------------------------------------------
     if store.unscored_blocks():

@@ -105,9 +105,15 @@ def _as_spelled_in(
     return spelled
 
 
-def writer_versions() -> dict[str, str]:
-    """Versions of the libraries that write the store."""
-    return {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__}
+def describe_origin(config: CacheConfig, encoders: dict[str, SparseEncoder]) -> dict[str, Any]:
+    """Further attributes of docs/format.md, which say where the store comes from and decide nothing
+    of its content."""
+    known = {site: encoder.neuronpedia for site, encoder in encoders.items()}
+    return {
+        "writer": {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__},
+        "paths": local_paths(config),
+        "neuronpedia": {site: name for site, name in known.items() if name},
+    }
 
 
 def _describe_sites(
@@ -134,8 +140,6 @@ def _describe_sites(
             "value_dtype": config.value_dtype,
             "pooling": "mean over the positions that predict the response",
         }
-        if encoder.neuronpedia:
-            described[name]["sae"]["neuronpedia"] = encoder.neuronpedia
-        if name in keep:
+        if name in keep and len(keep[name].named):
             described[name]["keep"] = keep[name].named.tolist()
     return described

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from fpocli.caching.identity import check_same_settings, local_paths, writer_versions
+from fpocli.caching.identity import check_same_settings
 from fpocli.config import CacheConfig
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
@@ -23,7 +23,11 @@ from fpocli.system.errors import UserError
 
 
 def open_or_create(
-    config: CacheConfig, identity: dict[str, Any], tokenizer: PairTokenizer, source: Source
+    config: CacheConfig,
+    identity: dict[str, Any],
+    origin: dict[str, Any],
+    tokenizer: PairTokenizer,
+    source: Source,
 ) -> StoreWriter:
     """The store of this command: the one an earlier command began, or a new one with the token ids
     of all pairs.
@@ -35,7 +39,7 @@ def open_or_create(
     StoreWriter.require_replaceable(path)
     if path.exists() and not (config.overwrite or StoreWriter.unfinished(path)):
         if config.repair:
-            return _repair(config, identity, tokenizer, source)
+            return _repair(config, identity, origin, tokenizer, source)
         store = StoreWriter.open(path)
         check_same_settings(config, store, identity)
         store.record_allowed(identity["model"])
@@ -44,7 +48,7 @@ def open_or_create(
             say(f"resuming {path}: {done} of {store.blocks} blocks are scored")
         return store
     pairs, tokens = _tokenise(config, tokenizer, source)
-    about = _attributes(config, identity) | {"pairs": pairs}
+    about = identity | origin | {"pairs": pairs}
     _print_size(path, about, tokens)
     listed = dropped_file(path)
     tokenizer.dropped.write(listed)
@@ -55,11 +59,15 @@ def open_or_create(
 
 
 def _repair(
-    config: CacheConfig, identity: dict[str, Any], tokenizer: PairTokenizer, source: Source
+    config: CacheConfig,
+    identity: dict[str, Any],
+    origin: dict[str, Any],
+    tokenizer: PairTokenizer,
+    source: Source,
 ) -> StoreWriter:
     """The store without its damaged blocks; metadata and token ids are written again."""
     path = Path(config.out)
-    about = _attributes(config, identity)
+    about = identity | origin
     try:
         store = Store.open(path)
     except UserError as error:
@@ -82,7 +90,7 @@ def _repair(
         if not find_damage(store):
             say(f"no damage found in {path}")
             return StoreWriter.open(path)
-        kept = (*identity, "writer", "created", "allowed", "paths")
+        kept = (*identity, *origin, "created", "allowed")
         about = {name: store.meta[name] for name in kept if name in store.meta}
     pairs, tokens = _tokenise(config, tokenizer, source)
     store = StoreWriter.rewrite_metadata(path, about | {"pairs": pairs}, tokens)
@@ -92,10 +100,6 @@ def _repair(
             store.mark_unscored(block)
     say(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")
     return store
-
-
-def _attributes(config: CacheConfig, identity: dict[str, Any]) -> dict[str, Any]:
-    return identity | {"writer": writer_versions(), "paths": local_paths(config)}
 
 
 def dropped_file(path: Path) -> Path:

@@ -80,7 +80,8 @@ class FindConfig:
     limit: Annotated[int, Option(min=2, help="Read at most this many texts of each.")] = 256
     candidates: Annotated[int, Option(min=1, help="Features that the first step keeps.")] = 50
     rate: Annotated[
-        float, Option(min=0, max=1, help="Share of false findings among the features found.")
+        float,
+        Option(min=0, max=1, help="Highest chance that any feature found is a false one."),
     ] = 0.05
     top: Annotated[int, Option(min=1, help="Features in the group at most.")] = 20
     contexts: Annotated[int, Option(min=0, help="Contexts shown for each feature.")] = 2

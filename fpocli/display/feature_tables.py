@@ -61,7 +61,7 @@ def show_found(result: dict[str, Any], out: Console) -> None:
     )
     if not result["features"]:
         return
-    heads = ("feature", "mean", "backgr.", "peak", "backgr.", "fires in", "backgr.", "effect", "q")
+    heads = ("feature", "mean", "backgr.", "peak", "backgr.", "fires in", "backgr.", "effect", "p")
     table = Table(*heads, box=None, header_style="")
     for one in result["features"]:
         table.add_row(
@@ -72,8 +72,8 @@ def show_found(result: dict[str, Any], out: Console) -> None:
             f"{one['background_peak']:.3g}",
             f"{one['share']:.0%}",
             f"{one['background_share']:.0%}",
-            f"{one['effect']:.2f}",
-            f"{one['q']:.2g}",
+            "-" if one["effect"] is None else f"{one['effect']:.2f}",
+            f"{one['p']:.2g}",
         )
     out.print(table)
     if any(one["contexts"] or one["label"] or one["page"] for one in result["features"]):

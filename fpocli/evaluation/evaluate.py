@@ -12,7 +12,11 @@ from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
-from fpocli.features.weights import load_feature_weights
+from fpocli.features.weights import (
+    FeatureWeights,
+    load_feature_weights,
+    parse_feature_weights,
+)
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
@@ -20,10 +24,11 @@ from fpocli.store.reader import Store
 from fpocli.system.console import data_console, say, warn
 from fpocli.system.errors import UserError
 from fpocli.system.files import replace_text
+from fpocli.system.json_yaml import parse_yaml
 from fpocli.system.model_folder import ModelFolder, find_model
 from fpocli.system.ranks import Ranks, connected_ranks
 from fpocli.training.pair_loader import PairLoader
-from fpocli.training.run_folder import read_run
+from fpocli.training.run_folder import read_run, recorded_weights
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -55,8 +60,7 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
     sites = sites_of(store, config.at or (trained.at if trained else []))
     check_k(store, sites, k)
-    named = config.feature_weights or (trained.feature_weights if trained else None)
-    groups = load_feature_weights(named, store.widths) if named else {}
+    groups = _groups(config, run, store)
     loader = PairLoader(
         store,
         batch_size=1,
@@ -90,6 +94,18 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
         _write(result, measured, out)
         _print(result, config)
     return ranks.of_first(result)
+
+
+def _groups(config: EvalConfig, run: Path | None, store: Store) -> dict[str, FeatureWeights]:
+    """The weights whose groups are measured: those of --feature-weights, or those that the run was
+    trained with, whatever the file says today."""
+    if config.feature_weights:
+        return load_feature_weights(config.feature_weights, store.widths)
+    text = recorded_weights(run) if run else None
+    if text is None:
+        return {}
+    where = f"{run}/run.json"
+    return parse_feature_weights(parse_yaml(text, where), where, store.widths)
 
 
 def _describe(

@@ -1,9 +1,10 @@
 """features.npz: how far every SAE feature moved from the reference, response by response.
 
-A change is policy minus reference. Where the store lacks the reference's value, it is the smallest
-change that is possible, as in D (docs/method.md).
+A change is policy minus reference, both as the store has them: a value that is not among the K
+largest, nor kept for every response, counts as 0. Policy and reference are cut in the same way, so
+that neither is favoured: of one that is cut and one that is not, the first seems to have fallen.
 
-Shapes: P pairs of a packed sequence, N pairs of the split, m features of a site.
+Shapes: P pairs of a packed sequence, N pairs of the split, K stored features, m features of a site.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-from fpocli.features.top_features import TopFeatures
+from fpocli.features.encoder import top_k
+from fpocli.features.top_features import TopFeatures, to_sparse
 from fpocli.system.errors import UserError
 
 
@@ -24,39 +26,40 @@ class FeatureChanges:
     """The changes at one site.
 
     Args:
-        change: float32 [2N, m], sparse; rows 2i and 2i + 1 are pair i's chosen and rejected.
-        policy: float64 [2, m], sum over the pairs of the policy's pooled features.
-        frequency: int64 [2, m], number of responses in which the policy's feature is > 0.
+        change: float64 [2N, m], sparse; rows 2i and 2i + 1 are pair i's chosen and rejected.
+        before: float64 [2, m], sum over the pairs of the reference's values.
     """
 
     change: csr_array
-    policy: np.ndarray
-    frequency: np.ndarray
+    before: np.ndarray
 
 
-def changes_of(pooled: Tensor, reference: TopFeatures[Tensor]) -> FeatureChanges:
+def changes_of(
+    pooled: Tensor, reference: TopFeatures[Tensor], dtype: torch.dtype = torch.float32
+) -> FeatureChanges:
     """The changes of P pairs.
 
     Args:
         pooled: float32 [P, 2, m], the policy's.
         reference: the store's values of the same pairs.
+        dtype: that of values in the store.
     """
     m = pooled.shape[-1]
-    smallest = reference.value[..., -1:]
-    floor = torch.where(reference.nonzero[..., None] <= reference.value.shape[-1], 0, smallest)
-    before = torch.minimum(pooled, floor)
-    # Unused slots hold an index beyond m; their value is written to a column that is cut off.
-    before = torch.cat([before, before[..., :1]], -1)
-    before.scatter_(-1, reference.index.clamp(max=m), reference.value)
-    before = before[..., :m]
-    kept = reference.kept.expand_as(reference.kept_value)
-    before.scatter_(-1, kept, reference.kept_value)
-    change = (pooled - before).flatten(0, 1).cpu().numpy()
-    return FeatureChanges(
-        csr_array(change),
-        pooled.double().sum(0).cpu().numpy(),
-        (pooled > 0).sum(0).cpu().numpy(),
+    index, value = top_k(pooled, reference.value.shape[-1])
+    policy = TopFeatures(
+        index,
+        value.to(dtype).float(),
+        (pooled > 0).sum(-1),
+        pooled[..., reference.kept].to(dtype).float(),
+        reference.kept,
     )
+    after, before = (
+        to_sparse(TopFeatures(**{n: t.cpu().numpy() for n, t in vars(one).items()}), m)
+        for one in (policy, reference)
+    )
+    change = csr_array(after - before)
+    change.eliminate_zeros()
+    return FeatureChanges(change, np.stack([before[::2].sum(0), before[1::2].sum(0)]))
 
 
 def join(parts: list[FeatureChanges], order: np.ndarray) -> FeatureChanges:
@@ -69,8 +72,7 @@ def join(parts: list[FeatureChanges], order: np.ndarray) -> FeatureChanges:
     rows = np.column_stack([2 * order, 2 * order + 1]).ravel()
     return FeatureChanges(
         csr_array(vstack([part.change for part in parts], format="csr"))[rows],
-        np.sum([part.policy for part in parts], axis=0),
-        np.sum([part.frequency for part in parts], axis=0),
+        np.sum([part.before for part in parts], axis=0),
     )
 
 
@@ -88,8 +90,7 @@ def write_changes(file: Path, pairs: np.ndarray, sites: dict[str, FeatureChanges
             f"{site}.indptr": found.change.indptr,
             f"{site}.indices": found.change.indices,
             f"{site}.data": found.change.data,
-            f"{site}.policy": found.policy,
-            f"{site}.frequency": found.frequency,
+            f"{site}.before": found.before,
         }
     partial = file.with_name(file.name + ".partial")
     with partial.open("wb") as stream:
@@ -108,12 +109,12 @@ def read_changes(file: Path) -> tuple[np.ndarray, dict[str, FeatureChanges]]:
             pairs = arrays["pair"]
             sites = {}
             for site in arrays["site"].tolist():
-                names = ("data", "indices", "indptr", "policy", "frequency")
-                data, indices, indptr, policy, frequency = (arrays[f"{site}.{n}"] for n in names)
-                shape = (2 * len(pairs), policy.shape[1])
+                names = ("data", "indices", "indptr", "before")
+                data, indices, indptr, before = (arrays[f"{site}.{name}"] for name in names)
+                shape = (2 * len(pairs), before.shape[1])
                 change = csr_array((data, indices, indptr), shape=shape)
                 change.check_format(full_check=True)
-                sites[site] = FeatureChanges(change, policy, frequency)
+                sites[site] = FeatureChanges(change, before)
             return pairs, sites
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist", "measure the run with `fpo eval`") from error

@@ -71,6 +71,7 @@ def measure_pairs(
         reference = load_reference(original, sites, dtype, device)
         norms = _operator_norms(config, store, sites, policy)
     groups = {site: omega.to(device) for site, omega in weights.items()}
+    dtypes = {name: getattr(torch, about["value_dtype"]) for name, about in store.sites.items()}
     parts: list[Measured] = []
     with (
         torch.inference_mode(),
@@ -79,7 +80,8 @@ def measure_pairs(
         for micro in loader.evaluation(device, split):
             # A rank without work gets a pair of weight 0, for collectives that there are none of.
             if micro.pair_weights.any():
-                parts.append(_measure(policy, reference, encoders, micro, k, groups, norms))
+                part = _measure(policy, reference, encoders, micro, k, groups, norms, dtypes)
+                parts.append(part)
             bar.advance(len(micro.pairs))
     return parts
 
@@ -103,6 +105,7 @@ def _measure(
     k: int,
     groups: dict[str, FeatureWeights],
     norms: dict[str, float],
+    dtypes: dict[str, torch.dtype],
 ) -> Measured:
     output = reference(micro.batch) if reference else None
     scores = score(policy, encoders, micro.batch, output)
@@ -121,7 +124,7 @@ def _measure(
             change = _changes(scores, output.states[site], encoders[site], site)
             values[f"bound.{site}"] = norm**2 / 2 * change
     changes = {
-        site: changes_of(pooled, micro.reference.features[site])
+        site: changes_of(pooled, micro.reference.features[site], dtypes[site])
         for site, pooled in scores.pooled.items()
     }
     arrays = {name: value.double().cpu().numpy() for name, value in values.items()}

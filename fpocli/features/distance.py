@@ -50,12 +50,12 @@ def compared_features(
     # Not where the stored value is 0, as tiny values are in float16: `top` leaves them out.
     in_top = (own_value > 0) & _are_in(own, top, top_value > 0)
     index, used = [top, own], [top_value > 0, (own_value > 0) & ~in_top]
-    own_reference, own_stored = reference_values(own, reference)
+    own_reference, own_stored = reference_values(own, reference, pooled.shape[-1])
     stored = [torch.ones_like(top, dtype=torch.bool), own_stored]
     value = [top_value, own_reference]
     if named is not None and len(named):
         extra = named.expand(*pooled.shape[:2], -1)
-        extra_value, extra_stored = reference_values(extra, reference)
+        extra_value, extra_stored = reference_values(extra, reference, pooled.shape[-1])
         index.append(extra)
         used.append(~_are_in(extra, torch.cat([top, own], -1), torch.cat(used, -1)))
         stored.append(extra_stored)
@@ -71,31 +71,30 @@ def compared_features(
     )
 
 
-def reference_values(index: Tensor, reference: TopFeatures[Tensor]) -> tuple[Tensor, Tensor]:
+def reference_values(
+    index: Tensor, reference: TopFeatures[Tensor], m: int
+) -> tuple[Tensor, Tensor]:
     """What the store holds of the reference at some features.
 
     Args:
         index: int64 [P, 2, q], the features.
         reference: the store's values of the same pairs.
+        m: features of the SAE.
 
     Returns:
         float32 [P, 2, q], the value, or the largest that it can be if it is missing;
         bool [P, 2, q], whether it is known.
     """
-    # [P, 2, q, K]: where among the stored features, if anywhere, each one is.
-    match = index[..., :, None] == reference.index[..., None, :]
-    found = match.any(-1)
-    smallest = reference.value[..., -1]
-    floor = torch.where(reference.nonzero <= reference.value.shape[-1], 0, smallest)[..., None]
-    value = torch.where(found, (match * reference.value[..., None, :]).sum(-1), floor)
-    known = found | (floor == 0)
-    if len(reference.kept):
-        place = torch.searchsorted(reference.kept, index.contiguous())
-        place = place.clamp(max=len(reference.kept) - 1)
-        is_kept = reference.kept[place] == index
-        value = torch.where(is_kept, reference.kept_value.gather(-1, place), value)
-        known = known | is_kept
-    return value, known
+    smallest = reference.value[..., -1:]
+    floor = torch.where(reference.nonzero[..., None] <= reference.value.shape[-1], 0, smallest)
+    # Unused slots hold an index beyond m; they are written to one more column.
+    slots = reference.index.clamp(max=m)
+    values = floor.repeat(1, 1, m + 1).scatter_(-1, slots, reference.value)
+    known = (floor == 0).repeat(1, 1, m + 1).scatter_(-1, slots, True)
+    kept = reference.kept.expand_as(reference.kept_value)
+    values.scatter_(-1, kept, reference.kept_value)
+    known.scatter_(-1, kept, True)
+    return values.gather(-1, index), known.gather(-1, index)
 
 
 def _are_in(index: Tensor, others: Tensor, used: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ def group_distance(
     """
     index = features.expand(*pooled.shape[:2], -1)
     policy = pooled.gather(-1, index)
-    change = policy - _nearest(policy, *reference_values(index, reference))
+    change = policy - _nearest(policy, *reference_values(index, reference, pooled.shape[-1]))
     return _penalty(change, index, weights).sum(-1) / k
 
 

@@ -26,6 +26,7 @@ from fpocli.system.json_yaml import read_yaml
 GROUP_NAME = re.compile(r"[\w-]+")
 # What a direction penalises: any change, a rise above the reference, a fall below it.
 _DIRECTIONS = {"both": 0, "up": 1, "down": -1}
+_NAMES = {number: name for name, number in _DIRECTIONS.items()}
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,31 @@ class _Entry(NamedTuple):
 
 
 def load_feature_weights(path: str, features: Mapping[str, int]) -> dict[str, FeatureWeights]:
-    """The weights in a YAML or JSON file.
+    """The weights in a YAML or JSON file; see `parse_feature_weights`."""
+    return parse_feature_weights(read_yaml(path), path, features)
+
+
+def parse_feature_weights(
+    content: Any, path: str, features: Mapping[str, int]
+) -> dict[str, FeatureWeights]:
+    """The weights of single features.
 
     Args:
-        path: the file: for each site a default, entries by feature index, and groups. An entry is a
-            weight, or `weight` and `direction`; a group is a list of features, or `features` with
-            an entry for all of them. A missing default is 1, and a feature without an entry has the
+        content: of a weights file: for each site a default, entries by feature index, and groups.
+            An entry is a weight, or `weight` and `direction`; a group is a list of features, or
+            `features` with an entry for all of them. A missing default is 1, and what has no entry
+            or no weight has the
             default. An entry of its own overrides that of a group.
+        path: of the file, for errors.
         features: m of each site.
 
     Returns:
         the weights of each site in the file.
 
     Raises:
-        UserError: the file cannot be read, names a site or feature that does not exist, or an entry
+        UserError: the content names a site or feature that does not exist, or an entry
             is not a finite weight of at least 0 and a direction.
     """
-    content = read_yaml(path)
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(
             f"{path} does not hold weights by site",
@@ -108,25 +117,38 @@ class _SiteReader:
         self.where, self.m = where, m
 
     def read(self, values: dict[Any, Any]) -> FeatureWeights:
-        default = self._entry("default", values.get("default", 1))
-        weight = torch.full((self.m,), default.weight)
-        direction = torch.full((self.m,), default.direction, dtype=torch.int8)
-        groups, entries = self._groups(values.get("groups", {}))
+        default = self._entry("default", values.get("default", 1), _Entry(1.0, 0))
+        own: dict[int, _Entry] = {}
         for name, value in values.items():
             if name not in ("default", "groups"):
-                entries[self._index(name)] = self._entry(name, value)
-        for index, entry in entries.items():
-            if entry is not None:
+                index = self._index(name)
+                if index in own:
+                    raise UserError(f"{self.where}: two entries for feature {index}", "keep one")
+                own[index] = self._entry(name, value, default)
+        groups, of_groups = self._groups(values.get("groups", {}), default)
+        weight = torch.full((self.m,), default.weight)
+        direction = torch.full((self.m,), default.direction, dtype=torch.int8)
+        for index, given in of_groups.items():
+            if len(given) > 1 and index not in own:
+                raise UserError(
+                    f"{self.where}: groups give feature {index} different weights",
+                    f"give it an entry of its own: '{index}: WEIGHT'",
+                )
+            for entry in given:
                 weight[index], direction[index] = entry
-        named = torch.tensor(sorted(entries), dtype=torch.int64)
+        for index, entry in own.items():
+            weight[index], direction[index] = entry
+        named = torch.tensor(sorted(own | of_groups), dtype=torch.int64)
         return FeatureWeights(weight, direction, named, groups)
 
-    def _groups(self, content: Any) -> tuple[dict[str, Tensor], dict[int, _Entry | None]]:
-        """The groups, and the entry of each of their features; None stands for the default."""
+    def _groups(
+        self, content: Any, default: _Entry
+    ) -> tuple[dict[str, Tensor], dict[int, set[_Entry]]]:
+        """The groups, and the entries that they give each of their features."""
         if not isinstance(content, dict):
             raise UserError(f"{self.where}: groups is not a mapping", "write 'NAME: [INDEX, ...]'")
         groups: dict[str, Tensor] = {}
-        entries: dict[int, _Entry | None] = {}
+        entries: dict[int, set[_Entry]] = {}
         for name, about in content.items():
             if not GROUP_NAME.fullmatch(str(name)):
                 raise UserError(
@@ -143,14 +165,9 @@ class _SiteReader:
                 )
             indices = sorted({self._index(one) for one in listed})
             settings = {key: value for key, value in about.items() if key != "features"}
-            entry = self._entry(f"group {name}", settings) if settings else None
+            given = {self._entry(f"group {name}", settings, default)} if settings else set()
             for index in indices:
-                if entries.get(index) is not None and entry not in (None, entries[index]):
-                    raise UserError(
-                        f"{self.where}: groups give feature {index} different weights",
-                        f"give it an entry of its own: '{index}: WEIGHT'",
-                    )
-                entries[index] = entry or entries.get(index)
+                entries.setdefault(index, set()).update(given)
             groups[str(name)] = torch.tensor(indices, dtype=torch.int64)
         return groups, entries
 
@@ -168,14 +185,16 @@ class _SiteReader:
             )
         return int(text)
 
-    def _entry(self, name: Any, value: Any) -> _Entry:
+    def _entry(self, name: Any, value: Any, default: _Entry) -> _Entry:
+        """An entry; what it does not say is the default's."""
         about = value if isinstance(value, dict) else {"weight": value}
         if unknown := about.keys() - {"weight", "direction"}:
             raise UserError(
                 f"{self.where}: {name} has {', '.join(map(str, sorted(unknown, key=str)))}",
                 "an entry is a weight, or {weight: 5.0, direction: up}",
             )
-        weight, direction = about.get("weight", 1), about.get("direction", "both")
+        weight = about.get("weight", default.weight)
+        direction = about.get("direction", _NAMES[default.direction])
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         # Written so that nan fails the comparison.
         if not number or not 0 <= weight <= torch.finfo(torch.float32).max:
@@ -183,7 +202,7 @@ class _SiteReader:
                 f"{self.where}: the weight {weight} for {name}",
                 "a weight is a finite float32 number of at least 0",
             )
-        if direction not in _DIRECTIONS:
+        if not isinstance(direction, str) or direction not in _DIRECTIONS:
             raise UserError(
                 f"{self.where}: the direction {direction} for {name}",
                 "use up (no rise above the reference), down (no fall below it) or both",

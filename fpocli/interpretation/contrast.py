@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from fpocli.config import ContrastConfig
 from fpocli.display.feature_tables import show_contrast
-from fpocli.features.top_features import TopFeatures
+from fpocli.features.top_features import to_sparse
 from fpocli.interpretation.equal_style import EqualStyle
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.interpretation.paired_test import (
@@ -48,7 +48,7 @@ def contrast(config: ContrastConfig) -> dict[str, Any]:
     store = Store.open(config.store)
     store.require_complete()
     site = str(one_site(store, config.at))
-    source = store.sites[site]["sae"].get("neuronpedia")
+    source = store.neuronpedia(site)
     labels = read_labels(config.labels, source) if config.labels else {}
     tokenizer = find_tokenizer(store, config.model)
     shown = contrast_store(store, site, tokenizer, config.rate, config.top, labels)
@@ -88,8 +88,7 @@ def contrast_store(
             f"{store.path} has reference values of {store.scored} pairs, which is too few",
             f"cache at least {FEWEST_PAIRS} pairs; hundreds are needed to find anything",
         )
-    about = store.sites[site]
-    m = about["d_sae"]
+    m = store.widths[site]
     style = _style(store, tokenizer)
     by_style = style[:, 0] - style[:, 1]
     sums = PairedSums(m)
@@ -118,7 +117,7 @@ def contrast_store(
         return {
             "feature": f,
             "label": (labels or {}).get(f),
-            "page": neuronpedia_page(about["sae"], f),
+            "page": neuronpedia_page(store.neuronpedia(site), f),
             "mean": _sides(sums.chosen[f] / sums.pairs, sums.rejected[f] / sums.pairs),
             "difference": float(sums.difference[f]),
             "missing": float(missing[f]),
@@ -175,17 +174,10 @@ def _values(store: Store, site: str) -> Iterator[tuple[csr_array, csr_array]]:
         for block in range(store.blocks):
             tokens = store.tokens(block)
             features = store.reference(block, tokens).features[site]
-            rows = _scored(store, block)
-            m = store.sites[site]["d_sae"]
-            yield _sparse(features, rows, 0, m), _sparse(features, rows, 1, m)
+            values = to_sparse(features, store.widths[site])
+            rows = 2 * _scored(store, block)
+            yield values[rows], values[rows + 1]
             bar.advance(len(tokens))
-
-
-def _sparse(features: TopFeatures[np.ndarray], rows: np.ndarray, side: int, m: int) -> csr_array:
-    index, value = features.index[rows, side], features.value[rows, side].astype(float)
-    # Slots without a feature have an index that no feature has.
-    row, slot = np.nonzero(value)
-    return csr_array((value[row, slot], (row, index[row, slot])), (len(rows), m))
 
 
 def _stored_share(sums: PairedSums, missing: np.ndarray) -> float | None:

@@ -56,7 +56,7 @@ class MeanChange:
         mean: policy minus reference.
         error: its standard error over pairs.
         chosen, rejected: the mean change of these responses alone.
-        before, after: mean pooled value of the reference and of the policy.
+        before, after: mean value of the reference and of the policy, cut as in the store.
         q: of the test that nothing changed, corrected for all features.
     """
 
@@ -87,12 +87,12 @@ def diff(config: DiffConfig) -> dict[str, Any]:
     store = None
     if config.contexts or config.labels:
         store = _open_store(config, runs)
-    about = store.sites[site]["sae"] if store else {}
-    labels = read_labels(config.labels, about.get("neuronpedia")) if config.labels else {}
+    source = store.neuronpedia(site) if store else None
+    labels = read_labels(config.labels, source) if config.labels else {}
     result = compare_changes(runs, site, config.rate, config.top)
     for row in result["features"]:
         row["label"] = labels.get(row["feature"])
-        row["page"] = neuronpedia_page(about, row["feature"])
+        row["page"] = neuronpedia_page(source, row["feature"])
         row["contexts"] = []
     if store and config.contexts:
         _add_contexts(config, store, Site.parse(site), runs, result["features"])
@@ -197,21 +197,20 @@ def mean_change(changes: FeatureChanges) -> MeanChange:
     The test is that of fpo features contrast: if training changed nothing systematically, policy
     and reference could be exchanged in any pair.
     """
-    change = changes.change.astype(np.float64)
-    chosen, rejected = change[::2], change[1::2]
+    chosen, rejected = changes.change[::2], changes.change[1::2]
     of_pairs = (chosen + rejected) / 2
     n = of_pairs.shape[0]
     total, squares = of_pairs.sum(0), of_pairs.power(2).sum(0)
     mean = total / n
     variance = np.maximum(squares / n - mean**2, 0)
-    after = changes.policy.mean(0) / n
+    before = changes.before.mean(0) / n
     return MeanChange(
         mean=mean,
         error=np.sqrt(variance / max(1, n - 1)),
         chosen=chosen.sum(0) / n,
         rejected=rejected.sum(0) / n,
-        before=after - mean,
-        after=after,
+        before=before,
+        after=before + mean,
         q=correct(sign_flip_p(total, squares), squares > 0),
     )
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import false_discovery_control, ttest_ind
 
 from fpocli.config import FindConfig
 from fpocli.data.dropped import DroppedRows
@@ -24,6 +23,7 @@ from fpocli.interpretation.activations import Peaks, peaks, token_activations
 from fpocli.interpretation.contexts import context
 from fpocli.interpretation.group_file import add_group, require_no_group
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
+from fpocli.interpretation.permutation_test import larger_p
 from fpocli.model.language_model import LanguageModel, check_layers, load_model
 from fpocli.model.network import choose_device, read_config
 from fpocli.scoring.loading import tokenizer_of
@@ -58,8 +58,8 @@ class Finding(NamedTuple):
         mean, background_mean: of the pooled activation over the target texts, the background.
         peak, background_peak: mean over the texts of the largest activation at a single token.
         share, background_share: of the texts in which it is > 0.
-        effect: difference of the means, in standard deviations.
-        q: of the test of the means, corrected for all features.
+        effect: difference of the means, in standard deviations; NaN without a background.
+        p: of the test that it is not larger in the target texts, corrected for all features.
     """
 
     feature: np.ndarray
@@ -70,7 +70,7 @@ class Finding(NamedTuple):
     share: np.ndarray
     background_share: np.ndarray
     effect: np.ndarray
-    q: np.ndarray
+    p: np.ndarray
 
 
 def find(config: FindConfig) -> dict[str, Any]:
@@ -115,7 +115,6 @@ def find(config: FindConfig) -> dict[str, Any]:
     found = select(on_target, on_background, config.candidates, config.rate)
     found = Finding(*(values[: config.top] for values in found))
     contexts = _contexts(config, model, encoder, tokenizer.tokenizer, target, on_target, found)
-    about = {"neuronpedia": encoder.neuronpedia}
     result = {
         "model": folder.source,
         "site": str(site),
@@ -128,13 +127,10 @@ def find(config: FindConfig) -> dict[str, Any]:
         "group": group,
         "out": config.out,
         "features": [
-            {
-                name: (int if name == "feature" else float)(values[row])
-                for name, values in found._asdict().items()
-            }
+            {name: _plain(values[row]) for name, values in found._asdict().items()}
             | {
                 "label": labels.get(int(feature)),
-                "page": neuronpedia_page(about, int(feature)),
+                "page": neuronpedia_page(encoder.neuronpedia, int(feature)),
                 "contexts": contexts[row],
             }
             for row, feature in enumerate(found.feature)
@@ -153,56 +149,47 @@ def select(target: Peaks, background: Peaks | None, candidates: int, rate: float
     activation over the whole target set is above the background's.
 
     Both compare the target with the background: by size alone, features that fire everywhere would
-    come first. The second step is a one-sided Welch test of the means over texts. It is corrected
-    for all features, as the candidates are chosen on the same texts (Benjamini and Hochberg).
+    come first. The second step is a test of rank sums of the pooled activations, corrected for all
+    features and not for the candidates alone, as these were chosen on the same texts.
 
     Args:
         target: of R texts.
         background: of B texts; None compares with 0 and tests nothing.
         candidates: number of features that the first step keeps.
-        rate: the most false findings, as a share of all.
+        rate: the highest chance that any feature found is a false one.
 
     Returns:
         the features that are left, by falling effect size; without a background by falling mean.
     """
-    other = background or Peaks(*(np.zeros_like(values[:2]) for values in vars(target).values()))
+    other = background or Peaks(*(np.zeros_like(values) for values in vars(target).values()))
     peak, other_peak = target.peak.mean(0), other.peak.mean(0)
     lead = peak - other_peak
     first = np.argsort(-lead, kind="stable")[:candidates]
     mean, other_mean = target.pooled.mean(0), other.pooled.mean(0)
     spread = np.sqrt((target.pooled.var(0, ddof=1) + other.pooled.var(0, ddof=1)) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effect = (mean - other_mean) / spread
     if background:
-        active = (target.pooled.max(0) > 0) | (other.pooled.max(0) > 0)
-        q = np.ones(len(mean))
-        q[active] = _corrected(target.pooled[:, active], other.pooled[:, active])
-        order = np.argsort(-effect[first], kind="stable")
+        # Infinite where all values of both sides are equal among themselves.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effect = (mean - other_mean) / spread
+        p, score = larger_p(target.pooled, other.pooled), effect
     else:
-        q = np.zeros(len(mean))
-        order = np.argsort(-mean[first], kind="stable")
-    ranked = first[order]
-    ranked = ranked[(q[ranked] <= rate) & (mean[ranked] > other_mean[ranked]) & (lead[ranked] > 0)]
+        effect, p, score = np.full_like(mean, np.nan), np.zeros(len(mean)), mean
+    ranked = first[np.argsort(-score[first], kind="stable")]
+    ranked = ranked[(p[ranked] <= rate) & (mean[ranked] > other_mean[ranked]) & (lead[ranked] > 0)]
     shares = [(values.pooled > 0).mean(0) for values in (target, other)]
-    columns = (mean, other_mean, peak, other_peak, *shares, effect, q)
+    columns = (mean, other_mean, peak, other_peak, *shares, effect, p)
     return Finding(ranked, *(values[ranked] for values in columns))
-
-
-def _corrected(target: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The corrected p-values of one-sided Welch tests of the columns' means."""
-    # A feature that is constant on both sides has no variance: it is different, or it is not.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = ttest_ind(target, other, equal_var=False, alternative="greater").pvalue
-    constant = np.isnan(p)
-    p[constant] = np.where(target.mean(0) > other.mean(0), 0.0, 1.0)[constant]
-    return false_discovery_control(p)
 
 
 def _texts(tokenizer: PairTokenizer, data: str, limit: int) -> Texts:
     read = read_texts(data, limit)
+    dropped = tokenizer.dropped = DroppedRows()
+    dropped.read = len(read)
     pairs = list(tokenizer(text.pair for text in read))
     if not pairs:
-        raise tokenizer.dropped.nothing_left()
+        raise dropped.nothing_left()
+    if dropped.counts:
+        say(f"note: texts of {data} are left out: {dropped}")
     counted = np.array([[True, read[pair.row].texts == 2] for pair in pairs]).ravel()
     if counted.sum() < 2:
         raise UserError(f"{data} holds a single text", "two or more are needed")
@@ -262,6 +249,13 @@ def _contexts(
         ]
         for column in range(len(found.feature))
     ]
+
+
+def _plain(value: Any) -> int | float | None:
+    """A number for JSON, which has no infinity."""
+    if isinstance(value, np.integer):
+        return int(value)
+    return float(value) if np.isfinite(value) else None
 
 
 def _write(result: dict[str, Any]) -> None:

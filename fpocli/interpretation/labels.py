@@ -85,17 +85,16 @@ def _parse(entry: Any, where: str) -> tuple[int, str]:
     return int(index), " ".join(words)[:_LONGEST_LABEL]
 
 
-def neuronpedia_page(sae: dict[str, Any], feature: int) -> str | None:
+def neuronpedia_page(source: str | None, feature: int) -> str | None:
     """The address of a feature's page.
 
     Args:
-        sae: of a site, in the store's metadata.
+        source: MODEL/SOURCE of the SAE; None if it is not known.
         feature: its index.
 
     Returns:
-        None if the store does not name the SAE's place on Neuronpedia.
+        None without a source, or if it is none of Neuronpedia.
     """
-    source = sae.get("neuronpedia")
-    if not isinstance(source, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
+    if source is None or not re.fullmatch(r"[\w.-]+/[\w.-]+", source, re.ASCII):
         return None
     return f"{_PAGES}/{source}/{feature}"

@@ -46,14 +46,14 @@ def show(config: ShowConfig) -> dict[str, Any]:
             f"{store.path} has no feature {config.feature} at {site}",
             f"its features are 0 to {about['d_sae'] - 1}",
         )
-    source = about["sae"].get("neuronpedia")
+    source = store.neuronpedia(str(site))
     labels = read_labels(config.labels, source) if config.labels else {}
     result = {
         "store": str(store.path),
         "site": str(site),
         "feature": config.feature,
         "label": labels.get(config.feature),
-        "page": neuronpedia_page(about["sae"], config.feature),
+        "page": neuronpedia_page(source, config.feature),
         **describe_feature(store, str(site), config.feature, config.pairs),
     }
     result["contexts"] = _contexts(config, store, site, result["largest"][: config.contexts])
@@ -84,10 +84,13 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
             reference = store.reference(block, store.tokens(block))
             values[store.pairs_in(block)] = values_of(reference.features[site], feature)
             bar.advance()
-    known = values[~np.isnan(values) & (values > 0)]
-    edges = np.histogram_bin_edges(known, _BINS) if len(known) else np.zeros(0)
-    by_pair = np.nanmax(np.nan_to_num(values), axis=1)
+    # Without the pairs that have no reference values.
+    numbers = np.delete(np.arange(store.pairs), store.non_finite)
+    values = np.nan_to_num(values[numbers])
+    by_pair = values.max(1)
     order = np.argsort(-by_pair, kind="stable")[:pairs]
+    known = values[values > 0]
+    edges = np.histogram_bin_edges(known, _BINS) if len(known) else np.zeros(0)
     frequency = store.frequency(site)[:, feature] / store.scored
     return {
         "pairs": store.scored,
@@ -95,7 +98,7 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
         "mean": float(store.mean(site)[feature]),
         "stored": _by_side(values, lambda column: int((column > 0).sum())),
         "values": {
-            "mean": _by_side(values, lambda column: float(np.nan_to_num(column).mean())),
+            "mean": _by_side(values, lambda column: float(column.mean())),
             "edges": edges.tolist(),
             "counts": _by_side(
                 values, lambda column: np.histogram(column[column > 0], edges)[0].tolist()
@@ -105,12 +108,12 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
         },
         "largest": [
             {
-                "pair": int(pair),
-                "side": _SIDES[int(np.nanargmax(np.nan_to_num(values[pair])))],
-                "value": float(by_pair[pair]),
+                "pair": int(numbers[row]),
+                "side": _SIDES[int(np.argmax(values[row]))],
+                "value": float(by_pair[row]),
             }
-            for pair in order
-            if by_pair[pair] > 0
+            for row in order
+            if by_pair[row] > 0
         ],
     }
 

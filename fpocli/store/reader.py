@@ -168,6 +168,11 @@ class Store(ArrayReader):
         ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
 
+    def neuronpedia(self, site: str) -> str | None:
+        """The id of a site's SAE at Neuronpedia, such as gemma-2-2b/25-gemmascope-res-16k; None if
+        it is not known."""
+        return self.meta.get("neuronpedia", {}).get(site)
+
     def pair(self, number: int) -> TokenPair:
         """The token ids of a pair by its number in the store."""
         block, row = divmod(number, self.block_size)

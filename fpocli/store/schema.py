@@ -173,6 +173,9 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     lists = list(allowed.values()) if isinstance(allowed, dict) else [None]
     if not all(isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists):
         return "allowed are no lists of names"
+    named = meta.get("neuronpedia", {})
+    if not isinstance(named, dict) or set(map(type, named.values())) - {str}:
+        return "neuronpedia are no names by site"
     documents = meta.get("documents", {})
     if not isinstance(documents, dict) or set(map(type, documents.values())) - {str}:
         return "documents are no sums"

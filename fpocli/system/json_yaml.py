@@ -29,13 +29,26 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The value in a YAML file, made of plain values only, never of Python objects.
+    """The value in a YAML file; see `parse_yaml`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}", "correct the file") from error
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: str | Path) -> Any:
+    """The value of a YAML text, made of plain values only, never of Python objects.
+
+    Args:
+        text: the YAML.
+        path: where it is from, for errors.
 
     Raises:
         UserError: it is not valid YAML.
     """
     try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        value = yaml.safe_load(text)
     except (
         yaml.YAMLError, ValueError, RecursionError, ArithmeticError, LookupError, AttributeError,
         TypeError,

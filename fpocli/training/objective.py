@@ -3,6 +3,7 @@
 Shapes: P pairs; column 0 is chosen, column 1 rejected.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -24,6 +25,9 @@ from fpocli.scoring.accuracy import wins
 from fpocli.scoring.score import PairScores
 from fpocli.store.records import ReferenceValues
 from fpocli.training.losses import METHODS, Terms
+
+# The mean of a group's part of D.
+_PART = re.compile(r"(group\..+)\.part_(chosen|rejected)")
 
 
 def compare_features(
@@ -165,10 +169,11 @@ def shares_of_groups(means: dict[str, float]) -> dict[str, float]:
     """Means of the metrics, with each group's part of D as a share of D."""
     shares = {}
     for name, mean in means.items():
-        group, part, side = name.partition(".part_")
-        if not part:
+        part = _PART.fullmatch(name)
+        if part is None:
             shares[name] = mean
         else:
+            group, side = part.groups()
             whole = means[f"distance_{side}"]
             shares[f"{group}.share_{side}"] = mean / whole if whole else 0.0
     return shares

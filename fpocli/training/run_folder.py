@@ -133,6 +133,12 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
         ) from error
 
 
+def recorded_weights(folder: Path) -> str | None:
+    """The text of the weights file that a run was trained with; None without one."""
+    text = _object(folder / "run.json").get("feature_weights")
+    return text if isinstance(text, str) else None
+
+
 def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The identity in run.json. A setting that did not exist yet had today's default."""
     today = dataclasses.asdict(TrainConfig(cache="unused"))

@@ -499,5 +499,10 @@ def test_the_id_at_neuronpedia_is_kept_where_sae_lens_knows_it(material, tmp_pat
     sae.cfg.metadata.neuronpedia_id = "tiny/3-res"
     sae.save_model(tmp_path / "sae")
     store = cache(cache_config(material, tmp_path / "ref.zarr", sae=[str(tmp_path / "sae")]))
-    (about,) = store.sites.values()
-    assert about["sae"]["neuronpedia"] == "tiny/3-res"
+    (site,) = store.sites
+    assert store.neuronpedia(site) == "tiny/3-res"
+    # It says nothing about the content, so a store without it is the same store.
+    path = cache(cache_config(material, tmp_path / "plain.zarr")).path
+    again = cache_config(material, path, sae=[str(tmp_path / "sae")])
+    set_attributes(path, paths={})
+    assert cache(again).meta["fingerprint"] == Store.open(path).meta["fingerprint"]

@@ -1,5 +1,7 @@
 """features.npz: changes of features against a loop, and the file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -24,22 +26,38 @@ def stored(reference: torch.Tensor, k: int, keep: list[int]) -> TopFeatures:
     return TopFeatures(unused, value, (reference > 0).sum(-1), reference[..., kept], kept)
 
 
+def cut(vector: list[float], k: int, keep: list[int]) -> list[float]:
+    """What a store has of a vector."""
+    largest = set(sorted(range(M), key=lambda i: (-vector[i], i))[:k]) | set(keep)
+    return [value if i in largest else 0.0 for i, value in enumerate(vector)]
+
+
 @pytest.mark.parametrize(("k", "keep"), [(5, []), (5, [0, 7, 29]), (30, [])])
 def test_changes_equal_a_loop(k, keep):
     policy, reference = vectors(1, 4), vectors(2, 4)
     found = changes_of(policy, stored(reference, k, keep))
+    total = np.zeros((2, M))
     for pair in range(4):
         for side in range(2):
-            own, other = (x[pair, side].double().tolist() for x in (policy, reference))
-            known = set(sorted(range(M), key=lambda i: (-other[i], i))[:k]) | set(keep)
-            positive = sum(value > 0 for value in other)
-            smallest = sorted(other)[-k] if positive > k else 0.0
-            for i in range(M):
-                before = other[i] if i in known else min(own[i], smallest)
-                actual = found.change[[2 * pair + side]].toarray()[0, i]
-                assert actual == pytest.approx(own[i] - before, abs=1e-7)
-    np.testing.assert_allclose(found.policy, policy.double().sum(0))
-    np.testing.assert_array_equal(found.frequency, (policy > 0).sum(0))
+            after, before = (
+                cut(x[pair, side].double().tolist(), k, keep) for x in (policy, reference)
+            )
+            row = found.change[[2 * pair + side]].toarray()[0]
+            np.testing.assert_allclose(row, np.subtract(after, before), atol=1e-12)
+            total[side] += before
+    np.testing.assert_allclose(found.before, total)
+
+
+def test_a_policy_that_is_the_reference_has_no_change_in_float16_either():
+    reference = vectors(1, 4)
+    for dtype in (torch.float32, torch.float16):
+        rounded = stored(reference, 5, [3])
+        rounded = dataclasses.replace(
+            rounded,
+            value=rounded.value.to(dtype).float(),
+            kept_value=rounded.kept_value.to(dtype).float(),
+        )
+        assert changes_of(reference, rounded, dtype).change.nnz == 0
 
 
 def test_parts_of_all_ranks_come_back_in_the_order_of_the_store(tmp_path):
@@ -56,8 +74,7 @@ def test_parts_of_all_ranks_come_back_in_the_order_of_the_store(tmp_path):
     assert list(sites) == ["layer_1.mlp_out", "layer_0.resid_post"]
     for found in sites.values():
         np.testing.assert_array_equal(found.change.toarray(), whole.change.toarray())
-        np.testing.assert_array_equal(found.policy, joined.policy)
-        np.testing.assert_array_equal(found.frequency, whole.frequency)
+        np.testing.assert_allclose(found.before, whole.before)
 
 
 def test_a_damaged_or_missing_file_is_an_error(tmp_path):

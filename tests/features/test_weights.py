@@ -56,9 +56,19 @@ layer_3.resid_post:
         "french": [4, 5, 9],
         "json": [7, 8],
     }
-    # Feature 7's own entry overrides that of its group; 4 and 9 have the default.
-    assert weights.weight[[4, 5, 7, 8, 9, 0]].tolist() == [0.5, 2, 1, 3, 0.5, 0.5]
+    # Feature 7's own entry overrides that of its group; what is not said is the default.
+    assert weights.weight[[4, 5, 7, 8, 9, 0]].tolist() == [0.5, 2, 0.5, 3, 0.5, 0.5]
     assert weights.direction[[4, 5, 7, 8, 9, 0]].tolist() == [0, 1, -1, 1, 0, 0]
+
+
+def test_an_entry_of_its_own_settles_what_groups_disagree_on(tmp_path):
+    file = tmp_path / "weights.yaml"
+    file.write_text(
+        "layer_3.resid_post: {default: 0, 3: {direction: up}, 5: 9, groups: "
+        "{a: {features: [5, 6], weight: 1}, b: {features: [5], weight: 2}}}"
+    )
+    (weights,) = load_feature_weights(str(file), SITES).values()
+    assert weights.weight[[3, 5, 6]].tolist() == [0, 9, 1] and weights.direction[3] == 1
 
 
 @pytest.mark.parametrize(
@@ -87,6 +97,8 @@ layer_3.resid_post:
             "b: {features: [1], weight: 3}}}",
             "groups give feature 1 different weights",
         ),
+        ("layer_3.resid_post: {1: {direction: [up]}}", "the direction"),
+        ("layer_3.resid_post: {5: 1, '05': 2}", "two entries for feature 5"),
         ("layer_9.resid_post: {1: 1}", "is not a site of the store"),
         ("default: 1", "does not hold weights by site"),
         ("- 1", "does not hold weights by site"),

@@ -8,7 +8,6 @@ import pytest
 import statsmodels.api as sm
 import tiny
 import torch
-import zarr
 from stores import cache_config, contents, set_attributes, write_pairs
 from typer.testing import CliRunner
 
@@ -17,7 +16,6 @@ from fpocli.cli import app
 from fpocli.interpretation.paired_test import sign_flip_p
 from fpocli.interpretation.style import STYLE, measure_style
 from fpocli.scoring.loading import find_tokenizer
-from fpocli.store.metadata import attributes
 from fpocli.store.reader import Store
 
 SITE = f"layer_{tiny.LAYERS - 1}.resid_post"
@@ -202,11 +200,7 @@ def test_command_line(store_path, tmp_path):
 
 def test_a_store_that_names_its_saes_page(store_path, material, tmp_path, capsys):
     path = cache(cache_config(material, tmp_path / "ref.zarr")).path
-    sites = attributes(path)["sites"]
-    sites[SITE]["sae"]["neuronpedia"] = "tiny/3-res"
-    set_attributes(path, sites=sites)
-    group = zarr.open_group(path, mode="r")
-    assert group.attrs["fpo"]["sites"][SITE]["sae"]["neuronpedia"] == "tiny/3-res"
+    set_attributes(path, neuronpedia={SITE: "tiny/3-res"})
     shown = contrast(ContrastConfig(store=str(path)))
     row = shown["features"][0]
     assert row["page"] == f"https://www.neuronpedia.org/tiny/3-res/{row['feature']}"

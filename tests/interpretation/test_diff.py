@@ -11,9 +11,13 @@ from scipy.stats import false_discovery_control
 from stores import cache_config
 
 from fpocli import DiffConfig, EvalConfig, UserError, cache, diff, evaluate
+from fpocli.evaluation.feature_changes import changes_of
+from fpocli.features.encoder import top_k
 from fpocli.features.pretrained import load_encoder
 from fpocli.features.site import Site
+from fpocli.features.top_features import TopFeatures
 from fpocli.interpretation.activations import peaks
+from fpocli.interpretation.diff import mean_change
 from fpocli.interpretation.paired_test import sign_flip_p
 from fpocli.model.language_model import load_model
 from fpocli.store.reader import Store
@@ -118,3 +122,18 @@ def test_runs_of_other_pairs_and_missing_files_are_errors(evaluated, material, t
     (other / "eval.json").write_text("[]")
     with pytest.raises(UserError, match="damaged"):
         diff(DiffConfig(runs=[str(other)]))
+
+
+def test_noise_alone_changes_nothing_however_few_features_are_stored():
+    """Policy and reference scatter around the same values. Of vectors that are cut in different
+    ways, the reference would seem to have been larger, as its largest values were chosen."""
+    torch.manual_seed(0)
+    found = 0
+    for _ in range(20):
+        centre = torch.rand(100, 2, 128)
+        reference, policy = ((centre + 0.3 * torch.randn_like(centre)).clamp(min=0) for _ in "ab")
+        index, value = top_k(reference, 16)
+        none = torch.zeros(0, dtype=torch.int64)
+        stored = TopFeatures(index, value, (reference > 0).sum(-1), reference[..., none], none)
+        found += bool((mean_change(changes_of(policy, stored)).q <= 0.05).any())
+    assert found <= 2

@@ -88,9 +88,9 @@ def test_labels_that_expand_without_end_are_refused(tmp_path):
 
 
 def test_pages():
-    assert neuronpedia_page({"neuronpedia": SOURCE}, 7) == (
+    assert neuronpedia_page(SOURCE, 7) == (
         "https://www.neuronpedia.org/gemma-2-2b/25-gemmascope-res-16k/7"
     )
-    for wrong in (None, 3, "", "gemma", "a/b/c", 'a/b"><script>', "javascript:/x"):
-        assert neuronpedia_page({"neuronpedia": wrong}, 7) is None
-    assert neuronpedia_page({}, 7) is None
+    for wrong in ("", "gemma", "a/b/c", 'a/b"><script>', "javascript:/x"):
+        assert neuronpedia_page(wrong, 7) is None
+    assert neuronpedia_page(None, 7) is None

@@ -289,7 +289,14 @@ def test_shares_of_groups_are_parts_of_the_mean_distance():
         "group.a.distance_chosen": 0.25,
         "group.a.part_chosen": 0.5,
         "group.a.part_rejected": 0.0,
+        "group.part_1.distance_chosen": 1.0,
+        "group.part_1.part_chosen": 1.0,
     }
     shares = shares_of_groups(means)
     assert shares["group.a.share_chosen"] == 0.25 and shares["group.a.share_rejected"] == 0.0
-    assert not any(".part_" in name for name in shares)
+    assert shares["group.part_1.share_chosen"] == 0.5
+    assert set(shares) == {
+        *("distance_chosen", "distance_rejected", "group.a.distance_chosen"),
+        *("group.a.share_chosen", "group.a.share_rejected"),
+        *("group.part_1.distance_chosen", "group.part_1.share_chosen"),
+    }
