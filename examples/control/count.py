@@ -5,17 +5,18 @@
 
 Reads the samples that `fpo eval --generate examples/control/prompts.jsonl` writes, and the file
 question.jsonl beside them. Each property has a share of answers by kind of prompt, with a standard
-error over prompts. The other runs are compared with the first, prompt by prompt. README.md says how
-each property is recognised. Needs `pip install ".[control]"`.
+error over prompts. Runs whose names differ in `_seed-N` only are taken together. The others are
+compared with the first, prompt by prompt. README.md says how each property is recognised. Needs
+`pip install ".[control]"`.
 
-Shapes: P prompts, C properties.
+Shapes: S seeds, P prompts, C properties.
 """
 
 import argparse
 import json
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,14 @@ def _refusal_words() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a run answered.
+    """What a run answered, or several that differ in the seed.
 
     Args:
         run: its name.
         questions: P records of question.jsonl.
         temperatures: of the answers.
-        shares: [P, C], of the answers to a prompt those with a property. There is one answer per
-            turn and temperature.
+        shares: [S, P, C], of the answers to a prompt those with a property. There is one answer
+            per turn and temperature.
     """
 
     run: str
@@ -172,7 +173,32 @@ def read(file: Path) -> Answered:
     for row in rows:
         found[row["prompt"]] += [list(properties(turn["text"]).values()) for turn in row["turns"]]
     shares = np.array([np.mean(found[number], 0) for number in range(len(questions))])
-    return Answered(_name(file), questions, temperatures, shares)
+    return Answered(_name(file), questions, temperatures, shares[None])
+
+
+def pool_seeds(runs: list[Answered]) -> list[Answered]:
+    """Runs whose names differ in `_seed-N` only, as one each.
+
+    Raises:
+        UserError: two runs share a name, or did not answer the same prompts in the same way.
+    """
+    first, *others = runs
+    for other in others:
+        if (other.questions, other.temperatures) != (first.questions, first.temperatures):
+            raise UserError(
+                f"{other.run} and {first.run} answered different prompts, or at different "
+                "temperatures",
+                "sample both with the same prompts and settings",
+            )
+    names = [run.run for run in runs]
+    if len(set(names)) < len(names):
+        raise UserError(f"two of the runs have the same name: {', '.join(names)}", "rename one")
+    pooled: dict[str, list[np.ndarray]] = defaultdict(list)
+    for run in runs:
+        pooled[re.sub(r"_seed-\d+$", "", run.run)].append(run.shares)
+    if len({len(shares) for shares in pooled.values()} - {1}) > 1:
+        raise UserError("the runs have different numbers of seeds", "name the same seeds of each")
+    return [replace(first, run=name, shares=np.concatenate(s)) for name, s in pooled.items()]
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -196,19 +222,10 @@ def summarise(runs: list[Answered]) -> dict[str, Any]:
         also the difference.
 
     Raises:
-        UserError: the runs did not answer the same prompts in the same way, or share a name.
+        UserError: as `pool_seeds`.
     """
-    first, *others = runs
-    for other in others:
-        if (other.questions, other.temperatures) != (first.questions, first.temperatures):
-            raise UserError(
-                f"{other.run} and {first.run} answered different prompts, or at different "
-                "temperatures",
-                "sample both with the same prompts and settings",
-            )
-    names = [run.run for run in runs]
-    if len(set(names)) < len(names):
-        raise UserError(f"two of the runs have the same name: {', '.join(names)}", "rename one")
+    runs = pool_seeds(runs)
+    first, names = runs[0], [run.run for run in runs]
     kinds = first.kinds()
     return {
         "baseline": first.run,
@@ -226,13 +243,15 @@ def summarise(runs: list[Answered]) -> dict[str, Any]:
 
 def _compared(run: Answered, first: Answered, of_kind: np.ndarray, c: int) -> dict[str, Any]:
     """The share of property c, and its difference from the first run."""
-    values, others = run.shares[of_kind, c], first.shares[of_kind, c]
-    count = len(values)
-    error = float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else None
+    values, others = run.shares[:, of_kind, c], first.shares[:, of_kind, c]
+    by_prompt = values.mean(0)
+    count = len(by_prompt)
+    error = float(by_prompt.std(ddof=1) / np.sqrt(count)) if count > 1 else None
     share = {"share": float(values.mean()), "standard_error": error}
     if run is first:
         return share
-    found = compare_shares(values[None], others[None])
+    # A run without seeds, such as the model before training, is the same for all of them.
+    found = compare_shares(*np.broadcast_arrays(values, others))
     return share | {"difference": asdict(found) | {"beyond_noise": found.beyond_noise}}
 
 
@@ -275,7 +294,7 @@ def main() -> None:
         print(json.dumps(summary, indent=1))
     else:
         # Wide enough for every run, whatever the terminal.
-        width = 20 + 44 * len(chosen.samples)
+        width = 20 + 60 * len(summary["runs"])
         show(summary, Console(highlight=False, markup=False, width=width))
 
 
