@@ -108,11 +108,11 @@ def _as_spelled_in(
 def describe_origin(config: CacheConfig, encoders: dict[str, SparseEncoder]) -> dict[str, Any]:
     """Further attributes of docs/format.md, which say where the store comes from and decide nothing
     of its content."""
-    known = {site: encoder.neuronpedia for site, encoder in encoders.items()}
+    named = {site: encoder.neuronpedia for site, encoder in encoders.items() if encoder.neuronpedia}
     return {
         "writer": {"fpo": version("fpocli"), "zarr": version("zarr"), "torch": torch.__version__},
         "paths": local_paths(config),
-        "neuronpedia": {site: name for site, name in known.items() if name},
+        **({"neuronpedia": named} if named else {}),
     }
 
 

@@ -451,8 +451,16 @@ def check_grid(folder, content):
     assert not [path for path in folder.iterdir() if path != file]
 
 
-SITES = {"layer_1.mlp_out": {"d_sae": 12}, "layer_2.mlp_out": {"d_sae": 7}}
-WEIGHTS = {"layer_1.mlp_out": {"default": 0.5, 1: 2, "3": 0.0}, "layer_2.mlp_out": {"6": 1e3}}
+SITES = {"layer_1.mlp_out": 12, "layer_2.mlp_out": 7}
+WEIGHTS = {
+    "layer_1.mlp_out": {
+        "default": 0.5,
+        1: 2,
+        "3": {"weight": 0.0, "direction": "up"},
+        "groups": {"some": [1, 4], "more": {"features": [7], "weight": 2.5}},
+    },
+    "layer_2.mlp_out": {"6": 1e3},
+}
 
 
 def check_weights(folder, content):
@@ -464,10 +472,16 @@ def check_weights(folder, content):
     given = yaml.safe_load(content.decode())
     assert found.keys() == given.keys() <= SITES.keys()
     for site, weights in found.items():
-        values = {str(name): value for name, value in given[site].items()}
-        naive = [values.get(str(i), values.get("default", 1)) for i in range(SITES[site]["d_sae"])]
-        assert weights.isfinite().all()
-        assert weights.tolist() == pytest.approx(np.float32(naive).tolist(), abs=0)
+        assert weights.weight.isfinite().all() and (weights.weight >= 0).all()
+        assert set(weights.direction.tolist()) <= {-1, 0, 1}
+        own = {int(str(name)): value for name, value in given[site].items()
+               if name not in ("default", "groups")}  # fmt: skip
+        groups = weights.groups.values()
+        named = {*own, *(int(feature) for features in groups for feature in features)}
+        assert weights.named.tolist() == sorted(named) and max(named, default=0) < SITES[site]
+        for index, value in own.items():
+            if not isinstance(value, dict):
+                assert weights.weight[index].item() == np.float32(value)
 
 
 # -- SAEs and models -------------------------------------------------------------------------------

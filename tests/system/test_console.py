@@ -49,7 +49,9 @@ def on_a_terminal(fails: bool, file: Path, columns: int = 80, **environment: str
     """What is written to a terminal."""
     terminal = Terminal(file, columns)
     with open(terminal.name, "wb") as stderr:  # noqa: PTH123
-        settings = os.environ | {"TERM": "xterm"} | environment
+        # The width is the terminal's.
+        inherited = {n: v for n, v in os.environ.items() if n not in ("COLUMNS", "LINES")}
+        settings = inherited | {"TERM": "xterm"} | environment
         subprocess.run(words(fails), stderr=stderr, check=True, env=settings)
     terminal.close()
     return file.read_bytes().decode()

@@ -290,7 +290,7 @@ def test_feature_weights_scale_the_distance(baseline, material, tmp_path):
     file.write_text(f"{SITE}:\n  96: 0\n")
     words = command(material, tmp_path / "wrong", "--no-bf16", feature_weights=file)
     done = finish(words)
-    assert done.returncode == 2 and "has a weight for feature 96" in done.stderr
+    assert done.returncode == 2 and "a weight for feature 96, which does not exist" in done.stderr
 
 
 def test_sft_first_then_a_store_of_its_result(material, store_path, tmp_path):
