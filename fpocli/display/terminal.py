@@ -32,7 +32,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ),
         *(
             (f"site {number}", f"{site}: {about['sae']['source']}, {about['sae']['architecture']}, "
-             f"{about['d_sae']:,} features, the largest {about['k']} kept")
+             f"{about['d_sae']:,} features, the largest {about['k']} stored{_kept(about)}")
             for number, (site, about) in enumerate(shown["sites"].items())
         ),
         *([] if shown["sites"] else [("sites", "no features: for all methods but fpo")]),
@@ -186,6 +186,11 @@ def _number(value: float | str | None, form: str = ".4g") -> str:
     if isinstance(value, str):
         return value
     return "-" if value is None else f"{value:{form}}"
+
+
+def _kept(about: dict[str, Any]) -> str:
+    kept = about.get("keep", [])
+    return f", {len(kept)} in every response" if kept else ""
 
 
 def _grid() -> Table:
