@@ -71,7 +71,10 @@ class FindConfig:
     sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
     target: Annotated[
         str,
-        Option(help="Texts of the kind: JSONL with text, with prompt and response, or pairs."),
+        Option(
+            help="Texts of the kind: rows with text, rows with prompt and response, or pairs as "
+            "--data of fpo cache."
+        ),
     ]
     against: Annotated[
         str | None,
@@ -116,7 +119,9 @@ class ShowConfig:
     feature: Annotated[int, Option(min=0, help="The feature's index.")]
     at: Annotated[str | None, _SITE] = None
     pairs: Annotated[int, Option(min=1, help="Pairs shown.")] = 5
-    contexts: Annotated[int, Option(min=0, help="Contexts shown; 0 does not load the model.")] = 5
+    contexts: Annotated[
+        int, Option(min=0, help="Contexts, of the first pairs; 0 loads no model.")
+    ] = 5
     labels: Annotated[str | None, _LABELS] = None
     reference: Annotated[
         str | None,
@@ -142,7 +147,10 @@ class DiffConfig:
     cache: Annotated[
         str | None, Option(help="The store, for contexts. Default: the path that fpo eval noted.")
     ] = None
-    at: Annotated[str | None, _SITE] = None
+    at: Annotated[
+        str | None,
+        Option(metavar="SITE", help="Hook point. Default: the only one that all runs measured."),
+    ] = None
     rate: Annotated[
         float, Option(min=0, max=1, help="Share of false findings among the features found.")
     ] = 0.05

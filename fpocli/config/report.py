@@ -15,7 +15,9 @@ class ReportConfig:
     The page needs no network. A run that fpo eval has measured has more to show.
     """
 
-    runs: Annotated[list[str], Argument(metavar="RUN", help="Folders of runs.")]
+    runs: Annotated[
+        list[str], Argument(metavar="RUN", help="Folders of runs or evaluations, up to 8.")
+    ]
     html: Annotated[str, Option(metavar="FILE", help="The page to write.")]
     json: Annotated[bool, Option("--json", help="Print the page's numbers as JSON.")] = False
 

@@ -73,7 +73,7 @@ def show_found(result: dict[str, Any], out: Console) -> None:
             f"{one['share']:.0%}",
             f"{one['background_share']:.0%}",
             "-" if one["effect"] is None else f"{one['effect']:.2f}",
-            f"{one['p']:.2g}",
+            "-" if one["p"] is None else f"{one['p']:.2g}",
         )
     out.print(table)
     if any(one["contexts"] or one["label"] or one["page"] for one in result["features"]):
@@ -92,10 +92,12 @@ def show_diff(result: dict[str, Any], out: Console) -> None:
     for number, run in enumerate(result["runs"], 1):
         table.add_row(
             f"{number}  {run['run']}", run["method"] or "", f"{run['rose']:,}", f"{run['fell']:,}",
-            f"{run['mean_square']:.4g}",
+            f"{run['sum_of_squares']:.4g}",
         )  # fmt: skip
     out.print(table)
-    out.print(f"(rose and fell beyond noise: at most {result['rate']:.0%} of them by chance)\n")
+    out.print(
+        f"(rose and fell beyond noise; {result['rate']:.0%} of them are expected to be false)\n"
+    )
     several = len(result["runs"]) > 1
     own = ["chosen", "rejected", "q"] if not several else []
     changes = [f"change in {number}" for number in range(1, len(result["runs"]) + 1)]

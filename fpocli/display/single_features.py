@@ -19,7 +19,7 @@ def show_feature(result: dict[str, Any], out: Console) -> None:
     rows = (
         ("fires in (share of responses)", result["frequency"], ".1%"),
         ("among the stored (responses)", result["stored"], ",d"),
-        ("mean of stored values, else 0", result["values"]["mean"], ".4g"),
+        ("mean, not stored counted as 0", result["values"]["mean"], ".4g"),
     )
     for title, sides, form in rows:
         table.add_row(title, *(format(sides[side], form) for side in ("chosen", "rejected")))

@@ -173,7 +173,7 @@ def compare_changes(runs: list[Evaluated], site: str, rate: float, top: int) -> 
                 "method": run.result.get("method"),
                 "rose": int((which & (one.mean > 0)).sum()),
                 "fell": int((which & (one.mean < 0)).sum()),
-                "mean_square": float((one.mean**2).sum()),
+                "sum_of_squares": float((one.mean**2).sum()),
             }
             for run, one, which in zip(runs, changes, found, strict=True)
         ],

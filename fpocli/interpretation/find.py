@@ -33,7 +33,7 @@ from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
 from fpocli.system.console import data_console, say
 from fpocli.system.errors import UserError
-from fpocli.system.model_folder import find_model
+from fpocli.system.model_folder import ModelFolder, find_model
 
 _MAX_LENGTH = 2048
 
@@ -51,7 +51,7 @@ class Texts(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """The features of a kind of text, the most specific first: arrays of one entry each.
+    """The features of a kind of text, the most specific first: int64 or float [F] for F features.
 
     Args:
         feature: its index.
@@ -59,7 +59,8 @@ class Finding(NamedTuple):
         peak, background_peak: mean over the texts of the largest activation at a single token.
         share, background_share: of the texts in which it is > 0.
         effect: difference of the means, in standard deviations; NaN without a background.
-        p: of the test that it is not larger in the target texts, corrected for all features.
+        p: of the test that it is not larger in the target texts, corrected for all features; NaN
+            without a background.
     """
 
     feature: np.ndarray
@@ -87,7 +88,6 @@ def find(config: FindConfig) -> dict[str, Any]:
     """
     # -- files, before anything large is read ----------------------------------------------------
     group = config.group or Path(config.target).stem
-    labels = read_labels(config.labels) if config.labels else {}
     site = Site(config.layer, config.site)
     require_no_group(Path(config.out), str(site), group)
     device = choose_device(config.device)
@@ -107,6 +107,7 @@ def find(config: FindConfig) -> dict[str, Any]:
     # -- every feature's activations on all texts ------------------------------------------------
     sources = [config.sae] if config.sae else choose_default_saes(folder, model_config, [site])
     (encoder,) = load_saes(sources, [site], model_config.hidden_size, device).values()
+    labels = read_labels(config.labels, encoder.neuronpedia) if config.labels else {}
     model = load_model(folder, [site], getattr(torch, config.dtype), device).eval()
     check_against_transformers(model, TokenPairs.of(target.pairs))
     on_target = _peaks(config, model, encoder, target)
@@ -173,9 +174,11 @@ def select(target: Peaks, background: Peaks | None, candidates: int, rate: float
             effect = (mean - other_mean) / spread
         p, score = larger_p(target.pooled, other.pooled), effect
     else:
-        effect, p, score = np.full_like(mean, np.nan), np.zeros(len(mean)), mean
+        effect, p, score = np.full_like(mean, np.nan), np.full_like(mean, np.nan), mean
     ranked = first[np.argsort(-score[first], kind="stable")]
-    ranked = ranked[(p[ranked] <= rate) & (mean[ranked] > other_mean[ranked]) & (lead[ranked] > 0)]
+    ranked = ranked[(mean[ranked] > other_mean[ranked]) & (lead[ranked] > 0)]
+    # Without a background nothing is tested.
+    ranked = ranked[~(p[ranked] > rate)]
     shares = [(values.pooled > 0).mean(0) for values in (target, other)]
     columns = (mean, other_mean, peak, other_peak, *shares, effect, p)
     return Finding(ranked, *(values[ranked] for values in columns))
@@ -196,7 +199,7 @@ def _texts(tokenizer: PairTokenizer, data: str, limit: int) -> Texts:
     return Texts(pairs, counted)
 
 
-def _background(tokenizer: PairTokenizer, config: FindConfig, folder: Any) -> Texts:
+def _background(tokenizer: PairTokenizer, config: FindConfig, folder: ModelFolder) -> Texts:
     """The texts of --against: a data set, or the responses of a store."""
     path = Path(str(config.against))
     if not (path / "zarr.json").is_file():

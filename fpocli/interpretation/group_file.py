@@ -28,9 +28,10 @@ def require_no_group(file: Path, site: str, group: str) -> dict[str, Any]:
             f"{group!r} is no name of a group", "name it with --group: letters, digits, - and _"
         )
     content = read_yaml(str(file)) if file.exists() else {}
-    if not isinstance(content, dict) or not isinstance(content.get(site, {}), dict):
+    about = content.get(site, {}) if isinstance(content, dict) else None
+    if not isinstance(about, dict) or not isinstance(about.get("groups", {}), dict):
         raise UserError(f"{file} is not a weights file", "choose another --out")
-    if group in content.get(site, {}).get("groups", {}):
+    if group in about.get("groups", {}):
         raise UserError(
             f"{file} has a group {group} already", "remove it, or choose another --group or --out"
         )
