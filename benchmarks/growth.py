@@ -97,7 +97,7 @@ def measure(K: int, m: int, vocabulary: int, length: int, pairs: int) -> dict[st
     reference = ReferenceValues(
         logp=torch.zeros(pairs, 2, device=device),
         margin=torch.zeros(pairs, device=device),
-        features={str(site): TopFeatures(index, value, nonzero, index[..., :0], index[0, 0, :0])},
+        features={str(site): TopFeatures(index, value, nonzero, value[..., :0], index[0, 0, :0])},
     )
     ways = {"simpo": {}, "fpo": {str(site): encoder}}
 
