@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 import fpocli
@@ -34,6 +35,7 @@ HELD = 50.0
 
 def main() -> None:
     """Make what does not exist yet."""
+    torch.manual_seed(0)
     WORK.mkdir(parents=True, exist_ok=True)
     if not demo.MODEL.is_dir():
         demo.convert_model()
