@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import DEFAULT_DATA, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import DEFAULT_DATA, DEVICE, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -95,9 +95,7 @@ class CacheConfig:
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
     ] = "bfloat16"
-    device: Annotated[
-        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
-    ] = None
+    device: Annotated[str | None, DEVICE] = None
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     block: Annotated[
         int,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import DEVICE, JSON, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -91,16 +91,14 @@ class EvalConfig:
     batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
-    device: Annotated[
-        str | None, Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
-    ] = None
+    device: Annotated[str | None, DEVICE] = None
     out: Annotated[
         str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
     ] = None
     overwrite: Annotated[
         bool, Option("--overwrite", help="Delete existing samples and sample again.")
     ] = False
-    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)

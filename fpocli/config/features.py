@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import DEVICE, JSON, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 _SITE = Option(
@@ -20,8 +20,14 @@ _LABELS = Option(
     help="Neuronpedia's explanations of this SAE: a batch-N.jsonl or .jsonl.gz of its export.",
 )
 _SAE = Option(help="Where the SAE is now. Default: the path recorded in the store.")
-_DEVICE = Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
-_JSON = Option("--json", help="Print JSON.")
+_RATE = Option(min=0, max=1, help="Share of false findings among the features found.")
+_TOP = Option(min=1, help="Features in the table.")
+# Of the commands that begin with a model and not with a store.
+_LAYER = Option(min=0, help="Decoder layer of the hook point, from 0.")
+_KIND = Option(help="Kind of the hook point.")
+_SAE_OR_DEFAULT = Option(help="The SAE, as in fpo cache. Default: as there.")
+_TEMPLATE = Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
+_DTYPE = Option(help="Dtype of the model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +47,10 @@ class ContrastConfig:
             "path recorded in the store."
         ),
     ] = None
-    rate: Annotated[
-        float, Option(min=0, max=1, help="Share of false findings among the features found.")
-    ] = 0.05
-    top: Annotated[int, Option(min=1, help="Features in the table.")] = 20
+    rate: Annotated[float, _RATE] = 0.05
+    top: Annotated[int, _TOP] = 20
     labels: Annotated[str | None, _LABELS] = None
-    json: Annotated[bool, _JSON] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -64,11 +68,9 @@ class FindConfig:
     model: Annotated[
         str, Option(help="The model: gemma-2-2b, gemma-2-9b, a hub id or a local folder.")
     ]
-    layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
-    site: Annotated[Literal["resid_post", "mlp_out"], Option(help="Kind of the hook point.")] = (
-        "resid_post"
-    )
-    sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
+    layer: Annotated[int, _LAYER]
+    site: Annotated[Literal["resid_post", "mlp_out"], _KIND] = "resid_post"
+    sae: Annotated[str | None, _SAE_OR_DEFAULT] = None
     target: Annotated[
         str,
         Option(
@@ -91,20 +93,16 @@ class FindConfig:
     group: Annotated[
         str | None, Option(help="Name of the group. Default: that of the target file.")
     ] = None
-    chat_template: Annotated[
-        str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
-    ] = None
+    chat_template: Annotated[str | None, _TEMPLATE] = None
     labels: Annotated[str | None, _LABELS] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], Option(help="Dtype of the model.")] = (
-        "bfloat16"
-    )
+    dtype: Annotated[Literal["bfloat16", "float32"], _DTYPE] = "bfloat16"
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
-    device: Annotated[str | None, _DEVICE] = None
+    device: Annotated[str | None, DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     out: Annotated[
         str, Option(help="The weights file to write; a group is added to an existing one.")
     ] = "features.yaml"
-    json: Annotated[bool, _JSON] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -128,9 +126,9 @@ class ShowConfig:
         Option(help="Where the reference model is now. Default: the path recorded in the store."),
     ] = None
     sae: Annotated[str | None, _SAE] = None
-    device: Annotated[str | None, _DEVICE] = None
+    device: Annotated[str | None, DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
-    json: Annotated[bool, _JSON] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -151,18 +149,16 @@ class DiffConfig:
         str | None,
         Option(metavar="SITE", help="Hook point. Default: the only one that all runs measured."),
     ] = None
-    rate: Annotated[
-        float, Option(min=0, max=1, help="Share of false findings among the features found.")
-    ] = 0.05
-    top: Annotated[int, Option(min=1, help="Features in the table.")] = 20
+    rate: Annotated[float, _RATE] = 0.05
+    top: Annotated[int, _TOP] = 20
     contexts: Annotated[
         int, Option(min=0, help="Contexts shown for each feature; 0 loads no model.")
     ] = 1
     labels: Annotated[str | None, _LABELS] = None
     sae: Annotated[str | None, _SAE] = None
-    device: Annotated[str | None, _DEVICE] = None
+    device: Annotated[str | None, DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
-    json: Annotated[bool, _JSON] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -175,11 +171,9 @@ class SteerConfig:
     model: Annotated[
         str, Option(help="The model: gemma-2-2b, gemma-2-9b, a run's final/, a hub id or a folder.")
     ]
-    layer: Annotated[int, Option(min=0, help="Decoder layer of the hook point, from 0.")]
-    site: Annotated[Literal["resid_post", "mlp_out"], Option(help="Kind of the hook point.")] = (
-        "resid_post"
-    )
-    sae: Annotated[str | None, Option(help="The SAE, as in fpo cache. Default: as there.")] = None
+    layer: Annotated[int, _LAYER]
+    site: Annotated[Literal["resid_post", "mlp_out"], _KIND] = "resid_post"
+    sae: Annotated[str | None, _SAE_OR_DEFAULT] = None
     add: Annotated[
         list[str],
         Option(
@@ -202,15 +196,11 @@ class SteerConfig:
     )
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum tokens of an answer.")] = 64
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0
-    chat_template: Annotated[
-        str | None, Option(help="gemma, chatml, halos or a Jinja file, as in fpo cache.")
-    ] = None
-    dtype: Annotated[Literal["bfloat16", "float32"], Option(help="Dtype of the model.")] = (
-        "bfloat16"
-    )
-    device: Annotated[str | None, _DEVICE] = None
+    chat_template: Annotated[str | None, _TEMPLATE] = None
+    dtype: Annotated[Literal["bfloat16", "float32"], _DTYPE] = "bfloat16"
+    device: Annotated[str | None, DEVICE] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
-    json: Annotated[bool, _JSON] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import TRUST_REMOTE_CODE
+from fpocli.config.shared import JSON, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -63,7 +63,7 @@ class InspectConfig:
         str | None, Option(help="Of --feature: cpu, cuda, ... Default: cuda if available.")
     ] = None
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
-    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)

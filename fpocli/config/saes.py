@@ -6,6 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
+from fpocli.config.shared import JSON
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class SaesConfig:
     layer: Annotated[
         int | None, Option(min=0, help="Only those of this decoder layer, from 0.")
     ] = None
-    json: Annotated[bool, Option("--json", help="Print JSON.")] = False
+    json: Annotated[bool, JSON] = False
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -17,6 +17,8 @@ JUDGES = {
 }
 
 
+DEVICE = Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
+JSON = Option("--json", help="Print JSON.")
 TRUST_REMOTE_CODE = Option(
     "--trust-remote-code",
     help="Run Python code that comes with the models. Not allowed in a YAML file.",

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+# The two responses of a pair, in the order of columns.
+SIDES = ("chosen", "rejected")
 Message = dict[str, str]
 TokenIds = Sequence[int] | np.ndarray
 

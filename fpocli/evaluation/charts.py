@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fpocli.data.pairs import SIDES
 from fpocli.display.charts import COLOURS, figure
 from fpocli.evaluation.summary import measured_sites
-
-SIDES = ("chosen", "rejected")
 
 
 def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:

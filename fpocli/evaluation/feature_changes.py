@@ -17,8 +17,10 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from fpocli.features.encoder import top_k
-from fpocli.features.top_features import TopFeatures, to_sparse
+from fpocli.features.sparse import to_sparse
+from fpocli.features.top_features import TopFeatures
 from fpocli.system.errors import UserError
+from fpocli.system.files import replaced
 
 
 @dataclass(frozen=True)
@@ -92,10 +94,8 @@ def write_changes(file: Path, pairs: np.ndarray, sites: dict[str, FeatureChanges
             f"{site}.data": found.change.data,
             f"{site}.before": found.before,
         }
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("wb") as stream:
+    with replaced(file) as partial, partial.open("wb") as stream:
         np.savez_compressed(stream, **arrays)
-    partial.replace(file)
 
 
 def read_changes(file: Path) -> tuple[np.ndarray, dict[str, FeatureChanges]]:

@@ -20,10 +20,7 @@ from fpocli.features.pretrained import load_decoder
 from fpocli.features.site import Site
 from fpocli.features.weights import FeatureWeights
 from fpocli.model.language_model import FrozenReference, LanguageModel, load_model
-from fpocli.scoring.loading import (
-    find_reference,
-    load_reference,
-)
+from fpocli.scoring.loading import find_reference, load_reference
 from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import PairScores, score
 from fpocli.scoring.startup_check import check_against_transformers
@@ -31,7 +28,7 @@ from fpocli.store.reader import Store
 from fpocli.system.console import progress
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
-from fpocli.training.objective import compare_features, group_distances
+from fpocli.training.objective import compare_features, distances_of_groups
 from fpocli.training.pair_loader import MicroBatch, PairLoader
 
 # Arrays of one number per pair, or one per response [N, 2].
@@ -116,8 +113,8 @@ def _measure(
         "ref_logp": micro.reference.logp,
         **{f"distance.{site}": distance for site, distance in distances.items()},
     }
-    for name, part in group_distances(scores, micro.reference, k, groups, weighted=False).items():
-        values[f"group.{name}"] = part
+    for name, (unweighted, _) in distances_of_groups(scores, micro.reference, k, groups).items():
+        values[f"group.{name}"] = unweighted
     if scores.kl is not None and output is not None:
         values["kl"] = scores.kl
         for site, norm in norms.items():

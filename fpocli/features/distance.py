@@ -49,24 +49,19 @@ def compared_features(
     top, top_value = reference.index[..., :k], reference.value[..., :k]
     # Not where the stored value is 0, as tiny values are in float16: `top` leaves them out.
     in_top = (own_value > 0) & _are_in(own, top, top_value > 0)
-    index, used = [top, own], [top_value > 0, (own_value > 0) & ~in_top]
-    own_reference, own_stored = reference_values(own, reference, pooled.shape[-1])
-    stored = [torch.ones_like(top, dtype=torch.bool), own_stored]
-    value = [top_value, own_reference]
-    if named is not None and len(named):
+    index = torch.cat([top, own], -1)
+    used = torch.cat([top_value > 0, (own_value > 0) & ~in_top], -1)
+    if named is not None:
         extra = named.expand(*pooled.shape[:2], -1)
-        extra_value, extra_stored = reference_values(extra, reference, pooled.shape[-1])
-        index.append(extra)
-        used.append(~_are_in(extra, torch.cat([top, own], -1), torch.cat(used, -1)))
-        stored.append(extra_stored)
-        value.append(extra_value)
-    all_used = torch.cat(used, -1)
+        used = torch.cat([used, ~_are_in(extra, index, used)], -1)
+        index = torch.cat([index, extra], -1)
+    value, stored = reference_values(index[..., top.shape[-1] :], reference, pooled.shape[-1])
     size = torch.maximum((top_value > 0).sum(-1), (own_value > 0).sum(-1)).clamp(min=1)
     return ComparedFeatures(
-        index=torch.where(all_used, torch.cat(index, -1), 0),
-        used=all_used,
-        stored=torch.cat(stored, -1),
-        value=torch.cat(value, -1),
+        index=torch.where(used, index, 0),
+        used=used,
+        stored=torch.cat([torch.ones_like(top, dtype=torch.bool), stored], -1),
+        value=torch.cat([top_value, value], -1),
         overlap=in_top.sum(-1) / size,
     )
 
@@ -142,29 +137,28 @@ def feature_distance(
     return _penalty(torch.where(compared.used, change, 0), compared.index, weights).sum(-1) / k
 
 
-def group_distance(
-    pooled: Tensor,
-    reference: TopFeatures[Tensor],
-    k: int,
-    features: Tensor,
-    weights: FeatureWeights | None = None,
-) -> Tensor:
-    """The part of D that a group of features has; without `weights` as if all were 1.
+def group_distances(
+    pooled: Tensor, reference: TopFeatures[Tensor], k: int, weights: FeatureWeights
+) -> dict[str, Tensor]:
+    """The part of D that each group of features has.
 
     Args:
         pooled: float32 [P, 2, m], the policy's.
         reference: the store's values of the same pairs.
         k: the paper's k.
-        features: int64 [q], the group.
-        weights: omega and directions.
+        weights: the groups, omega and directions.
 
     Returns:
-        float32 [P, 2], without gradient.
+        by group float32 [2, P, 2], without gradient: as if all weights were 1, and with them.
     """
-    index = features.expand(*pooled.shape[:2], -1)
+    index = weights.named.expand(*pooled.shape[:2], -1)
     policy = pooled.gather(-1, index)
     change = policy - _nearest(policy, *reference_values(index, reference, pooled.shape[-1]))
-    return _penalty(change, index, weights).sum(-1) / k
+    parts = torch.stack([_penalty(change, index, omega) for omega in (None, weights)])
+    return {
+        name: parts[..., torch.searchsorted(weights.named, features)].sum(-1) / k
+        for name, features in weights.groups.items()
+    }
 
 
 def _nearest(policy: Tensor, value: Tensor, stored: Tensor) -> Tensor:

@@ -74,9 +74,9 @@ def parse_feature_weights(
     Args:
         content: of a weights file: for each site a default, entries by feature index, and groups.
             An entry is a weight, or `weight` and `direction`; a group is a list of features, or
-            `features` with an entry for all of them. A missing default is 1, and what has no entry
-            or no weight has the
-            default. An entry of its own overrides that of a group.
+            `features` with an entry for all of them. A missing default is 1; what has no entry, or
+            none of the two in its entry, has the default's. An entry of its own overrides that of a
+            group.
         path: of the file, for errors.
         features: m of each site.
 
@@ -84,8 +84,8 @@ def parse_feature_weights(
         the weights of each site in the file.
 
     Raises:
-        UserError: the content names a site or feature that does not exist, or an entry
-            is not a finite weight of at least 0 and a direction.
+        UserError: the content names a site or feature that does not exist, or an entry is not a
+            finite weight of at least 0 and a direction.
     """
     if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
         raise UserError(
@@ -174,11 +174,11 @@ class _SiteReader:
     def _index(self, name: Any) -> int:
         # Keys of a JSON object are strings.
         text = str(name)
-        if isinstance(name, bool) or not (text.isascii() and text.isdecimal()):
-            wrong = True
-        else:
-            wrong = int(text) >= self.m
-        if wrong:
+        if (
+            isinstance(name, bool)
+            or not (text.isascii() and text.isdecimal())
+            or int(text) >= self.m
+        ):
             raise UserError(
                 f"{self.where}: a weight for feature {name}, which does not exist",
                 f"its features are 0 to {self.m - 1}",

@@ -15,7 +15,7 @@ from scipy.sparse import csr_array
 
 from fpocli.config import ContrastConfig
 from fpocli.display.feature_tables import show_contrast
-from fpocli.features.top_features import to_sparse
+from fpocli.features.sparse import to_sparse
 from fpocli.interpretation.equal_style import EqualStyle
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.interpretation.paired_test import (
@@ -30,6 +30,7 @@ from fpocli.scoring.loading import find_tokenizer, one_site
 from fpocli.store.reader import Store
 from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
+from fpocli.system.json_yaml import json_number
 
 # Of fewer pairs, the style measures alone would explain every difference.
 FEWEST_PAIRS = 10
@@ -122,7 +123,7 @@ def contrast_store(
             "difference": float(sums.difference[f]),
             "missing": float(missing[f]),
             "frequency": _sides(*frequency[:, f]),
-            "effect": _number(effect[f]),
+            "effect": json_number(effect[f]),
             "interval": _pair(interval[:, f]),
             "p": float(p[f]),
             "q": float(q[f]),
@@ -216,7 +217,3 @@ def _sides(chosen: float, rejected: float) -> dict[str, float]:
 
 def _pair(bounds: np.ndarray) -> list[float] | None:
     return [float(bound) for bound in bounds] if np.isfinite(bounds).all() else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

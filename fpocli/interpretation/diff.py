@@ -18,8 +18,8 @@ from fpocli.display.feature_tables import show_diff
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.evaluation.feature_changes import FeatureChanges, read_changes
 from fpocli.features.site import Site
-from fpocli.interpretation.activations import load_model_and_sae, token_activations
-from fpocli.interpretation.contexts import context
+from fpocli.interpretation.activations import load_model_and_sae
+from fpocli.interpretation.contexts import find_contexts
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.interpretation.paired_test import correct, sign_flip_p
 from fpocli.model.network import choose_device
@@ -46,6 +46,11 @@ class Evaluated:
     result: dict[str, Any]
     pairs: np.ndarray
     sites: dict[str, FeatureChanges]
+
+    def has_pairs_of(self, other: "Evaluated") -> bool:
+        """Whether both were evaluated on the same pairs."""
+        stores = {run.result["store"]["fingerprint"] for run in (self, other)}
+        return len(stores) == 1 and np.array_equal(self.pairs, other.pairs)
 
 
 @dataclass(frozen=True)
@@ -126,8 +131,7 @@ def common_site(runs: list[Evaluated], name: str | None) -> str:
     """
     first = runs[0]
     for run in runs[1:]:
-        same = run.result["store"]["fingerprint"] == first.result["store"]["fingerprint"]
-        if not same or not np.array_equal(run.pairs, first.pairs):
+        if not run.has_pairs_of(first):
             raise UserError(
                 f"{run.name} and {first.name} were evaluated on different pairs",
                 "evaluate them with the same --cache and --split",
@@ -248,23 +252,16 @@ def _add_contexts(
         tokenizer = tokenizer_of(store, folder)
         model, encoder = load_model_and_sae(store, folder, site, config.sae, device)
         change = run.sites[str(site)].change.tocsc()
+        # The responses of the store, two to a pair.
+        numbers = np.column_stack([2 * run.pairs, 2 * run.pairs + 1]).ravel()
         wanted = {}
         for row in mine:
             column = change[:, [row["feature"]]].toarray().ravel()
-            wanted[row["feature"]] = np.argsort(-np.abs(column))[: config.contexts]
-        responses = np.unique(np.concatenate(list(wanted.values())))
-        numbers = {int(response) // 2 for response in responses}
-        pairs = {i: store.pair(int(run.pairs[i])) for i in sorted(numbers)}
-        values = token_activations(model, encoder, list(pairs.values()), list(wanted))
-        by_pair = dict(zip(pairs, values, strict=True))
-        for column, row in enumerate(mine):
-            for response in wanted[row["feature"]].tolist():
-                i, side = divmod(response, 2)
-                activations = by_pair[i][side][:, column]
-                row["contexts"].append(
-                    {
-                        "run": run.name,
-                        "pair": int(run.pairs[i]),
-                        **context(tokenizer, pairs[i], side, activations),
-                    }
-                )
+            most = np.argsort(-np.abs(column))[: config.contexts]
+            wanted[row["feature"]] = numbers[most].tolist()
+        found = find_contexts(model, encoder, tokenizer, store.pair, wanted)
+        for row in mine:
+            row["contexts"] = [
+                {"run": run.name, "pair": response // 2, **one}
+                for response, one in zip(wanted[row["feature"]], found[row["feature"]], strict=True)
+            ]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fpocli.config import FindConfig
+from fpocli.config import CacheConfig, FindConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
@@ -19,8 +19,8 @@ from fpocli.display.contexts import context_text
 from fpocli.display.feature_tables import show_found
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
-from fpocli.interpretation.activations import Peaks, peaks, token_activations
-from fpocli.interpretation.contexts import context
+from fpocli.interpretation.activations import Peaks, peaks
+from fpocli.interpretation.contexts import find_contexts
 from fpocli.interpretation.group_file import add_group, require_no_group
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.interpretation.permutation_test import larger_p
@@ -33,9 +33,8 @@ from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
 from fpocli.system.console import data_console, say
 from fpocli.system.errors import UserError
+from fpocli.system.json_yaml import json_number
 from fpocli.system.model_folder import ModelFolder, find_model
-
-_MAX_LENGTH = 2048
 
 
 class Texts(NamedTuple):
@@ -96,7 +95,11 @@ def find(config: FindConfig) -> dict[str, Any]:
     model_config = read_config(folder)
     check_layers(model_config, [site])
     tokenizer = PairTokenizer(
-        folder, config.chat_template, _MAX_LENGTH, _MAX_LENGTH // 2, DroppedRows()
+        folder,
+        config.chat_template,
+        CacheConfig.max_length,
+        CacheConfig.max_prompt_length,
+        DroppedRows(),
     )
     target = _texts(tokenizer, config.target, config.limit)
     background = None
@@ -128,8 +131,9 @@ def find(config: FindConfig) -> dict[str, Any]:
         "group": group,
         "out": config.out,
         "features": [
-            {name: _plain(values[row]) for name, values in found._asdict().items()}
+            {name: json_number(values[row]) for name, values in found._asdict().items()}
             | {
+                "feature": int(feature),
                 "label": labels.get(int(feature)),
                 "page": neuronpedia_page(encoder.neuronpedia, int(feature)),
                 "contexts": contexts[row],
@@ -167,8 +171,8 @@ def select(target: Peaks, background: Peaks | None, candidates: int, rate: float
     lead = peak - other_peak
     first = np.argsort(-lead, kind="stable")[:candidates]
     mean, other_mean = target.pooled.mean(0), other.pooled.mean(0)
-    spread = np.sqrt((target.pooled.var(0, ddof=1) + other.pooled.var(0, ddof=1)) / 2)
     if background:
+        spread = np.sqrt((target.pooled.var(0, ddof=1) + other.pooled.var(0, ddof=1)) / 2)
         # Infinite where all values of both sides are equal among themselves.
         with np.errstate(divide="ignore", invalid="ignore"):
             effect = (mean - other_mean) / spread
@@ -234,31 +238,11 @@ def _contexts(
     responses = np.flatnonzero(target.counted)
     highest = np.argsort(-on_target.peak[:, found.feature], axis=0, kind="stable")
     chosen = responses[highest[: config.contexts]]  # [contexts, features]
-    pairs = sorted({int(response) // 2 for response in chosen.ravel()})
-    values = token_activations(
-        model,
-        encoder,
-        [target.pairs[pair] for pair in pairs],
-        found.feature.tolist(),
-        config.packed_length,
+    wanted = dict(zip(found.feature.tolist(), chosen.T.tolist(), strict=True))
+    shown = find_contexts(
+        model, encoder, tokenizer, target.pairs.__getitem__, wanted, config.packed_length
     )
-    by_pair = dict(zip(pairs, values, strict=True))
-    return [
-        [
-            context(tokenizer, target.pairs[number // 2], number % 2, activations)
-            for number in chosen[:, column].tolist()
-            for activations in [by_pair[number // 2][number % 2][:, column]]
-            if activations.max() > 0
-        ]
-        for column in range(len(found.feature))
-    ]
-
-
-def _plain(value: Any) -> int | float | None:
-    """A number for JSON, which has no infinity."""
-    if isinstance(value, np.integer):
-        return int(value)
-    return float(value) if np.isfinite(value) else None
+    return [[one for one in contexts if one["peak"] > 0] for contexts in shown.values()]
 
 
 def _write(result: dict[str, Any]) -> None:

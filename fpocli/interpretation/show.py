@@ -1,6 +1,6 @@
 """fpo features show: one feature of a store, its pairs, and the tokens it fires on.
 
-Shapes: N pairs with reference values, K stored features; column 0 is chosen, column 1 rejected.
+Shapes: N pairs with reference values, column 0 is chosen, column 1 rejected.
 """
 
 import json
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from fpocli.config import ShowConfig
+from fpocli.data.pairs import SIDES
 from fpocli.display.single_features import show_feature
 from fpocli.features.site import Site
-from fpocli.features.top_features import TopFeatures
-from fpocli.interpretation.activations import load_model_and_sae, token_activations
-from fpocli.interpretation.contexts import context
+from fpocli.features.sparse import to_sparse
+from fpocli.interpretation.activations import load_model_and_sae
+from fpocli.interpretation.contexts import find_contexts
 from fpocli.interpretation.labels import neuronpedia_page, read_labels
 from fpocli.model.network import choose_device
 from fpocli.scoring.loading import find_reference, one_site, tokenizer_of
@@ -21,7 +22,6 @@ from fpocli.store.reader import Store
 from fpocli.system.console import data_console, progress
 from fpocli.system.errors import UserError
 
-_SIDES = ("chosen", "rejected")
 _BINS = 10
 
 
@@ -40,12 +40,6 @@ def show(config: ShowConfig) -> dict[str, Any]:
     store = Store.open(config.store)
     store.require_complete()
     site = one_site(store, config.at)
-    about = store.sites[str(site)]
-    if config.feature >= about["d_sae"]:
-        raise UserError(
-            f"{store.path} has no feature {config.feature} at {site}",
-            f"its features are 0 to {about['d_sae'] - 1}",
-        )
     source = store.neuronpedia(str(site))
     labels = read_labels(config.labels, source) if config.labels else {}
     result = {
@@ -77,16 +71,25 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
         `frequency`, the share of chosen and of rejected responses in which it is > 0, and `mean`
         over all responses, both exact; `stored`, the number of responses in which it is among the
         stored features, and `values`, their mean and histogram; `largest`, pair, side and value.
+
+    Raises:
+        UserError: there is no such feature.
     """
-    values = np.full((store.pairs, 2), np.nan)
+    m = store.widths[site]
+    if feature >= m:
+        raise UserError(
+            f"{store.path} has no feature {feature} at {site}", f"its features are 0 to {m - 1}"
+        )
+    values = np.zeros((store.pairs, 2))
     with progress("Reading the store", store.blocks) as bar:
         for block in range(store.blocks):
             reference = store.reference(block, store.tokens(block))
-            values[store.pairs_in(block)] = values_of(reference.features[site], feature)
+            column = to_sparse(reference.features[site], m)[:, [feature]]
+            values[store.pairs_in(block)] = column.toarray().reshape(-1, 2)
             bar.advance()
     # Without the pairs that have no reference values.
     numbers = np.delete(np.arange(store.pairs), store.non_finite)
-    values = np.nan_to_num(values[numbers])
+    values = values[numbers]
     by_pair = values.max(1)
     order = np.argsort(-by_pair, kind="stable")[:pairs]
     known = values[values > 0]
@@ -94,7 +97,7 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
     frequency = store.frequency(site)[:, feature] / store.scored
     return {
         "pairs": store.scored,
-        "frequency": dict(zip(_SIDES, frequency.tolist(), strict=True)),
+        "frequency": dict(zip(SIDES, frequency.tolist(), strict=True)),
         "mean": float(store.mean(site)[feature]),
         "stored": _by_side(values, lambda column: int((column > 0).sum())),
         "values": {
@@ -109,7 +112,7 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
         "largest": [
             {
                 "pair": int(numbers[row]),
-                "side": _SIDES[int(np.argmax(values[row]))],
+                "side": SIDES[int(np.argmax(values[row]))],
                 "value": float(by_pair[row]),
             }
             for row in order
@@ -118,19 +121,8 @@ def describe_feature(store: Store, site: str, feature: int, pairs: int) -> dict[
     }
 
 
-def values_of(features: TopFeatures[np.ndarray], feature: int) -> np.ndarray:
-    """A feature's stored values in b pairs: float64 [b, 2]; NaN where the store has none, 0 where
-    all features > 0 are stored and this is not among them."""
-    match = features.index == feature
-    found = np.where(match.any(-1), (match * features.value).sum(-1, dtype=np.float64), np.nan)
-    found[np.isnan(found) & (features.nonzero <= features.index.shape[-1])] = 0
-    if feature in features.kept:
-        found = features.kept_value[..., features.kept.tolist().index(feature)].astype(np.float64)
-    return found
-
-
 def _by_side(values: np.ndarray, measure: Any) -> dict[str, Any]:
-    return {side: measure(values[:, column]) for column, side in enumerate(_SIDES)}
+    return {side: measure(values[:, column]) for column, side in enumerate(SIDES)}
 
 
 def _contexts(
@@ -144,10 +136,9 @@ def _contexts(
     tokenizer = tokenizer_of(store, folder)
     device = choose_device(config.device)
     model, encoder = load_model_and_sae(store, folder, site, config.sae, device)
-    pairs = [store.pair(one["pair"]) for one in largest]
-    found = token_activations(model, encoder, pairs, [config.feature])
-    contexts = []
-    for one, pair, values in zip(largest, pairs, found, strict=True):
-        side = _SIDES.index(one["side"])
-        contexts.append({"pair": one["pair"], **context(tokenizer, pair, side, values[side][:, 0])})
-    return contexts
+    wanted = [2 * one["pair"] + SIDES.index(one["side"]) for one in largest]
+    found = find_contexts(model, encoder, tokenizer, store.pair, {config.feature: wanted})
+    return [
+        {"pair": one["pair"], **shown}
+        for one, shown in zip(largest, found[config.feature], strict=True)
+    ]

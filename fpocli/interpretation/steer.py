@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fpocli.config import SteerConfig
+from fpocli.config import CacheConfig, SteerConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.display.single_features import show_steering
@@ -46,7 +46,13 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     sae = config.sae or choose_default_saes(folder, model_config, [site])[0]
     folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
     # The limits are those of pairs, and there are none here.
-    tokenizer = PairTokenizer(folder, config.chat_template, 2048, 1024, DroppedRows())
+    tokenizer = PairTokenizer(
+        folder,
+        config.chat_template,
+        CacheConfig.max_length,
+        CacheConfig.max_prompt_length,
+        DroppedRows(),
+    )
     steering = _load_steering(config, sae, site, model_config.hidden_size, device)
     with progress("Loading the model", None):
         network = load_network(folder, getattr(torch, config.dtype)).to(device)

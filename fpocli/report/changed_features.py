@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fpocli.config import DiffConfig
-from fpocli.interpretation.diff import Evaluated, compare_changes, read_evaluated
+from fpocli.interpretation.diff import compare_changes, read_evaluated
 
 
 def changed_features(paths: list[str | None]) -> list[dict[str, Any]]:
@@ -32,13 +30,8 @@ def changed_features(paths: list[str | None]) -> list[dict[str, Any]]:
     for site in dict.fromkeys(site for run in found.values() for site in run.sites):
         having = {number: run for number, run in found.items() if site in run.sites}
         first = next(iter(having.values()))
-        same = {number: run for number, run in having.items() if _same_pairs(run, first)}
-        like = DiffConfig(runs=list(filter(None, paths)))
-        changes = compare_changes(list(same.values()), site, like.rate, like.top)
+        same = {number: run for number, run in having.items() if run.has_pairs_of(first)}
+        # As the command lists them by default.
+        changes = compare_changes(list(same.values()), site, DiffConfig.rate, DiffConfig.top)
         compared.append({"numbers": list(same), **changes})
     return compared
-
-
-def _same_pairs(run: Evaluated, first: Evaluated) -> bool:
-    same_store = run.result["store"]["fingerprint"] == first.result["store"]["fingerprint"]
-    return same_store and np.array_equal(run.pairs, first.pairs)

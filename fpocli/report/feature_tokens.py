@@ -44,12 +44,6 @@ def describe_feature_pairs(
     """
     store.require_complete()
     site = one_site(store, config.at)
-    features = store.sites[str(site)]["d_sae"]
-    if feature >= features:
-        raise UserError(
-            f"{store.path} has no feature {feature} at {site}",
-            f"its features are 0 to {features - 1}",
-        )
     largest = describe_feature(store, str(site), feature, _PAIRS)["largest"]
     if not largest:
         raise UserError(

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from fpocli.caching.open_store import dropped_file
 from fpocli.config import ContrastConfig, InspectConfig
+from fpocli.data.pairs import SIDES
 from fpocli.display.page import write_page
 from fpocli.display.page_charts import chosen_against_rejected, effects, histogram, ranked
 from fpocli.interpretation.contrast import FEWEST_PAIRS, contrast_store
@@ -21,7 +22,6 @@ from fpocli.scoring.loading import find_tokenizer
 from fpocli.store.reader import Store
 from fpocli.system.console import progress, say
 
-SIDES = ("chosen", "rejected")
 _BINS = 40
 # Dropped rows shown of each reason.
 _SHOWN_ROWS = 3

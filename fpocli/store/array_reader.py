@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 
 from fpocli.store.metadata import REPAIR
-from fpocli.store.schema import array_schema
+from fpocli.store.schema import array_schema, kept_features
 from fpocli.system.errors import UserError
 
 # What zarr raises for a damaged chunk.
@@ -40,6 +40,11 @@ class ArrayReader:
     def widths(self) -> dict[str, int]:
         """m of each site."""
         return {site: about["d_sae"] for site, about in self.sites.items()}
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether some site has features that are stored for every response."""
+        return any(map(kept_features, self.sites.values()))
 
     @property
     def blocks(self) -> int:

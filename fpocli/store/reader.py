@@ -196,7 +196,7 @@ class Store(ArrayReader):
         )
         if digest_of_block(tokens, reference) != self._record(block):
             raise self._damaged("blocks/digest", block, "the values do not match it")
-        if any(map(kept_features, self.sites.values())):
+        if self.has_kept:
             recorded = self._read("blocks/kept", slice(block, block + 1), block)[0]
             if digest_of_kept(block, reference) != recorded:
                 raise self._damaged("blocks/kept", block, "the values do not match it")

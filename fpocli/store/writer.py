@@ -115,7 +115,7 @@ class StoreWriter(Store):
                 self._array(f"features/{site}/kept")[rows] = features.kept_value
             self._array(f"blocks/{site}/sum")[block] = totals[site].value
             self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
-        if any(map(kept_features, self.sites.values())):
+        if self.has_kept:
             self._array("blocks/kept")[block] = digest_of_kept(block, reference)
         self._array("blocks/totals")[block] = digest_of_totals(block, totals)
         self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)

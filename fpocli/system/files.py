@@ -1,14 +1,24 @@
 """Files that appear complete, and folders that disappear at once."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file so that neither a reader nor a crash ever sees a part of it."""
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """The path to write a file's content to, so that neither a reader nor a crash ever sees a part
+    of it: the file is replaced at the end."""
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    yield partial
     partial.replace(file)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file, as `replaced`."""
+    with replaced(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def resolve_last_part(path: str) -> Path:

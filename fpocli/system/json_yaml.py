@@ -5,6 +5,7 @@ digits, or brackets nested too deeply.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def _is_endless(value: Any) -> bool:
         if isinstance(item, (dict, list)):
             waiting += item.values() if isinstance(item, dict) else item
     return seen > _MOST
+
+
+def json_number(value: float) -> float | None:
+    """A number for JSON, which has neither infinity nor NaN: None stands for them."""
+    return float(value) if math.isfinite(value) else None
 
 
 def is_file_name(name: Any) -> bool:

@@ -16,7 +16,7 @@ from fpocli.features.distance import (
     ComparedFeatures,
     compared_features,
     feature_distance,
-    group_distance,
+    group_distances,
     policy_features,
 )
 from fpocli.features.encoder import SparseEncoder
@@ -57,30 +57,29 @@ def compare_features(
     return compared, distances
 
 
-def group_distances(
+def distances_of_groups(
     scores: PairScores,
     reference: ReferenceValues[Tensor],
     k: int,
     weights: Mapping[str, FeatureWeights],
-    *,
-    weighted: bool,
 ) -> dict[str, Tensor]:
-    """The part of D that each named group of features has: float32 [P, 2], the mean over sites.
+    """The part of D that each named group of features has, as the mean over sites.
 
     Args:
         scores: the policy's.
         reference: the store's values of the same pairs.
         k: features compared per side.
         weights: of the sites that have groups.
-        weighted: as in D, or as if all weights were 1.
+
+    Returns:
+        by group float32 [2, P, 2], without gradient: as if all weights were 1, and with them.
     """
     found: dict[str, Tensor] = {}
     for site, pooled in scores.pooled.items():
         if site in weights:
-            omega = weights[site] if weighted else None
-            for name, features in weights[site].groups.items():
-                part = group_distance(pooled, reference.features[site], k, features, omega)
-                found[name] = found.get(name, 0) + part / len(scores.pooled)
+            here = group_distances(pooled, reference.features[site], k, weights[site])
+            for name, parts in here.items():
+                found[name] = found.get(name, 0) + parts / len(scores.pooled)
     return found
 
 
@@ -157,11 +156,10 @@ def objective(
             ).mean(0),
             "overlap": torch.stack([c.overlap.mean(1) for c in compared.values()]).mean(0),
         }
-    for name, weighted in (("distance", False), ("part", True)):
-        groups = group_distances(scores, reference, settings.k, weights, weighted=weighted)
-        for group, parts in groups.items():
-            metrics[f"group.{group}.{name}_chosen"] = parts[:, 0]
-            metrics[f"group.{group}.{name}_rejected"] = parts[:, 1]
+    for group, parts in distances_of_groups(scores, reference, settings.k, weights).items():
+        for name, part in zip(("distance", "part"), parts, strict=True):
+            metrics[f"group.{group}.{name}_chosen"] = part[:, 0]
+            metrics[f"group.{group}.{name}_rejected"] = part[:, 1]
     return loss, {name: value.detach().float() for name, value in metrics.items()}
 
 

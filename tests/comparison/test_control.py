@@ -1,6 +1,5 @@
 """The control experiment: its data are what the README says, and count.py counts them so."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from scipy.stats import sem
+from scripts import load_script
 
 from fpocli import EvalConfig, evaluate
 from fpocli.data.layouts import parse_row
@@ -36,11 +36,7 @@ FORMATS = ("json", "json in a fence", "list", "capitals", "quotes")
 
 @pytest.fixture(scope="module")
 def count():
-    spec = importlib.util.spec_from_file_location("control_count", CONTROL / "count.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["control_count"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(CONTROL / "count.py")
 
 
 def rows(name):

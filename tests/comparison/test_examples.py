@@ -1,6 +1,5 @@
 """The configurations of examples/ mean what they should; the SFT script scores what it should."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import tiny
 import torch
 import yaml
 from hub_cache import snapshot
+from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import CompareConfig
@@ -143,11 +143,7 @@ def test_the_grid_of_smollm2(monkeypatch):
 
 @pytest.fixture(scope="module")
 def sft():
-    spec = importlib.util.spec_from_file_location("sft", PAPER / "sft.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["sft"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(PAPER / "sft.py")
 
 
 TALK = [
