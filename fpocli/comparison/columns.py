@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fpocli.comparison.records import Record
+from fpocli.data.pairs import SIDES
 
 # Of the answers that the tables describe; the default of fpo eval.
 TEMPERATURE = 0.7
@@ -107,7 +108,7 @@ def _group_columns(rows: list[Record]) -> list[Column]:
             per_pair=f"group.{name}_{side}",
         )
         for name in names
-        for side in ("chosen", "rejected")
+        for side in SIDES
     ]
 
 

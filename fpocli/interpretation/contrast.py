@@ -52,7 +52,8 @@ def contrast(config: ContrastConfig) -> dict[str, Any]:
     source = store.neuronpedia(site)
     labels = read_labels(config.labels, source) if config.labels else {}
     tokenizer = find_tokenizer(store, config.model)
-    shown = contrast_store(store, site, tokenizer, config.rate, config.top, labels)
+    style = style_of_responses(store, tokenizer)
+    shown = contrast_store(store, site, style, config.rate, config.top, labels)
     if config.json:
         print(json.dumps(shown, indent=2))
     else:
@@ -63,7 +64,7 @@ def contrast(config: ContrastConfig) -> dict[str, Any]:
 def contrast_store(
     store: Store,
     site: str,
-    tokenizer: Any,
+    style: np.ndarray,
     rate: float,
     top: int,
     labels: Mapping[int, str] | None = None,
@@ -73,7 +74,7 @@ def contrast_store(
     Args:
         store: complete.
         site: one of its sites.
-        tokenizer: the store's.
+        style: float64 [N, 2, c], from `style_of_responses`; the same for all sites.
         rate: share of false findings among the features found.
         top: number of features returned, by q, then by effect size.
         labels: descriptions of features.
@@ -82,15 +83,9 @@ def contrast_store(
         plain values for JSON; docs/features.md describes them.
 
     Raises:
-        UserError: the store has too few pairs, or is damaged.
+        UserError: the store is damaged.
     """
-    if store.scored < FEWEST_PAIRS:
-        raise UserError(
-            f"{store.path} has reference values of {store.scored} pairs, which is too few",
-            f"cache at least {FEWEST_PAIRS} pairs; hundreds are needed to find anything",
-        )
     m = store.widths[site]
-    style = _style(store, tokenizer)
     by_style = style[:, 0] - style[:, 1]
     sums = PairedSums(m)
     regressions = {
@@ -153,8 +148,21 @@ def _scored(store: Store, block: int) -> np.ndarray:
     return np.flatnonzero(~np.isin(np.arange(rows.start, rows.stop), store.non_finite))
 
 
-def _style(store: Store, tokenizer: Any) -> np.ndarray:
-    """The style measures of every response: float64 [N, 2, c]."""
+def style_of_responses(store: Store, tokenizer: Any) -> np.ndarray:
+    """The style measures of every response: float64 [N, 2, c].
+
+    Args:
+        store: complete.
+        tokenizer: the store's.
+
+    Raises:
+        UserError: the store has too few pairs for a contrast, or is damaged.
+    """
+    if store.scored < FEWEST_PAIRS:
+        raise UserError(
+            f"{store.path} has reference values of {store.scored} pairs, which is too few",
+            f"cache at least {FEWEST_PAIRS} pairs; hundreds are needed to find anything",
+        )
     measured = []
     with progress("Measuring the style of the responses", store.pairs) as bar:
         for block in range(store.blocks):

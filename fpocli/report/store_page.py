@@ -15,7 +15,7 @@ from fpocli.config import ContrastConfig, InspectConfig
 from fpocli.data.pairs import SIDES
 from fpocli.display.page import write_page
 from fpocli.display.page_charts import chosen_against_rejected, effects, histogram, ranked
-from fpocli.interpretation.contrast import FEWEST_PAIRS, contrast_store
+from fpocli.interpretation.contrast import FEWEST_PAIRS, contrast_store, style_of_responses
 from fpocli.report.describe import describe, describe_pair
 from fpocli.report.feature_tokens import describe_feature_pairs
 from fpocli.scoring.loading import find_tokenizer
@@ -119,8 +119,10 @@ def _contrasts(store: Store, tokenizer: Any) -> dict[str, Any]:
     sites = _complete_sites(store)
     if not sites or store.scored < FEWEST_PAIRS:
         return {}
-    like = ContrastConfig(store=str(store.path))
-    return {site: contrast_store(store, site, tokenizer, like.rate, like.top) for site in sites}
+    style = style_of_responses(store, tokenizer)
+    # As the command lists them by default.
+    rate, top = ContrastConfig.rate, ContrastConfig.top
+    return {site: contrast_store(store, site, style, rate, top) for site in sites}
 
 
 def _examples_by_margin(store: Store) -> list[int]:
