@@ -84,7 +84,6 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
         start_processes,
         take_step,
     )
-    from fpocli.training.losses import METHODS
     from fpocli.training.memory import peak_memory
     from fpocli.training.objective import objective
     from fpocli.training.pair_loader import PairLoader
@@ -96,7 +95,7 @@ def ours(arguments: argparse.Namespace, line: Any) -> None:
     sites = [Site.parse(name) for name in store.sites]
     model = load_model(find_model(arguments.model), sites, torch.bfloat16, device)
     model.network.activation_checkpointing_enable()
-    constrained = "features" in METHODS[config.method].needs
+    constrained = config.constraint == "features"
     encoders = load_encoders(store, device) if constrained else {}
     engine = make_engine(model, config, deepspeed_config(config))
     loader = PairLoader(

@@ -31,7 +31,6 @@ from fpocli.store.schema import raw_bytes
 from fpocli.system.console import progress, warn
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
-from fpocli.training.losses import METHODS
 
 # Useful TFLOP/s of a process where the grid names none: half of an A100's, a sixth of an H100's.
 _TFLOPS = 150.0
@@ -79,6 +78,7 @@ class StoreSize:
         parameters: of its model.
         width: d of its model.
         features: m of each site.
+        distributions: whether it holds the reference's.
     """
 
     pairs: int
@@ -87,6 +87,7 @@ class StoreSize:
     parameters: int
     width: int
     features: tuple[int, ...]
+    distributions: bool
 
 
 def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
@@ -135,13 +136,16 @@ def _held_out(step: Step) -> float:
 def _train(config: TrainConfig, found: StoreSize, speed: float) -> Cost:
     passes = 8 if config.activation_checkpointing else 6
     held_out = config.eval_fraction
-    with_kl = "distribution" in METHODS[config.method].needs
-    per_token = (passes + (2 if with_kl else 0)) * found.parameters * config.epochs * (1 - held_out)
+    # Without distributions in the store, the reference runs as well.
+    with_reference = 0 if found.distributions and not config.exact_kl else 2
+    trained = with_reference if config.needs_kl else 0
+    per_token = (passes + trained) * found.parameters * config.epochs * (1 - held_out)
     # The held-out pairs, before and after, with the reference if the KL is measured.
     times = 2
     if config.eval_every:
         times += config.epochs * found.pairs // (config.batch_size * config.eval_every)
-    per_token += times * held_out * (4 if config.measure_kl or with_kl else 2) * found.parameters
+    measured = with_reference if config.needs_kl or config.measure_kl else 0
+    per_token += times * held_out * (2 + measured) * found.parameters
     steps = config.epochs * found.pairs // config.batch_size
     kept = config.keep_checkpoints if steps > config.save_every else 0
     size = found.parameters * (_WEIGHTS + kept * _CHECKPOINT)

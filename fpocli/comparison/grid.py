@@ -170,7 +170,7 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     config = make_config(TrainConfig, settings, f"`train` of {name} in {file.path}")
     sites = _sites(store, cache)
     if sites is not None:
-        _check_sites(config.method, config.at, sites, f"{name} in {file.path}")
+        _check_sites(config.constraint, config.at, sites, f"{name} in {file.path}")
     train = None if untrained else training_step(name, settings, folder, file.launch, store)
     evaluation = _evaluation(file, folder, cache, sites or [], store, config, untrained=untrained)
     described = dataclasses.asdict(config)
@@ -211,7 +211,7 @@ def _evaluation(
     settings |= {"model": model, "cache": cache, "out": str(folder / "eval")}
     measured = make_config(EvalConfig, settings, f"`eval` in {file.path}")
     if sites:
-        _check_sites("", measured.at, sites, f"`eval` in {file.path}")
+        _check_sites("none", measured.at, sites, f"`eval` in {file.path}")
     return settings
 
 
@@ -223,8 +223,8 @@ def _sites(store: Step | None, path: str) -> list[str] | None:
     return list(Store.open(path).sites) if Path(path).exists() else None
 
 
-def _check_sites(method: str, at: list[str], sites: list[str], where: str) -> None:
-    if method == "fpo" and not sites:
+def _check_sites(constraint: str, at: list[str], sites: list[str], where: str) -> None:
+    if constraint == "features" and not sites:
         raise UserError(
             f"{where} compares features, and the store has none", "name a `layer` in `cache`"
         )

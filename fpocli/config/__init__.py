@@ -19,12 +19,13 @@ from fpocli.config.inspect import InspectConfig
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA, JUDGES
-from fpocli.config.train import PRESETS, Method, TrainConfig
+from fpocli.config.train import METHODS, PRESETS, TrainConfig
 
 __all__ = [
     "DEFAULT_DATA",
     "JUDGES",
     "MAY_DIFFER",
+    "METHODS",
     "PRESETS",
     "CacheConfig",
     "CompareConfig",
@@ -33,7 +34,6 @@ __all__ = [
     "EvalConfig",
     "FindConfig",
     "InspectConfig",
-    "Method",
     "ReportConfig",
     "SaesConfig",
     "ShowConfig",

@@ -1,7 +1,7 @@
 """The settings of fpo train, and the paper's presets of them."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from typer import Option
 
@@ -9,28 +9,82 @@ from fpocli.config.checks import check_values
 from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
-Method = Literal["fpo", "dpo_norm", "dpo", "tdpo1", "tdpo2", "simpo", "simpo_kl", "sft"]
+Reward = Literal["dpo", "dpo_norm", "simpo", "sft"]
+Constraint = Literal["none", "features", "kl", "tdpo1"]
+# The paper's methods are names for a reward and a constraint (Table 1).
+METHODS: dict[str, tuple[Reward, Constraint]] = {
+    "fpo": ("dpo_norm", "features"),
+    "dpo_norm": ("dpo_norm", "none"),
+    "dpo": ("dpo", "none"),
+    "tdpo1": ("dpo", "tdpo1"),
+    "tdpo2": ("dpo", "kl"),
+    "simpo": ("simpo", "none"),
+    "simpo_kl": ("simpo", "kl"),
+    "sft": ("sft", "none"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train the policy alone against a store. Only tdpo1, tdpo2 and simpo_kl, which need the
-    reference's whole distribution, load the reference as well.
+    """Train the policy alone against a store. A method is a reward and a constraint: fpo is dpo_norm
+    and features, tdpo2 is dpo and kl. Constraints on the KL read the store's distributions (fpo
+    cache --distributions); if it has none, the reference is loaded as well.
 
     Run the same command again to resume from the newest checkpoint in --out. For several
     processes: torchrun --nproc-per-node N -m fpocli train ...
     """
 
     cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
-    method: Annotated[Method, Option(help="The loss.")] = "fpo"
-    alpha: Annotated[
-        float, Option(min=0, help="Weight of the constraint (fpo, tdpo2, simpo_kl).")
-    ] = 0.5
-    # None until __post_init__ knows the method.
-    beta: Annotated[
-        float, Option(min=0, help="Scale of the rewards. Default: 0.1, for simpo and simpo_kl 2.")
+    # This and the next two are None until __post_init__ knows the others.
+    method: Annotated[
+        str,
+        Option(
+            help=f"A name for --reward and --constraint: {', '.join(METHODS)}, or any two, such as "
+            "dpo+features. Default: fpo.",
+        ),
     ] = None  # type: ignore[assignment]
-    gamma: Annotated[float, Option(min=0, help="Target margin of simpo and simpo_kl.")] = 0.5
+    reward: Annotated[
+        Reward,
+        Option(
+            help="Of a response: dpo (log-probability against the reference), dpo_norm (the same "
+            "per token), simpo (per token, without a reference, with --gamma); sft is not "
+            "pairwise. Default: that of --method."
+        ),
+    ] = None  # type: ignore[assignment]
+    constraint: Annotated[
+        Constraint,
+        Option(
+            help="What keeps the policy near the reference: none, features (the distance of SAE "
+            "features), kl (the sequential KL, per token if the reward is), tdpo1 (the same "
+            "without --alpha and stop-gradient). Default: that of --method."
+        ),
+    ] = None  # type: ignore[assignment]
+    alpha: Annotated[float, Option(min=0, help="Weight of the constraint (features, kl).")] = 0.5
+    hold: Annotated[
+        float | None,
+        Option(
+            min=0,
+            help="Adapt alpha in every step so that the distance or KL of the rejected responses "
+            "stays at this value. --alpha is then where it starts.",
+        ),
+    ] = None
+    # None until __post_init__ knows the reward.
+    beta: Annotated[
+        float, Option(min=0, help="Scale of the rewards. Default: 0.1, for the reward simpo 2.")
+    ] = None  # type: ignore[assignment]
+    gamma: Annotated[float, Option(min=0, help="Target margin of the reward simpo.")] = 0.5
+    sft_weight: Annotated[
+        float,
+        Option(
+            min=0,
+            help="Weight of an added SFT loss, minus the chosen response's log-probability per "
+            "token, against its fall.",
+        ),
+    ] = 0.0
+    label_smoothing: Annotated[
+        float,
+        Option(min=0, max=0.5, help="Probability that a pair's preference is the wrong way round."),
+    ] = 0.0
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
     at: Annotated[
         list[str],
@@ -112,8 +166,16 @@ class TrainConfig:
         bool,
         Option(
             "--measure-kl",
-            help="Load the reference with any method, and measure the sequential KL of held-out "
-            "pairs.",
+            help="Measure the sequential KL of held-out pairs with any method: by the store's "
+            "distributions, or else by the reference, which is then loaded.",
+        ),
+    ] = False
+    exact_kl: Annotated[
+        bool,
+        Option(
+            "--exact-kl",
+            help="Load the reference for the KL even if the store has distributions, which give a "
+            "lower bound.",
         ),
     ] = False
     allow: Annotated[
@@ -135,23 +197,89 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        self._name_the_method()
         if self.beta is None:
-            object.__setattr__(self, "beta", 2.0 if self.method.startswith("simpo") else 0.1)
+            object.__setattr__(self, "beta", 2.0 if self.reward == "simpo" else 0.1)
         if (self.measure_kl or self.eval_every) and not self.eval_fraction:
             raise UserError(
                 "--measure-kl and --eval-every need held-out pairs, and none are held out",
                 "set --eval-fraction, such as 0.05",
             )
+        if self.exact_kl and not (self.needs_kl or self.measure_kl):
+            raise UserError(
+                f"{self.method} needs no KL, so --exact-kl would have no effect",
+                "leave it out, or add --measure-kl",
+            )
+        if self.hold is not None and not (self.hold > 0 and self.constraint in ("features", "kl")):
+            raise UserError(
+                f"--hold {self.hold} needs a value above 0 and a constraint that has an alpha",
+                "use --constraint features or kl",
+            )
+        if self.reward == "sft" and (self.sft_weight or self.label_smoothing):
+            raise UserError(
+                "sft is not pairwise, so --sft-weight and --label-smoothing would have no effect",
+                "leave them out, or use a pairwise --reward",
+            )
         without_effect = [
             flag
             for flag, value in (("--feature-weights", self.feature_weights), ("--at", self.at))
-            if value and self.method != "fpo"
+            if value and self.constraint != "features"
         ]
         if without_effect:
             raise UserError(
                 f"{self.method} compares no features, so {without_effect[0]} would have no effect",
-                "leave it out, or use --method fpo",
+                "leave it out, or use --constraint features",
             )
+
+    @property
+    def needs_kl(self) -> bool:
+        """Whether the constraint is on the KL."""
+        return self.constraint in ("kl", "tdpo1")
+
+    def _name_the_method(self) -> None:
+        """Set method, reward and constraint, of which some are given.
+
+        Raises:
+            UserError: the method is unknown, or is not made of this reward and constraint.
+        """
+        named = _parts_of(self.method) if self.method else METHODS["fpo"]
+        reward = self.reward or named[0]
+        # sft has no constraint; every other reward goes with every one.
+        alone = reward == "sft" and not self.method
+        constraint = self.constraint or ("none" if alone else named[1])
+        if self.method and (reward, constraint) != named:
+            raise UserError(
+                f"--method {self.method} is the reward {named[0]} with the constraint {named[1]}, "
+                f"and {reward} with {constraint} is asked for",
+                "leave out --method, or the other two",
+            )
+        if reward == "sft" and constraint != "none":
+            raise UserError(
+                "sft is not pairwise, so it takes no --constraint", "leave one of the two out"
+            )
+        names = {parts: name for name, parts in METHODS.items()}
+        method = names.get((reward, constraint), f"{reward}+{constraint}")
+        for name, value in (("method", method), ("reward", reward), ("constraint", constraint)):
+            object.__setattr__(self, name, value)
+
+
+def _parts_of(method: str) -> tuple[Reward, Constraint]:
+    """Reward and constraint of a method's name, or of any two such as dpo+features.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    known = METHODS | {
+        f"{reward}+{constraint}": (reward, constraint)
+        for reward in get_args(Reward)
+        for constraint in get_args(Constraint)
+    }
+    if method not in known:
+        raise UserError(
+            f"--method {method} is unknown",
+            f"use {', '.join(METHODS)}, or a reward and a constraint, such as dpo+features",
+        )
+    return known[method]
 
 
 # The paper's settings (section 4, section 5.3 and Table 5); where it is silent, the defaults.

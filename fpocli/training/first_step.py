@@ -75,19 +75,24 @@ def check_policy_is_reference(
         UserError: the policy should be the reference and is not.
     """
     policy.eval()
-    scores = score(policy, encoders, sample.batch)
+    scores = score(policy, encoders, sample.batch, top=sample.top)
     gap = (scores.average - sample.reference.logp / scores.count).abs().max()
     share = torch.zeros_like(gap)
     _, distances = compare_features(scores, sample.reference, encoders, settings.k)
     for site, distance in distances.items():
         scale = sample.reference.features[site].value[..., : settings.k].square().mean(-1)
         share = torch.maximum(share, (distance / scale.clamp(min=1e-12)).max())
-    both = torch.stack([gap, share])
-    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-    nats, part = both.tolist()
+    apart = torch.zeros_like(gap)
+    if scores.kl_bound is not None:
+        apart = (scores.kl_bound / scores.count).max()
+    found_here = torch.stack([gap, share, apart])
+    torch.distributed.all_reduce(found_here, torch.distributed.ReduceOp.MAX)
+    nats, part, kl = found_here.tolist()
     found = f"log-probabilities differ by up to {nats:.3g} nats per token"
     if encoders:
         found += f", features by {part:.3g} of their mean square"
+    if sample.top:
+        found += f", the KL is up to {kl:.3g} nats per token"
     if settings.model is not None:
         say(f"the starting weights are not the reference's: {found}")
         return
@@ -95,7 +100,7 @@ def check_policy_is_reference(
     if "dtype" in settings.allow:
         most = _OTHER_DTYPE
     # Written so that nan fails the comparison.
-    if not (nats <= most and part <= most):
+    if not (nats <= most and part <= most and kl <= most):
         error = UserError(
             f"the policy should be the reference of {store.path} and is not: {found}",
             "weights and SAEs are those of the store, so this machine or a library computes "

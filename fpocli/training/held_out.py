@@ -23,6 +23,7 @@ def held_out_means(
     weights: Mapping[str, FeatureWeights],
     reference: Any,
     where: str,
+    alpha: float,
 ) -> dict[str, float]:
     """Means of the training metrics over batches, of all ranks together.
 
@@ -32,9 +33,10 @@ def held_out_means(
         batches: what to score.
         settings: the method and its scalars.
         weights: weights of single features, of the sites that have them.
-        reference: the FrozenReference, or an engine around it, to measure the sequential KL with
-            any method; or None.
+        reference: the FrozenReference, or an engine around it, to measure the sequential KL
+            exactly; or None.
         where: which pairs these are, for the error.
+        alpha: weight of the constraint.
 
     Raises:
         UserError: a mean is non-finite.
@@ -43,7 +45,7 @@ def held_out_means(
     means = Means()
     for micro in batches:
         output = reference(micro.batch) if reference is not None else None
-        scores = score(model, encoders, micro.batch, output)
-        _, metrics = objective(scores, micro.reference, encoders, settings, weights)
+        scores = score(model, encoders, micro.batch, output, micro.top)
+        _, metrics = objective(scores, micro.reference, encoders, settings, weights, alpha)
         means.add(metrics, micro.pair_weights, micro.pairs)
     return shares_of_groups(means.result(where))

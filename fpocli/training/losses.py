@@ -1,19 +1,19 @@
-"""The losses, as pure functions, and what each needs of the reference.
+"""The losses, as pure functions.
 
-Every pairwise loss is -log sigma(u), and the paper's Table 1 splits u into a difference of
-rewards, a margin and a constraint.
+A pairwise loss is -log sigma(u) with u = r(w) - r(l) - gamma - delta: a reward r and a constraint
+delta, freely combined (paper, Table 1). `config/train.py: METHODS` has the paper's names for them.
 
-Shapes: P pairs; column 0 is chosen, column 1 rejected; everything is float32.
+Shapes: P pairs; column 0 is chosen (w), column 1 rejected (l); everything is float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from fpocli.config.train import Constraint, Reward
 
 
 @dataclass(frozen=True)
@@ -24,140 +24,120 @@ class Terms:
         logp: [P, 2], S of the policy, nats.
         count: [P, 2], n, tokens.
         ref_logp: [P, 2], S of the reference, nats.
-        ref_margin: [P], a_ref(chosen) - a_ref(rejected), nats per token.
-        distance: [P, 2], D, the mean over sites; 0 for methods that do not compare features.
-        kl: [P, 2], K, the sequential KL, nats; 0 for methods without it.
+        distance: [P, 2], D, the mean over sites; 0 if no features are compared.
+        kl: [P, 2], K, the sequential KL, nats; 0 without it.
     """
 
     logp: Tensor
     count: Tensor
     ref_logp: Tensor
-    ref_margin: Tensor
     distance: Tensor
     kl: Tensor
 
-    @property
-    def average(self) -> Tensor:
-        """a = S / n of the policy, [P, 2], nats per token."""
-        return self.logp / self.count
+
+def dpo(terms: Terms) -> Tensor:
+    """S - S_ref, nats (paper, equation 7; DPO, equation 7)."""
+    return terms.logp - terms.ref_logp
+
+
+def dpo_norm(terms: Terms) -> Tensor:
+    """a - a_ref, with a = S / n, nats per token (paper, equation 9)."""
+    return terms.logp / terms.count - terms.ref_logp / terms.count
+
+
+def simpo(terms: Terms) -> Tensor:
+    """a = S / n, nats per token (paper, section 2; SimPO, equation 6)."""
+    return terms.logp / terms.count
+
+
+# By --reward: r / beta, [P, 2]. sft is not pairwise: its loss is -a(w) (paper, section 4).
+REWARDS: dict[Reward, Callable[[Terms], Tensor]] = {
+    "dpo": dpo,
+    "dpo_norm": dpo_norm,
+    "simpo": simpo,
+    "sft": simpo,
+}
+
+
+def divergence(terms: Terms, reward: Reward, constraint: Constraint) -> Tensor | None:
+    """How far the policy is from the reference, as the constraint measures it: [P, 2].
+
+    D (paper, equation 10), or K (the definition after equation 3), which is taken per token where
+    the reward is (appendix D.1); None without a constraint.
+    """
+    if constraint == "none":
+        return None
+    if constraint == "features":
+        return terms.distance
+    return terms.kl if reward == "dpo" else terms.kl / terms.count
 
 
 class Preference(NamedTuple):
-    """The result of a method for P pairs.
+    """The loss of P pairs and what it is made of.
 
     Args:
-        u: [P], the loss is -log sigma(u).
+        loss: [P].
+        u: [P], the argument of the sigmoid; a(w) for sft.
         rewards: [P, 2], of the two responses.
-        delta: [P], the constraint inside u, for methods that have one.
+        divergence: [P, 2], what the constraint is on; None without one.
+        delta: [P], the constraint inside u; None without one.
     """
 
+    loss: Tensor
     u: Tensor
     rewards: Tensor
-    delta: Tensor | None = None
+    divergence: Tensor | None
+    delta: Tensor | None
 
 
-def _gap(values: Tensor) -> Tensor:
-    """Chosen minus rejected: [P, 2] -> [P]."""
-    return values[:, 0] - values[:, 1]
-
-
-def _constrain(
-    preference: Preference, divergence: Tensor, *, alpha: float, beta: float, stop_gradient: bool
+def preference_loss(
+    terms: Terms,
+    *,
+    reward: Reward,
+    constraint: Constraint,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    stop_gradient: bool,
+    sft_weight: float = 0.0,
+    label_smoothing: float = 0.0,
 ) -> Preference:
-    """Subtract delta = alpha beta (X_l - sg X_w), X [P, 2] being how far the policy is from the
-    reference (paper, equation 4; for fpo X is D of equation 10)."""
-    chosen, rejected = divergence.unbind(1)
-    if stop_gradient:
-        chosen = chosen.detach()
-    delta = alpha * beta * (rejected - chosen)
-    return Preference(preference.u - delta, preference.rewards, delta)
-
-
-def sft(terms: Terms) -> Preference:
-    """Not pairwise: the loss is -a(w) (paper, section 4, the stage before alignment)."""
-    return Preference(terms.average[:, 0], terms.average)
-
-
-def dpo(terms: Terms, *, beta: float) -> Preference:
-    """u = beta [(S(w) - S(l)) - (S_ref(w) - S_ref(l))] (paper, equation 7; DPO, equation 7)."""
-    rewards = beta * (terms.logp - terms.ref_logp)
-    return Preference(_gap(rewards), rewards)
-
-
-def dpo_norm(terms: Terms, *, beta: float) -> Preference:
-    """u = beta [(a(w) - a(l)) - margin_ref] (paper, equation 9): fpo with alpha = 0."""
-    rewards = beta * (terms.average - terms.ref_logp / terms.count)
-    return Preference(beta * (_gap(terms.average) - terms.ref_margin), rewards)
-
-
-def simpo(terms: Terms, *, beta: float, gamma: float) -> Preference:
-    """u = beta (a(w) - a(l)) - gamma (paper, section 2; SimPO, equation 6)."""
-    rewards = beta * terms.average
-    return Preference(_gap(rewards) - gamma, rewards)
-
-
-def simpo_kl(
-    terms: Terms, *, beta: float, gamma: float, alpha: float, stop_gradient: bool
-) -> Preference:
-    """u = simpo's - alpha beta (K_l / n_l - sg K_w / n_w) (paper, appendix D.1)."""
-    preference = simpo(terms, beta=beta, gamma=gamma)
-    per_token = terms.kl / terms.count
-    return _constrain(preference, per_token, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
-
-
-def tdpo1(terms: Terms, *, beta: float) -> Preference:
-    """u = dpo's - beta (K_l - K_w) (paper, equations 2 and 3)."""
-    u, rewards, _ = dpo(terms, beta=beta)
-    delta = beta * -_gap(terms.kl)
-    return Preference(u - delta, rewards, delta)
-
-
-def tdpo2(terms: Terms, *, beta: float, alpha: float, stop_gradient: bool) -> Preference:
-    """u = dpo's - alpha beta (K_l - sg K_w) (paper, equations 2 and 4)."""
-    preference = dpo(terms, beta=beta)
-    return _constrain(preference, terms.kl, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
-
-
-def fpo(terms: Terms, *, beta: float, alpha: float, stop_gradient: bool) -> Preference:
-    """u = beta [(a(w) - a(l)) - margin_ref] - alpha beta (D_l - sg D_w) (paper, equation 11)."""
-    preference = dpo_norm(terms, beta=beta)
-    distance = terms.distance
-    return _constrain(preference, distance, alpha=alpha, beta=beta, stop_gradient=stop_gradient)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A training method.
+    """-log sigma(u), and added to it sft_weight times -a(w) (paper, equations 8 and 11, Table 1).
 
     Args:
-        preference: one of the functions above.
-        needs: what it reads of the reference: logp, margin and features, which the store holds;
-            distribution, for which the reference itself is in memory alongside the policy.
-        link: loss = -link(u).
+        terms: of P pairs.
+        reward, constraint: what u is made of.
+        alpha: weight of the constraint (features, kl).
+        beta: scale of the rewards.
+        gamma: target margin of the reward simpo.
+        stop_gradient: whether the chosen response's divergence has no gradient (features, kl).
+        sft_weight: weight of the SFT loss.
+        label_smoothing: epsilon of conservative DPO: the probability that chosen and rejected are
+            the wrong way round.
     """
+    if reward == "sft":
+        average = simpo(terms)
+        return Preference(-average[:, 0], average[:, 0], average, None, None)
+    rewards = beta * REWARDS[reward](terms)
+    u = rewards[:, 0] - rewards[:, 1]
+    if reward == "simpo":
+        u = u - gamma
+    apart, delta = divergence(terms, reward, constraint), None
+    if apart is not None:
+        delta = _delta(apart, constraint, alpha, beta, stop_gradient=stop_gradient)
+        u = u - delta
+    right, wrong = F.logsigmoid(u), F.logsigmoid(-u)
+    loss = -(1 - label_smoothing) * right - label_smoothing * wrong
+    loss = loss - sft_weight * simpo(terms)[:, 0]
+    return Preference(loss, u, rewards, apart, delta)
 
-    preference: Callable[..., Preference]
-    needs: frozenset[str]
-    link: Callable[[Tensor], Tensor] = F.logsigmoid
 
-    def prefer(self, terms: Terms, settings: Any) -> Preference:
-        """Call `preference` with the scalars of `settings`, a TrainConfig, that it takes."""
-        scalars = list(signature(self.preference).parameters)[1:]
-        return self.preference(terms, **{name: getattr(settings, name) for name in scalars})
-
-    def loss(self, terms: Terms, settings: Any) -> tuple[Tensor, Preference]:
-        """The loss of each pair, [P], and the preference it is made from."""
-        preference = self.prefer(terms, settings)
-        return -self.link(preference.u), preference
-
-
-METHODS: dict[str, Method] = {
-    "fpo": Method(fpo, frozenset({"logp", "margin", "features"})),
-    "dpo_norm": Method(dpo_norm, frozenset({"logp", "margin"})),
-    "dpo": Method(dpo, frozenset({"logp"})),
-    "tdpo1": Method(tdpo1, frozenset({"logp", "distribution"})),
-    "tdpo2": Method(tdpo2, frozenset({"logp", "distribution"})),
-    "simpo": Method(simpo, frozenset()),
-    "simpo_kl": Method(simpo_kl, frozenset({"distribution"})),
-    "sft": Method(sft, frozenset(), link=torch.positive),
-}
+def _delta(
+    divergence: Tensor, constraint: Constraint, alpha: float, beta: float, *, stop_gradient: bool
+) -> Tensor:
+    """alpha beta (X_l - sg X_w) (paper, equations 4 and 11); for tdpo1 beta (X_l - X_w)
+    (equations 2 and 3)."""
+    chosen, rejected = divergence.unbind(1)
+    if constraint == "tdpo1":
+        return beta * (rejected - chosen)
+    return alpha * beta * (rejected - (chosen.detach() if stop_gradient else chosen))

@@ -24,7 +24,7 @@ from fpocli.features.weights import FeatureWeights
 from fpocli.scoring.accuracy import wins
 from fpocli.scoring.score import PairScores
 from fpocli.store.records import ReferenceValues
-from fpocli.training.losses import METHODS, Terms
+from fpocli.training.losses import REWARDS, Terms, preference_loss
 
 # The mean of a group's part of D.
 _PART = re.compile(r"(group\..+)\.part_(chosen|rejected)")
@@ -89,6 +89,7 @@ def objective(
     encoders: dict[str, SparseEncoder],
     settings: TrainConfig,
     weights: Mapping[str, FeatureWeights] = MappingProxyType({}),
+    alpha: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of each pair, and the metrics that are logged.
 
@@ -98,6 +99,7 @@ def objective(
         encoders: the SAE of each constrained site; empty for methods without the constraint.
         settings: the method and its scalars.
         weights: weights of single features, of the sites that have them.
+        alpha: weight of the constraint; None is that of the settings.
 
     Returns:
         loss float32 [P] with gradient, and metrics by name, each float32 [P] without. Means of the
@@ -108,42 +110,54 @@ def objective(
     if distances:
         # delta is linear in D, so the mean of D over sites gives the mean of delta.
         distance = torch.stack(list(distances.values())).mean(0)
+    # The store's distributions give a lower bound of the KL, and the reference the KL itself.
+    kl = scores.kl if scores.kl is not None else scores.kl_bound
     terms = Terms(
         logp=scores.logp,
         count=scores.count,
         ref_logp=reference.logp,
-        ref_margin=reference.margin,
         distance=distance,
-        kl=torch.zeros_like(scores.logp) if scores.kl is None else scores.kl,
+        kl=torch.zeros_like(scores.logp) if kl is None else kl,
     )
-    method = METHODS[settings.method]
-    loss, (u, rewards, delta) = method.loss(terms, settings)
-    chosen, rejected = rewards.unbind(1)
-    # A reward is beta (X - X_ref), so this gives beta (|X| + |X_ref|).
+    loss, u, rewards, divergence, delta = preference_loss(
+        terms,
+        reward=settings.reward,
+        constraint=settings.constraint,
+        alpha=settings.alpha if alpha is None else alpha,
+        beta=settings.beta,
+        gamma=settings.gamma,
+        stop_gradient=settings.stop_gradient,
+        sft_weight=settings.sft_weight,
+        label_smoothing=settings.label_smoothing,
+    )
+    reward = REWARDS[settings.reward]
+    # A reward is X - X_ref, so this gives |X| + |X_ref|.
     magnitudes = replace(terms, logp=terms.logp.abs(), ref_logp=-terms.ref_logp.abs())
-    sizes = method.prefer(magnitudes, settings).rewards.sum(1)
-    average = scores.average
+    average, average_ref = scores.average, reference.logp / scores.count
     likelier = wins(average[:, 0], average[:, 1], average.abs().sum(1))
-    preferred = wins(chosen, rejected, sizes)
+    preferred = wins(*reward(terms).unbind(1), reward(magnitudes).sum(1))
     metrics = {
         "loss": loss,
         "u": u,
-        "reward_chosen": chosen,
-        "reward_rejected": rejected,
-        "margin": chosen - rejected,
+        "reward_chosen": rewards[:, 0],
+        "reward_rejected": rewards[:, 1],
+        "margin": rewards[:, 0] - rewards[:, 1],
         "accuracy": likelier.value,
         "reward_accuracy": preferred.value,
         "reward_ties": preferred.tie,
         "logp_chosen": scores.logp[:, 0],
         "logp_rejected": scores.logp[:, 1],
-        "average_logp_chosen": scores.average[:, 0],
-        "average_logp_rejected": scores.average[:, 1],
+        "average_logp_chosen": average[:, 0],
+        "average_logp_rejected": average[:, 1],
+        "average_logp_chosen_change": average[:, 0] - average_ref[:, 0],
     }
-    if scores.kl is not None:
-        metrics |= {"kl_chosen": scores.kl[:, 0], "kl_rejected": scores.kl[:, 1]}
-        metrics["kl_margin"] = (scores.kl[:, 1] - scores.kl[:, 0]).abs()
+    if kl is not None:
+        metrics |= {"kl_chosen": kl[:, 0], "kl_rejected": kl[:, 1]}
+        metrics["kl_margin"] = (kl[:, 1] - kl[:, 0]).abs()
     if delta is not None:
         metrics["delta"] = delta
+    if settings.hold is not None and divergence is not None:
+        metrics["held"] = divergence[:, 1]
     if compared:
         metrics |= {
             "distance_chosen": distance[:, 0],

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.top_features import TopFeatures
 from fpocli.model.attention import length_multiple
 from fpocli.model.packing import PackedSequence, pack, plan_packing
@@ -40,6 +41,7 @@ class MicroBatch:
         pair_weights: float32 [P], weight of each pair in the mean over the step; 0 for a pair that
             is only there so that a rank without work takes part in the collectives.
         tokens: float32 [P], tokens of each pair, the prompt once.
+        top: the store's distributions of the reference at the scored positions, if asked for.
     """
 
     pairs: np.ndarray
@@ -47,6 +49,7 @@ class MicroBatch:
     reference: ReferenceValues
     pair_weights: Tensor
     tokens: Tensor
+    top: TopTokens[Tensor] | None
 
 
 @dataclass
@@ -114,13 +117,21 @@ class PairLoader:
         self._blocks = lru_cache(maxsize=1)(self._block_order)
         self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
-    def steps(self, start: int, stop: int, device: torch.device) -> Prefetched:
+    def steps(
+        self, start: int, stop: int, device: torch.device, *, with_top: bool = False
+    ) -> Prefetched:
         """This rank's micro-batches of the optimiser steps from `start` on, prepared in a thread.
 
         In a step every rank has the same number of them.
+
+        Args:
+            start, stop: the first step, and the one after the last.
+            device: of the tensors.
+            with_top: whether the store's distributions are read.
         """
         return Prefetched(
-            list(self._share(self.pairs(step), device)) for step in range(start, stop)
+            list(self._share(self.pairs(step), device, with_top=with_top))
+            for step in range(start, stop)
         )
 
     def pairs(self, step: int) -> np.ndarray:
@@ -143,18 +154,22 @@ class PairLoader:
         done = step % self.steps_per_epoch * self.batch_size
         return min(self.batch_size, self.training_pairs - done)
 
-    def evaluation(self, device: torch.device, split: str = "eval") -> Iterator[MicroBatch]:
+    def evaluation(
+        self, device: torch.device, split: str = "eval", *, with_top: bool = False
+    ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of a split; every rank has the same number.
 
         Args:
             device: of the tensors.
             split: eval, the held-out pairs; train, the others; or all.
+            with_top: whether the store's distributions are read.
         """
         for first in range(0, self.store.blocks, _WINDOW):
             blocks = range(first, min(first + _WINDOW, self.store.blocks))
             pairs = np.concatenate([self._split(block, split) for block in blocks])
             if len(pairs):
-                yield from self._share(pairs, device, 1 / self.split_size(split))
+                weight = 1 / self.split_size(split)
+                yield from self._share(pairs, device, weight, with_top=with_top)
 
     def split_size(self, split: str) -> int:
         """Number of pairs in a split."""
@@ -192,7 +207,12 @@ class PairLoader:
         return first, last
 
     def _share(
-        self, pairs: np.ndarray, device: torch.device, weight: float | None = None
+        self,
+        pairs: np.ndarray,
+        device: torch.device,
+        weight: float | None = None,
+        *,
+        with_top: bool,
     ) -> Iterator[MicroBatch]:
         """This rank's part of `pairs`, packed; each pair has the same weight, 1 / their number
         unless set."""
@@ -206,7 +226,7 @@ class PairLoader:
             else:
                 # Without work, but the other ranks need this one in every backward pass.
                 chosen, counts = [places[int(np.argmin(lengths))]], 0.0
-            yield self._load(chosen, counts, device)
+            yield self._load(chosen, counts, device, with_top=with_top)
 
     def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in random order, and the number of training pairs up to the end of each
@@ -235,7 +255,12 @@ class PairLoader:
         return tokens, replace(reference, features=features)
 
     def _load(
-        self, places: list[tuple[int, int]], weight: float, device: torch.device
+        self,
+        places: list[tuple[int, int]],
+        weight: float,
+        device: torch.device,
+        *,
+        with_top: bool,
     ) -> MicroBatch:
         token_pairs, values = [], []
         for block, row in places:
@@ -244,13 +269,22 @@ class PairLoader:
             values.append((reference, row))
         batch = pack(token_pairs, length_multiple(device))
         lengths = batch.spans[:, 3] - batch.spans[:, 0]
+        pairs = [block * self.store.block_size + row for block, row in places]
         return MicroBatch(
-            pairs=np.array([block * self.store.block_size + row for block, row in places]),
+            pairs=np.array(pairs),
             batch=batch.to(device),
             reference=_gather(values, device),
             pair_weights=torch.full((len(places),), weight, device=device),
             tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
+            top=_to(self.store.top_tokens(pairs), device) if with_top else None,
         )
+
+
+def _to(top: TopTokens[np.ndarray], device: torch.device) -> TopTokens[Tensor]:
+    """Distributions as tensors on a device."""
+    ids = None if top.ids is None else torch.from_numpy(top.ids.astype(np.int64)).to(device)
+    logp, rest = (torch.from_numpy(values).to(device) for values in (top.logp, top.rest))
+    return TopTokens(ids, logp, rest)
 
 
 def _gather(

@@ -88,15 +88,22 @@ class RunFolder:
         replace_text(known, json.dumps(identity, indent=1))
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
-    def resume_at(self, step: int) -> None:
-        """Remove what was logged after the checkpoint that training resumes from."""
-        if not is_first_rank():
-            return
-        for left in self.checkpoints.glob("partial-*"):
-            shutil.rmtree(left)
+    def resume_at(self, step: int) -> list[dict[str, Any]]:
+        """Remove what was logged after the checkpoint that training resumes from; all ranks call it.
+
+        Returns:
+            the metrics of the training steps before it.
+        """
         lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
         kept = [line for line in lines if step and _step_of(line) <= step]
-        replace_text(self._metrics, "".join(line + "\n" for line in kept))
+        _on_first_rank(lambda: self._keep(kept))
+        records = [json.loads(line) for line in kept]
+        return [record for record in records if record["split"] == "train"]
+
+    def _keep(self, lines: list[str]) -> None:
+        for left in self.checkpoints.glob("partial-*"):
+            shutil.rmtree(left)
+        replace_text(self._metrics, "".join(line + "\n" for line in lines))
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -141,9 +148,9 @@ def recorded_weights(folder: Path) -> str | None:
 
 def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The identity in run.json. A setting that did not exist yet had today's default."""
-    today = dataclasses.asdict(TrainConfig(cache="unused"))
-    defaults = {name: value for name, value in today.items() if name in current}
-    return defaults | _renamed(_object(file))
+    known = _renamed(_object(file))
+    today = dataclasses.asdict(TrainConfig(cache="unused", method=known.get("method")))
+    return {name: value for name, value in today.items() if name in current} | known
 
 
 def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -187,7 +194,7 @@ def _model_card(settings: TrainConfig, store: Store) -> str:
     sites = [
         f"{site} ({about['sae']['source']})"
         for site, about in store.sites.items()
-        if settings.method == "fpo" and site in (settings.at or store.sites)
+        if settings.constraint == "features" and site in (settings.at or store.sites)
     ]
     constraint = f"Sites and SAEs: {', '.join(sites)}.\n\n" if sites else ""
     return f"""---

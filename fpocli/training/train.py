@@ -31,6 +31,7 @@ from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
 from fpocli.system.model_folder import find_model
 from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
+from fpocli.training.chosen_fall import ChosenFall
 from fpocli.training.engine import (
     backward,
     deepspeed_config,
@@ -42,7 +43,7 @@ from fpocli.training.engine import (
 )
 from fpocli.training.first_step import check_dtype_and_kernel, check_policy_is_reference
 from fpocli.training.held_out import held_out_means
-from fpocli.training.losses import METHODS
+from fpocli.training.hold import HeldAlpha
 from fpocli.training.means import Means
 from fpocli.training.memory import MemoryMeter
 from fpocli.training.objective import objective, shares_of_groups
@@ -77,8 +78,7 @@ def _train(
 ) -> Path:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
-    needs = METHODS[settings.method].needs
-    sites = sites_of(store, settings.at) if "features" in needs else []
+    sites = sites_of(store, settings.at) if settings.constraint == "features" else []
     loader = PairLoader(
         store,
         batch_size=settings.batch_size,
@@ -106,15 +106,18 @@ def _train(
         return run.final
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------
-    # Without the whole distribution of the reference, the store is enough.
-    with_reference = "distribution" in needs
+    # The KL needs the reference's distributions: those of the store, or else the reference itself.
+    from_store = store.distributions is not None and not settings.exact_kl
+    train_top = settings.needs_kl and from_store
+    measure_top = (settings.needs_kl or settings.measure_kl) and from_store
+    with_reference = settings.needs_kl and not from_store
     model, tokenizer, reference = _load_models(
         store,
         settings,
         sites,
         deepspeed,
         device,
-        with_reference=with_reference or settings.measure_kl,
+        with_reference=(settings.needs_kl or settings.measure_kl) and not from_store,
     )
     encoders = {}
     if sites:
@@ -123,7 +126,11 @@ def _train(
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
-    run.resume_at(done)
+    weight = HeldAlpha(settings.alpha, settings.hold)
+    fall = ChosenFall(from_reference=settings.model is None)
+    for line in run.resume_at(done):
+        weight.update(line)
+        fall.watch(line)
     say(
         f"{settings.method} on {loader.training_pairs:,} pairs, {loader.held_out_pairs:,} held "
         f"out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
@@ -138,28 +145,37 @@ def _train(
 
     def measure(step: int) -> None:
         if loader.held_out_pairs:
-            pairs = loader.evaluation(device)
-            where = f"step {step}, held-out pairs"
-            means = held_out_means(engine, encoders, pairs, settings, weights, reference, where)
+            means = held_out_means(
+                engine,
+                encoders,
+                loader.evaluation(device, with_top=measure_top),
+                settings,
+                weights,
+                reference,
+                f"step {step}, held-out pairs",
+                alpha=weight.alpha,
+            )
             run.log({"step": step, "split": "eval"} | means)
 
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
-        sample = next(iter(loader.steps(0, 1, device)))[0]
+        sample = next(iter(loader.steps(0, 1, device, with_top=train_top)))[0]
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
     memory = MemoryMeter(device)
     with progress("Training", steps, done) as bar:
         began, waited = time.perf_counter(), 0.0
-        prefetched = loader.steps(done, steps, device)
+        prefetched = loader.steps(done, steps, device, with_top=train_top)
         for step, micro_batches in enumerate(prefetched, done):
             lr = learning_rate(step, steps, settings)
             means = Means()
             engine.train()
             for number, micro in enumerate(micro_batches, 1):
                 output = reference(micro.batch) if with_reference else None
-                scores = score(engine, encoders, micro.batch, output)
-                loss, metrics = objective(scores, micro.reference, encoders, settings, weights)
+                scores = score(engine, encoders, micro.batch, output, micro.top)
+                loss, metrics = objective(
+                    scores, micro.reference, encoders, settings, weights, weight.alpha
+                )
                 # DeepSpeed averages over ranks, while the weights already make this the mean over
                 # the step's pairs.
                 backward(
@@ -179,7 +195,11 @@ def _train(
                 "tokens_per_second": tokens / (now - began),
                 "data_wait": (prefetched.waited - waited) / (now - began),
             }
+            if settings.hold is not None:
+                line["alpha"] = weight.alpha
             run.log({"step": step + 1, "split": "train"} | line)
+            weight.update(line)
+            fall.watch(line)
             bar.advance(0, pairs=loader.size(step), tokens=tokens)
             bar.show(_shown(line))
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
@@ -204,6 +224,10 @@ def _shown(line: dict[str, float]) -> dict[str, float]:
     shown = {name: line[name] for name in ("loss", "u", "margin", "reward_accuracy")}
     if "distance_chosen" in line:
         shown["D"] = (line["distance_chosen"] + line["distance_rejected"]) / 2
+    if "kl_chosen" in line:
+        shown["K"] = (line["kl_chosen"] + line["kl_rejected"]) / 2
+    if "alpha" in line:
+        shown["alpha"] = line["alpha"]
     return shown
 
 
@@ -214,13 +238,12 @@ def check_store_serves(store: Store, settings: TrainConfig) -> None:
         UserError: the store is incomplete, or lacks what the method needs.
     """
     store.require_complete()
-    if "features" not in METHODS[settings.method].needs:
+    if settings.constraint != "features":
         return
     if not store.sites:
         raise UserError(
             f"{settings.method} compares features, and {store.path} has none",
-            "cache again with --layer and another --out, or train with --method dpo_norm, which is "
-            "fpo without the constraint",
+            "cache again with --layer and another --out, or train with --constraint none or kl",
         )
     check_k(store, sites_of(store, settings.at), settings.k)
 
