@@ -178,7 +178,7 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
         # Settings that both commands have stay those of training, as in the other runs.
         shared = described.keys() & field_names(CacheConfig)
         described = {name: described[name] for name in shared}
-        described |= {"method": REFERENCE, "seed": config.seed, "measure_kl": False}
+        described |= {"method": REFERENCE, "seed": config.seed}
     of_store = dataclasses.asdict(CacheConfig(**store.settings)) if store else {}
     return Run(
         name=name,

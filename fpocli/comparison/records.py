@@ -41,8 +41,9 @@ def _training(run: Run) -> Record:
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["split"] == "train"]
     held = [line["memory_gb"] for line in train[:_STEPS] if "memory_gb" in line]
-    # With --measure-kl the reference was in memory as well, for any method.
-    own_memory = not run.settings["measure_kl"]
+    # With --measure-kl the reference may be in memory as well, for any method.
+    from_store = run.settings.get("distributions", "0") != "0" and not run.settings["exact_kl"]
+    own_memory = from_store or not run.settings["measure_kl"]
     return {
         "curve": [line for line in lines if line["split"] == "eval"],
         "seconds": sum(line["seconds"] for line in train),

@@ -32,7 +32,10 @@ class EvalConfig:
     ] = 0.0
     reference: Annotated[
         str | None,
-        Option(help="The store's reference model, to measure the sequential KL."),
+        Option(
+            help="The store's reference model, to measure the sequential KL. Without it the KL is "
+            "the lower bound that the store's distributions give, if it has them."
+        ),
     ] = None
     sae: Annotated[
         list[str],

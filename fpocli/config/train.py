@@ -26,9 +26,11 @@ METHODS: dict[str, tuple[Reward, Constraint]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Train the policy alone against a store. A method is a reward and a constraint: fpo is dpo_norm
-    and features, tdpo2 is dpo and kl. Constraints on the KL read the store's distributions (fpo
-    cache --distributions); if it has none, the reference is loaded as well.
+    """Train the policy alone against a store.
+
+    A method is a reward and a constraint: fpo is dpo_norm with features, tdpo2 is dpo with kl. A
+    constraint on the KL reads the store's distributions (fpo cache --distributions); if it has
+    none, the reference is loaded as well.
 
     Run the same command again to resume from the newest checkpoint in --out. For several
     processes: torchrun --nproc-per-node N -m fpocli train ...

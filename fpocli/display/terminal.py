@@ -150,7 +150,9 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
     rows |= {f"D, {site}": value for site, value in result.get("distance", {}).items()}
     rows |= {f"D of group {name}": value for name, value in result.get("groups", {}).items()}
     if "kl" in result:
-        rows |= {"sequential KL, nats": result["kl"], "per token": result["kl_per_token"]}
+        bound = ", lower bound by the store" if result["kl_from"] == "store" else ""
+        rows[f"sequential KL, nats{bound}"] = result["kl"]
+        rows["per token"] = result["kl_per_token"]
     for title, value in rows.items():
         cells = [value["chosen"], value["rejected"], value.get("margin")]
         table.add_row(title, *("" if cell is None else f"{cell:.5g}" for cell in cells))
@@ -162,6 +164,12 @@ def show_evaluation(result: dict[str, Any], out: Console) -> None:
             for name, value in found.items()
         )
         out.print(f"\nCorrelation of D and KL at {site}, over {over}")
+    if found := result.get("kl_of_store"):
+        out.print(
+            f"\nThe store's distributions give {_number(found['share'], '.1%')} of the KL; "
+            f"correlation over responses {_number(found['responses']['pearson'])}, over margins "
+            f"{_number(found['margins']['pearson'])}"
+        )
     for site, found in result.get("bound", {}).items():
         out.print(
             f"Appendix B's bound at {site}: {found['bound_per_token']:.3g} nats per token, KL "

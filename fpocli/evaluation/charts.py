@@ -10,11 +10,12 @@ import numpy as np
 
 from fpocli.data.pairs import SIDES
 from fpocli.display.charts import COLOURS, figure
-from fpocli.evaluation.summary import measured_sites
+from fpocli.evaluation.summary import best_kl, measured_sites
 
 
 def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
-    """reward_margin.png; and where the KL was measured consistency.png and bound.png.
+    """reward_margin.png; where the KL was measured consistency.png, and with the reference
+    bound.png.
 
     Args:
         values: arrays [N, 2] of fpo eval.
@@ -25,17 +26,17 @@ def draw_evaluation(values: dict[str, np.ndarray], out: Path) -> None:
         axis.hist(ratio[:, 0] - ratio[:, 1], bins=40, color=COLOURS[0])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlabel="reward margin (nats per token)", ylabel="pairs")
-    if "kl" not in values:
+    measured, sites = best_kl(values), measured_sites(values)
+    if measured is None or not sites:
         return
-    kl = values["kl"] / values["tokens"]
-    sites = measured_sites(values)
-    if not sites:
-        return
+    kl = measured / values["tokens"]
     with figure(out / "consistency.png", len(sites)) as axes:
         for axis, site in zip(axes, sites, strict=True):
             _scatter(axis, kl, values[f"distance.{site}"])
             axis.set(xlabel="sequential KL (nats per token)", ylabel="D", title=site)
             axis.legend()
+    if "kl" not in values:
+        return
     with figure(out / "bound.png", len(sites)) as axes:
         for axis, site in zip(axes, sites, strict=True):
             bound = values[f"bound.{site}"] / values["tokens"]

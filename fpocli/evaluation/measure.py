@@ -74,7 +74,8 @@ def measure_pairs(
         torch.inference_mode(),
         progress("Scoring pairs", loader.split_size(split) // loader.world) as bar,
     ):
-        for micro in loader.evaluation(device, split):
+        with_top = store.distributions is not None
+        for micro in loader.evaluation(device, split, with_top=with_top):
             # A rank without work gets a pair of weight 0, for collectives that there are none of.
             if micro.pair_weights.any():
                 part = _measure(policy, reference, encoders, micro, k, groups, norms, dtypes)
@@ -105,7 +106,7 @@ def _measure(
     dtypes: dict[str, torch.dtype],
 ) -> Measured:
     output = reference(micro.batch) if reference else None
-    scores = score(policy, encoders, micro.batch, output)
+    scores = score(policy, encoders, micro.batch, output, micro.top)
     _, distances = compare_features(scores, micro.reference, encoders, k)
     values: dict[str, Tensor] = {
         "tokens": scores.count,
@@ -115,6 +116,8 @@ def _measure(
     }
     for name, (unweighted, _) in distances_of_groups(scores, micro.reference, k, groups).items():
         values[f"group.{name}"] = unweighted
+    if scores.kl_bound is not None:
+        values["kl_of_store"] = scores.kl_bound
     if scores.kl is not None and output is not None:
         values["kl"] = scores.kl
         for site, norm in norms.items():

@@ -15,8 +15,8 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
     """The quantities of fpo eval.
 
     Args:
-        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, group.NAME, and
-            with a reference kl in nats and bound.SITE.
+        values: arrays [N, 2]: tokens, logp and ref_logp in nats, distance.SITE, group.NAME, with
+            a reference kl in nats and bound.SITE, and with distributions in the store kl_of_store.
 
     Returns:
         JSON-ready results; docs/evaluation.md defines each.
@@ -39,15 +39,27 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
         result["distance"] = {site: _spread(values[f"distance.{site}"]) for site in sites}
     if groups := measured_groups(values):
         result["groups"] = {name: _spread(values[f"group.{name}"]) for name in groups}
-    if "kl" in values:
-        kl = values["kl"]
+    kl = best_kl(values)
+    if kl is not None:
+        result["kl_from"] = "reference" if "kl" in values else "store"
         result["kl"] = _spread(kl)
         result["kl_per_token"] = _spread(kl / tokens)
         result["consistency"] = {
             site: _consistency(values[f"distance.{site}"], kl / tokens) for site in sites
         }
-        result["bound"] = {site: _bound(kl, values[f"bound.{site}"], tokens) for site in sites}
+    if "kl" in values:
+        result["bound"] = {
+            site: _bound(values["kl"], values[f"bound.{site}"], tokens) for site in sites
+        }
+        if "kl_of_store" in values:
+            result["kl_of_store"] = _shortfall(values["kl_of_store"], values["kl"], tokens)
     return result
+
+
+def best_kl(values: dict[str, np.ndarray]) -> np.ndarray | None:
+    """K, [N, 2] nats: measured with the reference, or else its lower bound by the store's
+    distributions; None without both."""
+    return values.get("kl", values.get("kl_of_store"))
 
 
 def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -69,15 +81,16 @@ def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "reward_margin_per_token": (ratio / tokens)[:, 0] - (ratio / tokens)[:, 1],
     }
     sites = measured_sites(values)
-    both = {"kl": values.get("kl")}
+    kl = best_kl(values)
+    both = {"kl": kl}
     both |= {f"group.{name}": values[f"group.{name}"] for name in measured_groups(values)}
     if sites:
         both["distance"] = np.mean([values[f"distance.{site}"] for site in sites], axis=0)
     for name, array in both.items():
         if array is not None:
             found[f"{name}_chosen"], found[f"{name}_rejected"] = array.T
-    if "kl" in values:
-        found["kl_margin"] = np.abs(values["kl"][:, 1] - values["kl"][:, 0])
+    if kl is not None:
+        found["kl_margin"] = np.abs(kl[:, 1] - kl[:, 0])
     if sites:
         margins = [np.abs(np.subtract(*values[f"distance.{site}"].T)) for site in sites]
         found["distance_margin"] = np.mean(margins, axis=0)
@@ -126,11 +139,11 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _consistency(distance: np.ndarray, kl: np.ndarray) -> dict[str, dict[str, float | None]]:
-    """Correlations of D with K / n, over the 2N responses and over the N margins."""
-    margins = [np.abs(values[:, 1] - values[:, 0]) for values in (distance, kl)]
+def _consistency(one: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """Correlations of two quantities [N, 2], over the 2N responses and over the N margins."""
+    margins = [np.abs(values[:, 1] - values[:, 0]) for values in (one, other)]
     return {
-        "responses": _correlations(distance.ravel(), kl.ravel()),
+        "responses": _correlations(one.ravel(), other.ravel()),
         "margins": _correlations(*margins),
     }
 
@@ -141,6 +154,17 @@ def _correlations(one: np.ndarray, other: np.ndarray) -> dict[str, float | None]
         # Before training all are 0, and no correlation is defined.
         return {"pearson": None, "spearman": None}
     return {"pearson": float(x.corr(y)), "spearman": float(x.rank().corr(y.rank()))}
+
+
+def _shortfall(bound: np.ndarray, kl: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """By how much the store's lower bound misses the KL: its share of it, the difference per token,
+    and the correlations of both per token."""
+    total = float(kl.sum())
+    return {
+        "share": float(bound.sum()) / total if total else None,
+        "missed_per_token": float(((kl - bound) / tokens).mean()),
+        **_consistency(bound / tokens, kl / tokens),
+    }
 
 
 def _bound(kl: np.ndarray, bound: np.ndarray, tokens: np.ndarray) -> dict[str, float]:

@@ -38,8 +38,8 @@ class ChosenFall:
         if len(self._recent) == _STEPS and fall > _FALL and rise > 0 and not self._warned:
             self._warned = True
             warn(
-                f"warning: over the last {_STEPS} steps the chosen responses are less likely than at "
-                f"the start, by {fall:.2f} nats per token, while the margin of the rewards has "
+                f"warning: over the last {_STEPS} steps the chosen responses are less likely than "
+                f"at the start, by {fall:.2f} nats per token, while the margin of the rewards has "
                 "risen: the policy leaves both responses. --sft-weight 0.1 holds the chosen one; a "
                 "lower --lr or a larger --alpha keeps the policy nearer to the reference"
             )

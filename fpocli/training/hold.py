@@ -1,8 +1,8 @@
 """Alpha that holds the constraint's divergence at a value, by dual ascent (--hold).
 
 Training maximises the preference under X <= V, where X is D or K of the rejected responses, which
-the constraint acts on. Alpha is the multiplier of that condition: it rises while X is above V, falls
-while it is below, and is 0 where the condition does not bind. The step is taken in
+the constraint acts on. Alpha is the multiplier of that condition: it rises while X is above V,
+falls while it is below, and is 0 where the condition does not bind. The step is taken in
 s = log(1 + alpha V), so that it has no unit: alpha V grows by a share of itself where it is large,
 and by a fixed amount near 0.
 """

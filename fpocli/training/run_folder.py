@@ -89,7 +89,8 @@ class RunFolder:
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def resume_at(self, step: int) -> list[dict[str, Any]]:
-        """Remove what was logged after the checkpoint that training resumes from; all ranks call it.
+        """Remove what was logged after the checkpoint that training resumes from. All ranks must
+        call this function.
 
         Returns:
             the metrics of the training steps before it.
