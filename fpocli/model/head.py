@@ -1,6 +1,6 @@
 """The head: hidden states -> log-probabilities, without ever holding all logits in memory.
 
-Shapes: M scored tokens, d model width, V vocabulary.
+Shapes: M scored tokens, d model width, V vocabulary, n tokens of a stored distribution.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,9 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from fpocli.data.top_tokens import TopTokens
+from fpocli.model.coarse_kl import coarse_kl, top_tokens
 
 CHUNKED, LIGER = "chunked", "liger"
 _LIGER_SINCE = Version("0.8.5")
@@ -97,6 +100,55 @@ def logprobs_and_kl(
 
     logp, kl = _by_chunk(chunk, network, final, targets, reference_final)
     return logp, kl
+
+
+def logprobs_and_top(
+    network: Any, final: Tensor, targets: Tensor, n: int
+) -> tuple[Tensor, TopTokens[Tensor]]:
+    """log pi(target), and the n likeliest tokens, at every predicting position; for caching.
+
+    Args:
+        network: transformers' model.
+        final: [M, d] the head's input.
+        targets: [M] token ids.
+        n: how many tokens; V for the whole vocabulary.
+
+    Returns:
+        float32 [M], nats; TopTokens.
+    """
+
+    def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        logp, top = top_tokens(logits(network, states), tokens, n)
+        return (logp, *top) if top.ids is not None else (logp, top.logp, top.rest)
+
+    logp, *ids, top, rest = _by_chunk(chunk, network, final, targets)
+    return logp, TopTokens(ids[0] if ids else None, top, rest)
+
+
+def logprobs_and_bound(
+    network: Any, final: Tensor, targets: Tensor, known: TopTokens[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """log pi(target), and the lower bound of KL(reference || policy) that a store's distributions
+    give, at every predicting position. Chunks are recomputed in the backward pass.
+
+    Args:
+        network: the policy's.
+        final: [M, d] its head's input.
+        targets: [M] token ids.
+        known: of the reference at these positions.
+
+    Returns:
+        two float32 [M], nats.
+    """
+    rows = known[1:] if known.ids is None else known
+
+    def chunk(states: Tensor, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        *ids, top, rest = parts
+        here = TopTokens(ids[0] if ids else None, top, rest)
+        return coarse_kl(logits(network, states), tokens, here)
+
+    logp, bound = _by_chunk(chunk, network, final, targets, *rows)
+    return logp, bound
 
 
 def _by_chunk(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.site import Site
 from fpocli.model.attention import (
     attention_mask,
@@ -18,7 +19,13 @@ from fpocli.model.attention import (
     layer_types,
     register_kernel,
 )
-from fpocli.model.head import choose_head, logprobs, logprobs_and_kl
+from fpocli.model.head import (
+    choose_head,
+    logprobs,
+    logprobs_and_bound,
+    logprobs_and_kl,
+    logprobs_and_top,
+)
 from fpocli.model.hook_point import hook_module
 from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
@@ -48,26 +55,30 @@ class LanguageModel(nn.Module):
         check_attention(network)
 
     def forward(
-        self, batch: PackedSequence, reference: "ReferenceOutput | None" = None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        self,
+        batch: PackedSequence,
+        reference: "ReferenceOutput | None" = None,
+        top: TopTokens[Tensor] | None = None,
+        distributions: int = 0,
+    ) -> "ModelOutput":
         """Score a packed sequence.
 
         Args:
             batch: the packed sequence.
-            reference: what the reference makes of it, where the KL to it is needed.
-
-        Returns:
-            log-probability of each target, float32 [M] in nats;
-            for every site the hidden states that predict the targets, [M, d];
-            KL(reference || policy) at each predicting position, float32 [M] in nats, or None.
+            reference: what the reference makes of it, for the KL to it.
+            top: what a store holds of the reference's distributions, for the KL's lower bound.
+            distributions: of how many tokens this model's own distributions are returned.
         """
         final, states = self.states(batch)
-        if reference is None:
-            return logprobs(self.network, final, batch.targets), states, None
-        logp, kl = logprobs_and_kl(
-            self.network, final, batch.targets, reference.network, reference.final
-        )
-        return logp, states, kl
+        head = self.network, final, batch.targets
+        logp, kl, bound, own = None, None, None, None
+        if reference is not None:
+            logp, kl = logprobs_and_kl(*head, reference.network, reference.final)
+        if top is not None:
+            logp, bound = logprobs_and_bound(*head, top)
+        if distributions:
+            logp, own = logprobs_and_top(*head, distributions)
+        return ModelOutput(logprobs(*head) if logp is None else logp, states, kl, bound, own)
 
     def states(self, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the decoder without the head.
@@ -129,6 +140,24 @@ class LanguageModel(nn.Module):
             # Removed before the backward pass, whose recomputation would call them again.
             for hook in hooks:
                 hook.remove()
+
+
+class ModelOutput(NamedTuple):
+    """What a model makes of a packed sequence. A tuple, so that DeepSpeed finds the tensors in it.
+
+    Args:
+        logp: float32 [M], log-probability of each target, nats.
+        states: for every site the hidden states that predict the targets, [M, d].
+        kl: float32 [M], KL(reference || policy) at each predicting position, nats; or None.
+        kl_bound: float32 [M], its lower bound by a store's distributions, nats; or None.
+        top: the model's own distributions at these positions, or None.
+    """
+
+    logp: Tensor
+    states: dict[str, Tensor]
+    kl: Tensor | None
+    kl_bound: Tensor | None
+    top: TopTokens[Tensor] | None
 
 
 class ReferenceOutput(NamedTuple):

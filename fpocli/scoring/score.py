@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.encoder import SparseEncoder
 from fpocli.model.language_model import ReferenceOutput
 from fpocli.model.packing import PackedSequence
@@ -26,6 +27,9 @@ class PairScores:
         states: per site the hidden states [n, d] of each of the 2P responses, with gradient.
         kl: float32 [P, 2], K(y), the sequential KL(reference || policy) in nats (paper, the
             definition after equation 3), with gradient; None without a reference.
+        kl_bound: float32 [P, 2], its lower bound by a store's distributions, nats, with gradient;
+            None without them.
+        top: the model's own distributions at the M scored tokens, or None.
     """
 
     logp: Tensor
@@ -33,6 +37,8 @@ class PairScores:
     pooled: dict[str, Tensor]
     states: dict[str, tuple[Tensor, ...]]
     kl: Tensor | None
+    kl_bound: Tensor | None
+    top: TopTokens[Tensor] | None
 
     @property
     def average(self) -> Tensor:
@@ -45,6 +51,9 @@ def score(
     encoders: dict[str, SparseEncoder],
     batch: PackedSequence,
     reference: ReferenceOutput | None = None,
+    top: TopTokens[Tensor] | None = None,
+    *,
+    distributions: int = 0,
 ) -> PairScores:
     """Score the pairs of a packed sequence.
 
@@ -55,8 +64,12 @@ def score(
         encoders: an SAE for each site whose features are pooled.
         batch: the packed sequence.
         reference: the frozen reference's output for it, if the KL is needed.
+        top: the store's distributions of the reference for it, if the KL's lower bound is needed.
+        distributions: of how many tokens the model's own distributions are returned; V for the
+            whole vocabulary.
     """
-    logprobs, hidden, kl = model(batch, reference)
+    output = model(batch, reference, top, distributions)
+    logprobs, hidden = output.logp, output.states
     counts = batch.counts
 
     def sums(tokens: Tensor) -> Tensor:
@@ -72,5 +85,7 @@ def score(
         count=torch.tensor(counts, dtype=torch.float32, device=logprobs.device).view(-1, 2),
         pooled={site: value.view(-1, 2, value.shape[-1]) for site, value in pooled.items()},
         states=states,
-        kl=None if kl is None else sums(kl),
+        kl=None if output.kl is None else sums(output.kl),
+        kl_bound=None if output.kl_bound is None else sums(output.kl_bound),
+        top=output.top,
     )
