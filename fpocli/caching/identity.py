@@ -45,6 +45,7 @@ def identify(
             "attention": choose_kernel(device),
         },
         "sites": _describe_sites(config, encoders),
+        "distributions": describe_distributions(config, model_config.vocab_size),
         "block": config.block,
     }
 
@@ -73,9 +74,9 @@ def check_same_settings(config: CacheConfig, store: Store, identity: dict[str, A
     Raises:
         UserError: it lists the differences.
     """
-    stored = {name: store.meta[name] for name in identity}
+    stored = {name: store.meta.get(name) for name in identity}
     allowed = {MAY_DIFFER[name]: identity["model"][MAY_DIFFER[name]] for name in config.allow}
-    stored |= {"model": stored["model"] | allowed}
+    stored["model"] = store.meta["model"] | allowed
     if other := differences(stored, _as_spelled_in(store, identity, local_paths(config))):
         raise UserError(
             f"{store.path} was made with other settings: {other}",
@@ -114,6 +115,27 @@ def describe_origin(config: CacheConfig, encoders: dict[str, SparseEncoder]) -> 
         "paths": local_paths(config),
         **({"neuronpedia": named} if named else {}),
     }
+
+
+def describe_distributions(config: CacheConfig, vocabulary: int) -> dict[str, Any] | None:
+    """The attribute `distributions` of a store; None without.
+
+    Args:
+        config: the settings.
+        vocabulary: V of the model.
+
+    Raises:
+        UserError: more tokens are asked for than there are.
+    """
+    n = vocabulary if config.distributions == "all" else int(config.distributions)
+    if n > vocabulary or (n == vocabulary and config.distributions != "all"):
+        raise UserError(
+            f"--distributions {n} is not less than the model's vocabulary of {vocabulary} tokens",
+            "use --distributions all",
+        )
+    if not n:
+        return None
+    return {"tokens": n, "vocabulary": vocabulary, "dtype": config.distribution_dtype}
 
 
 def _describe_sites(

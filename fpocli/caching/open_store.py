@@ -13,9 +13,10 @@ from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.sources import Source
+from fpocli.store.distributions import plan_rows
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
-from fpocli.store.schema import fingerprint, raw_bytes
+from fpocli.store.schema import distribution_bytes, fingerprint, raw_bytes
 from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say, warn
@@ -135,16 +136,20 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
     """
     pairs = about["pairs"]
     dropped = "".join(f"; dropped {count:,}: {why}" for why, count in pairs["dropped"].items())
-    size = raw_bytes(about | {"tokens": len(tokens.ids)})
+    sized = about | {"tokens": len(tokens.ids)}
+    if stored := about["distributions"]:
+        sized["distribution_rows"], _ = plan_rows(stored, about["block"], tokens.counts)
+    size = raw_bytes(sized)
     parent = path.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
-    sites = "no features, as no --layer is named: for all methods but fpo"
+    sites = "no features, as no --layer is named: for all constraints but features"
     if about["sites"]:
         sites = f"sites {', '.join(about['sites'])}"
     say(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
         f"{len(tokens.ids):,} tokens; {sites}\n"
+        f"{_distributions_text(sized)}"
         f"{path} will take at most {decimal(size)}; {decimal(free)} are free",
         any_rank=True,
     )
@@ -153,3 +158,16 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
             f"{path} may take {decimal(size)}, and only {decimal(free)} are free",
             "choose --out on another disk, a smaller --top-k, or a --limit",
         )
+
+
+def _distributions_text(about: dict[str, Any]) -> str:
+    """What the distributions of a store will take, as a line; nothing without."""
+    if not (stored := about["distributions"]):
+        return ""
+    which = (
+        "all" if stored["tokens"] == stored["vocabulary"] else f"the {stored['tokens']} likeliest"
+    )
+    return (
+        f"distributions of {about['distribution_rows']['scored']:,} scored tokens, {which} of "
+        f"{stored['vocabulary']:,}: {decimal(distribution_bytes(about))} of what follows\n"
+    )

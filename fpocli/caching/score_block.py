@@ -6,6 +6,7 @@ Shapes: b pairs of the block, P pairs of a packed sequence, K stored features, m
 import numpy as np
 import torch
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.encoder import SparseEncoder, top_k
 from fpocli.features.top_features import TopFeatures
 from fpocli.model.attention import length_multiple
@@ -46,7 +47,9 @@ def score_block(
     Raises:
         UserError: a value is non-finite, or does not fit into float16.
     """
-    values = store.missing_values(len(tokens))
+    values = store.missing_values(tokens)
+    n = store.distributions.tokens if store.distributions else 0
+    ends = tokens.counts.sum(1).cumsum()
     totals = {
         site: FeatureTotals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
@@ -57,7 +60,7 @@ def score_block(
     for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
-            scores = score(model, encoders, batch)
+            scores = score(model, encoders, batch, distributions=n)
         finite = _finite(scores)
         kept, wrong = (
             [pair for pair, ok in zip(pairs, finite.tolist(), strict=True) if ok is which]
@@ -70,6 +73,8 @@ def score_block(
             _leave_out(int(tokens.source_row[wrong[0]]), drop_non_finite)
             bar.advance()
         values.logp[kept] = scores.logp[finite].cpu().numpy()
+        if scores.top and values.top:
+            _keep_distributions(scores, values.top, pairs, finite.tolist(), ends)
         for site, pooled in scores.pooled.items():
             pooled = pooled[finite]
             _keep_features(pooled, values.features[site], kept, tokens.source_row)
@@ -102,9 +107,33 @@ def _keep_features(
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
 
 
+def _keep_distributions(
+    scores: PairScores,
+    into: TopTokens[np.ndarray],
+    pairs: list[int],
+    finite: list[bool],
+    ends: np.ndarray,
+) -> None:
+    """The rows of the finite pairs, to the places where those of the block end."""
+    sizes = scores.count.sum(1).int().tolist()
+    for stored, made in zip(into, scores.top or (), strict=True):
+        if stored is not None and made is not None:
+            parts = made.cpu().numpy()
+            first = 0
+            for pair, size, ok in zip(pairs, sizes, finite, strict=True):
+                if ok:
+                    stored[ends[pair] - size : ends[pair]] = parts[first : first + size]
+                first += size
+
+
 def _finite(scores: PairScores) -> torch.Tensor:
     """Which pairs have finite values only: bool [P]."""
     finite = scores.logp.isfinite().all(1)
+    if scores.top:
+        # A rest of probability 0 is allowed, as it is with the whole vocabulary.
+        whole = scores.top.logp.isfinite().all(1) & ~scores.top.rest.isnan()
+        sizes = scores.count.sum(1).int().tolist()
+        finite = finite & torch.stack([part.all() for part in whole.split(sizes)])
     for pooled in scores.pooled.values():
         finite &= pooled.isfinite().all(-1).all(1)
     return finite

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from fpocli.caching.identity import describe_distributions
 from fpocli.comparison.grid import Grid
 from fpocli.comparison.steps import Step, processes
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
@@ -223,13 +224,14 @@ def _count(path: str, step: Step | None) -> StoreSize:
             # The SFT stage has not run yet; its base model has the same tokeniser and shape.
             source = str(step.after.settings["model"])
         folder = find_model(source, weights=False)
-        pairs, tokens = _count_pairs(config, source)
+        pairs, tokens, scored = _count_pairs(config, source)
         sites = [Site(layer, kind) for layer, kind in config.sites]
         saes = config.sae
         if sites and not saes:
             saes, _ = default_saes(folder, read_config(folder), sites)
         widths = tuple(map(_features, saes))
         about = _about(config, pairs, tokens, widths)
+        about |= _distributions(config, read_config(folder).vocab_size, scored)
     return StoreSize(
         pairs=pairs,
         tokens=tokens,
@@ -237,6 +239,7 @@ def _count(path: str, step: Step | None) -> StoreSize:
         parameters=count_parameters(folder),
         width=read_config(folder).hidden_size,
         features=widths,
+        distributions=bool(about.get("distributions")),
     )
 
 
@@ -257,8 +260,16 @@ def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]
     }
 
 
-def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int]:
-    """Pairs and tokens of the data, extrapolated from the first rows."""
+def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[str, Any]:
+    """The attributes by which the size of a store's distributions is known."""
+    return {
+        "distributions": describe_distributions(config, vocabulary),
+        "distribution_rows": {"scored": scored, "rows": scored, "shard": scored},
+    }
+
+
+def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
+    """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
     counts = (config.data, config.split, config.limit, model, config.chat_template)
     return _counted(*counts, config.max_length, config.max_prompt_length)
 
@@ -272,21 +283,22 @@ def _counted(
     template: str | None,
     length: int,
     prompt_length: int,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     dropped = DroppedRows()
     folder = find_model(model, weights=False)
     tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
     first = open_source(data, split, min(limit or _SAMPLE, _SAMPLE))
     with progress("Counting tokens", None):
         sizes = [
-            len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
             for pair in tokenizer(read_pairs(first, dropped))
         ]
         rows = sum(1 for _ in open_source(data, split, limit).rows())
     if not sizes:
         raise dropped.nothing_left()
     scale = rows / max(dropped.read, 1)
-    return round(scale * len(sizes)), round(scale * sum(sizes))
+    prompts, responses = (scale * sum(part) for part in zip(*sizes, strict=True))
+    return round(scale * len(sizes)), round(prompts + responses), round(responses)
 
 
 def _features(source: str) -> int:

@@ -79,6 +79,20 @@ class CacheConfig:
     value_dtype: Annotated[
         Literal["float32", "float16"], Option(help="Dtype of stored feature values.")
     ] = "float32"
+    distributions: Annotated[
+        str,
+        Option(
+            metavar="N",
+            help="Also store the reference's N likeliest tokens at every scored position, or all: "
+            "what constraints on the KL (tdpo1, tdpo2, simpo_kl, --constraint kl), --measure-kl "
+            "and fpo eval need of the reference. 64 is a good number, and takes 516 bytes a scored "
+            "token before compression; 0 stores none.",
+        ),
+    ] = "0"
+    distribution_dtype: Annotated[
+        Literal["float32", "float16"],
+        Option(help="Dtype of these log-probabilities. float16 is no strict lower bound."),
+    ] = "float32"
     max_length: Annotated[
         int,
         Option(
@@ -150,6 +164,12 @@ class CacheConfig:
             raise UserError(
                 f"--top-k {self.top_k} is neither a positive number nor 'all'",
                 "the default is 256; all makes the feature distance exact",
+            )
+
+        if self.distributions != "all" and not self.distributions.isdecimal():
+            raise UserError(
+                f"--distributions {self.distributions} is neither a number nor 'all'",
+                "64 is a good number; 0 stores none",
             )
 
     @property

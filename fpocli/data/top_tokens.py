@@ -23,3 +23,13 @@ class TopTokens(NamedTuple, Generic[Array]):
     ids: Array | None
     logp: Array
     rest: Array
+
+    def at(self, positions: slice) -> "TopTokens[Array]":
+        """Those of some of the positions."""
+        ids, logp, rest = (None if part is None else part[positions] for part in self)  # type: ignore
+        return TopTokens(ids, logp, rest)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that there are, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}

@@ -63,21 +63,19 @@ class ArrayReader:
     def read_array(self, name: str) -> np.ndarray:
         """A whole array, such as spans or ref/margin; blocks not scored yet hold the fill value."""
         if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
-            array = self._array(name)
-            for chunk in range(-(-array.shape[0] // array.chunks[0])):
+            array = self.array(name)
+            for chunk in range(-(-array.shape[0] // _file_rows(array))):
                 self._require_chunk(name, chunk, chunk if name != "tokens" else None)
-        return self._read(name, slice(None))
+        return self.read_rows(name, slice(None))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes of each array: in memory and on disk."""
-        arrays = {
-            name: self._array(name) for name in array_schema(self.meta) if name in self._group
-        }
+        arrays = {name: self.array(name) for name in array_schema(self.meta) if name in self._group}
         return {
             name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
         }
 
-    def _array(self, name: str) -> Any:
+    def array(self, name: str) -> Any:
         # Cached: zarr reads an array's metadata again whenever it is looked up.
         if name not in self._arrays:
             # Chunks equal to the fill value are written as well: a missing file then always means
@@ -85,28 +83,35 @@ class ArrayReader:
             self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
-    def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
+    def read_rows(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
         """A part of an array; if a block is named, its chunks must exist."""
-        array = self._array(name)
+        array = self.array(name)
         if block is not None:
-            for chunk in range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0])):
+            first, last, _ = rows.indices(array.shape[0])
+            size = _file_rows(array)
+            for chunk in range(first // size, -(-last // size)):
                 self._require_chunk(name, chunk, block)
         try:
             return np.asarray(array[rows])
         except BROKEN as error:
-            raise self._damaged(name, block, str(error)) from error
+            raise self.damaged(name, block, str(error)) from error
 
     def _require_chunk(self, name: str, chunk: int, block: int | None) -> None:
         """Refuse a missing chunk, for which zarr would silently return the fill value."""
         if not self._is_there(name, chunk):
-            raise self._damaged(name, block, f"chunk {chunk} is missing")
+            raise self.damaged(name, block, f"chunk {chunk} is missing")
 
     def _is_there(self, name: str, chunk: int) -> bool:
-        array = self._array(name)
+        array = self.array(name)
         key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
         return (self.path / name / key).is_file()
 
-    def _damaged(self, name: str, block: int | None, why: str) -> UserError:
+    def damaged(self, name: str, block: int | None, why: str) -> UserError:
         rows = self.pairs_in(block) if block is not None else None
         where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
         return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
+
+
+def _file_rows(array: Any) -> int:
+    """Rows of a file of an array: of a shard, which consists of chunks, or of a chunk."""
+    return (array.shards or array.chunks)[0]

@@ -32,6 +32,14 @@ def digest_of_kept(block: int, reference: ReferenceValues) -> np.uint64:
     return _digest([np.array(block, np.int64), *(values for values in kept if values.size)])
 
 
+def digest_of_distributions(fingerprint: str, pair: int, arrays: list[np.ndarray]) -> np.uint64:
+    """64 bits of sha256 over a store's fingerprint, a pair's number and its rows of the
+    distributions; never 0, which stands for a pair without reference values."""
+    return _digest(
+        [np.frombuffer(fingerprint.encode(), np.uint8), np.array(pair, np.int64), *arrays]
+    )
+
+
 def _digest(arrays: list[np.ndarray]) -> np.uint64:
     digest = hashlib.sha256()
     for array in arrays:

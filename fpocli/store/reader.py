@@ -4,6 +4,8 @@ Shapes: N pairs, T tokens, K stored features, F features that are stored for eve
 m features of a site, B blocks, b pairs of one block.
 """
 
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.array_reader import BROKEN, ArrayReader
 from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
+from fpocli.store.distributions import StoredDistributions
 from fpocli.store.metadata import (
     DOCUMENT,
     REPAIR,
@@ -28,6 +31,8 @@ from fpocli.system.errors import UserError
 
 # In this order; other codecs might hide damage.
 _CODECS = ["bytes", "zstd", "crc32c"]
+# Of the chunks in a shard, and of the shard's index.
+_SHARDED = ["sharding_indexed", *_CODECS, "bytes", "crc32c"]
 
 
 class Store(ArrayReader):
@@ -78,27 +83,33 @@ class Store(ArrayReader):
         return store
 
     def _check_arrays(self) -> None:
-        for name, (shape, dtype, chunks) in array_schema(self.meta).items():
+        for name, (shape, dtype, chunks, shards) in array_schema(self.meta).items():
             if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
                 continue
             try:
-                array = self._array(name)
-                found = array.shape, str(array.dtype), array.chunks
-                codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+                array = self.array(name)
+                found = array.shape, str(array.dtype), array.chunks, array.shards
+                codecs = _codec_names(array.metadata.codecs)
             except BROKEN as error:
                 raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
-            if found != (shape, dtype, chunks):
+            if found != (shape, dtype, chunks, shards):
                 raise UserError(
                     f"the array {name} of {self.path} is {found[1]} {found[0]} in chunks of "
-                    f"{found[2]}, expected {dtype} {shape} in {chunks}",
+                    f"{found[2]}, shards of {found[3]}; expected {dtype} {shape} in {chunks}, "
+                    f"{shards}",
                     REPAIR,
                 )
-            if codecs != _CODECS:
+            if codecs != (_CODECS if shards is None else _SHARDED):
                 raise UserError(
                     f"the array {name} of {self.path} has the codecs {', '.join(codecs)}, "
-                    f"expected {', '.join(_CODECS)}",
+                    f"expected {', '.join(_CODECS if shards is None else _SHARDED)}",
                     REPAIR,
                 )
+
+    @cached_property
+    def distributions(self) -> StoredDistributions | None:
+        """The reference's next-token distributions; None if the store has none."""
+        return StoredDistributions(self) if self.meta.get("distributions") else None
 
     @property
     def non_finite(self) -> list[int]:
@@ -160,12 +171,12 @@ class Store(ArrayReader):
     def tokens(self, block: int) -> TokenPairs:
         """The token ids of a block's pairs."""
         rows = self.pairs_in(block)
-        spans = self._read("spans", rows, block)
-        source_row = self._read("source_row", rows, block)
+        spans = self.read_rows("spans", rows, block)
+        source_row = self.read_rows("source_row", rows, block)
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
-            raise self._damaged("spans", block, "they do not describe token ids")
-        ids = self._read("tokens", slice(begin, end), block)
+            raise self.damaged("spans", block, "they do not describe token ids")
+        ids = self.read_rows("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
 
     def neuronpedia(self, site: str) -> str | None:
@@ -190,37 +201,37 @@ class Store(ArrayReader):
         """
         rows = self.pairs_in(block)
         reference = ReferenceValues(
-            logp=self._read("ref/logp", rows, block),
-            margin=self._read("ref/margin", rows, block),
+            logp=self.read_rows("ref/logp", rows, block),
+            margin=self.read_rows("ref/margin", rows, block),
             features={site: self._features(site, rows, block) for site in self.sites},
         )
         if digest_of_block(tokens, reference) != self._record(block):
-            raise self._damaged("blocks/digest", block, "the values do not match it")
+            raise self.damaged("blocks/digest", block, "the values do not match it")
         if self.has_kept:
-            recorded = self._read("blocks/kept", slice(block, block + 1), block)[0]
+            recorded = self.read_rows("blocks/kept", slice(block, block + 1), block)[0]
             if digest_of_kept(block, reference) != recorded:
-                raise self._damaged("blocks/kept", block, "the values do not match it")
+                raise self.damaged("blocks/kept", block, "the values do not match it")
         self.check_not_replaced()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
-            raise self._damaged("ref/margin", block, "missing values do not match the metadata")
+            raise self.damaged("ref/margin", block, "missing values do not match the metadata")
         return reference
 
     def _features(self, site: str, rows: slice, block: int) -> TopFeatures[np.ndarray]:
         index, value, nonzero = (
-            self._read(f"features/{site}/{name}", rows, block)
+            self.read_rows(f"features/{site}/{name}", rows, block)
             for name in ("index", "value", "nonzero")
         )
         kept = kept_features(self.sites[site])
         kept_value = np.empty((len(index), 2, 0), value.dtype)
         if kept:
-            kept_value = self._read(f"features/{site}/kept", rows, block)
+            kept_value = self.read_rows(f"features/{site}/kept", rows, block)
         return TopFeatures(index, value, nonzero, kept_value, np.array(kept, np.int64))
 
     def _record(self, block: int) -> np.uint64:
         """The digest of a block as it was written; 0 if it is not scored."""
-        return self._read("blocks/digest", slice(block, block + 1), block)[0]
+        return self.read_rows("blocks/digest", slice(block, block + 1), block)[0]
 
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all responses: float32 [m]."""
@@ -232,9 +243,9 @@ class Store(ArrayReader):
 
     def _total(self, name: str) -> np.ndarray:
         self._require_chunk(name, 0, None)
-        values = self._read(name, slice(None))
+        values = self.read_rows(name, slice(None))
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise self._damaged(name, None, "it holds missing values")
+            raise self.damaged(name, None, "it holds missing values")
         return values
 
     def totals(self, block: int) -> dict[str, FeatureTotals]:
@@ -242,13 +253,13 @@ class Store(ArrayReader):
         rows = slice(block, block + 1)
         totals = {
             site: FeatureTotals(
-                self._read(f"blocks/{site}/sum", rows, block)[0],
-                self._read(f"blocks/{site}/frequency", rows, block)[0],
+                self.read_rows(f"blocks/{site}/sum", rows, block)[0],
+                self.read_rows(f"blocks/{site}/frequency", rows, block)[0],
             )
             for site in self.sites
         }
-        if digest_of_totals(block, totals) != self._read("blocks/totals", rows, block)[0]:
-            raise self._damaged("blocks/totals", block, "the sums do not match it")
+        if digest_of_totals(block, totals) != self.read_rows("blocks/totals", rows, block)[0]:
+            raise self.damaged("blocks/totals", block, "the sums do not match it")
         return totals
 
     def sum_totals(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -266,3 +277,14 @@ class Store(ArrayReader):
             site: ((made.value / responses).astype(np.float32), made.frequency)
             for site, made in total.items()
         }
+
+
+def _codec_names(codecs: Iterable[Any]) -> list[str]:
+    """The names of an array's codecs, those inside a shard included."""
+    names = []
+    for codec in codecs:
+        about = codec.to_dict()
+        inner = about.get("configuration", {}) if about["name"] == "sharding_indexed" else {}
+        names += [about["name"]]
+        names += [part["name"] for key in ("codecs", "index_codecs") for part in inner.get(key, ())]
+    return names

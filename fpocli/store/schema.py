@@ -23,11 +23,12 @@ _IDENTITY = ("data", "tokenizer", "limits", "model", "sites", "block")
 
 
 class ArraySchema(NamedTuple):
-    """Shape, dtype and chunks of an array."""
+    """Shape, dtype and chunks of an array; shards are files of several chunks."""
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
 
     @property
     def bytes(self) -> int:
@@ -46,7 +47,7 @@ class ArraySchema(NamedTuple):
             return np.nan
         if name.endswith("/index"):
             return int(np.iinfo(kind).max)
-        return -1 if name.endswith(("/nonzero", "/frequency")) else 0
+        return -1 if name.endswith(("/nonzero", "/frequency", "/start")) else 0
 
 
 def index_dtype(m: int) -> str:
@@ -59,9 +60,22 @@ def kept_features(about: dict[str, Any]) -> list[int]:
     return about.get("keep", [])
 
 
+def row_bytes(about: dict[str, Any]) -> int:
+    """Bytes of one position's row, uncompressed; from the attribute `distributions`."""
+    n, size = about["tokens"], np.dtype(about["dtype"]).itemsize
+    return (0 if n == about["vocabulary"] else 4 * n) + size * (n + 1)
+
+
+def rows_per_chunk(about: dict[str, Any]) -> int:
+    """Positions of a chunk of distributions, which is read whole: about 256 KiB an array."""
+    return max(1, 2**16 // about["tokens"])
+
+
 def fingerprint(meta: dict[str, Any]) -> str:
     """sha256 over all attributes that determine a store's content."""
     identity = {name: meta[name] for name in _IDENTITY}
+    if meta.get("distributions"):
+        identity["distributions"] = meta["distributions"]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,12 +111,39 @@ def array_schema(meta: dict[str, Any]) -> dict[str, ArraySchema]:
             dtype = about["value_dtype"]
             arrays[f"{features}/kept"] = ArraySchema((n, 2, kept), dtype, (block, 2, kept))
             arrays["blocks/kept"] = ArraySchema((blocks,), "uint64", (1,))
+    if about := meta.get("distributions"):
+        arrays |= _distribution_arrays(about, meta["distribution_rows"], n, block)
+    return arrays
+
+
+def _distribution_arrays(
+    about: dict[str, Any], planned: dict[str, int], n: int, block: int
+) -> dict[str, ArraySchema]:
+    rows, shard, chunk = planned["rows"], planned["shard"], rows_per_chunk(about)
+    tokens, dtype = about["tokens"], about["dtype"]
+    wide = (rows, tokens), (chunk, tokens), (shard, tokens)
+    arrays = {
+        "ref/top/logp": ArraySchema(wide[0], dtype, *wide[1:]),
+        "ref/top/rest": ArraySchema((rows,), dtype, (chunk,), (shard,)),
+        "ref/top/digest": ArraySchema((n,), "uint64", (block,)),
+        "ref/top/start": ArraySchema((-(-n // block),), "int64", (-(-n // block),)),
+    }
+    if tokens < about["vocabulary"]:
+        arrays["ref/top/ids"] = ArraySchema(wide[0], "uint32", *wide[1:])
     return arrays
 
 
 def raw_bytes(meta: dict[str, Any]) -> int:
     """Size of a store before compression."""
-    return sum(array.bytes for array in array_schema(meta).values())
+    # Rows that fill up a shard take no room.
+    arrays = (array for array in array_schema(meta).values() if array.shards is None)
+    return sum(array.bytes for array in arrays) + distribution_bytes(meta)
+
+
+def distribution_bytes(meta: dict[str, Any]) -> int:
+    """Size of a store's distributions before compression."""
+    about = meta.get("distributions")
+    return row_bytes(about) * meta["distribution_rows"]["scored"] if about else 0
 
 
 # -- attributes, checked before they are used ------------------------------------------------------
@@ -144,6 +185,10 @@ _SITE_ATTRIBUTES: dict[str, Any] = {
     "k": int,
     "value_dtype": str,
 }
+_DISTRIBUTIONS: dict[str, Any] = {
+    "distributions": {"tokens": int, "vocabulary": int, "dtype": str},
+    "distribution_rows": {"scored": int, "rows": int, "shard": int},
+}
 
 
 def wrong_attribute(meta: dict[str, Any]) -> str | None:
@@ -182,6 +227,8 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     for site, about in meta["sites"].items():
         if wrong := _wrong_site(site, about):
             return f"sites.{site}: {wrong}"
+    if wrong := _wrong_distributions(meta):
+        return f"distributions: {wrong}"
     for name, array in array_schema(meta).items():
         if array.chunk_bytes > _LARGEST_CHUNK:
             return f"a chunk of {name} would take {array.chunk_bytes:,} bytes, at most 2 GiB may"
@@ -205,6 +252,31 @@ def _wrong_site(site: str, about: Any) -> str | None:
         return "keep are no features"
     if about["value_dtype"] not in ("float32", "float16"):
         return f"the dtype {about['value_dtype']} is unknown"
+    return None
+
+
+def _wrong_distributions(meta: dict[str, Any]) -> str | None:
+    if meta.get("distributions") is None:
+        return None
+    both = {name: meta.get(name) for name in _DISTRIBUTIONS}
+    if wrong := _wrong_kind(both, _DISTRIBUTIONS):
+        return f"{wrong} is missing or of the wrong type"
+    about, planned = meta["distributions"], meta["distribution_rows"]
+    if not 1 <= about["tokens"] <= about["vocabulary"] <= 2**32 - 1:
+        return f"{about['tokens']} of {about['vocabulary']} tokens cannot be"
+    if about["dtype"] not in ("float32", "float16"):
+        return f"the dtype {about['dtype']} is unknown"
+    scored, rows, shard = (planned[name] for name in ("scored", "rows", "shard"))
+    blocks = -(-meta["pairs"]["kept"] // meta["block"])
+    if not (
+        0 < scored <= min(rows, meta["tokens"])
+        and shard > 0
+        and rows % shard == 0
+        and shard % rows_per_chunk(about) == 0
+        and rows < scored + blocks * shard
+        and shard * row_bytes(about) <= _LARGEST_CHUNK
+    ):
+        return f"{scored} positions in {rows} rows and shards of {shard} cannot be"
     return None
 
 

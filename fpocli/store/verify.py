@@ -38,7 +38,10 @@ def find_damage(store: Store) -> list[Damage]:
             tokens = check(block, store.tokens, block)
             scored = check(block, store.is_scored, block)
             if scored and tokens is not None:
-                check(block, store.reference, block, tokens)
+                values = check(block, store.reference, block, tokens)
+                if store.distributions and values:
+                    missing = store.pairs_in(block).start + np.flatnonzero(np.isnan(values.margin))
+                    check(block, store.distributions.check, block, missing)
             if scored and store.has_totals:
                 check(block, store.totals, block)
             if complete and scored is False:

@@ -13,6 +13,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from fpocli.config import MAY_DIFFER
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
+from fpocli.store.distributions import plan_rows
 from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
@@ -41,6 +42,9 @@ class StoreWriter(Store):
         # A store with no other attributes was interrupted here and starts over.
         write_root(path, {"format": FORMAT})
         meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
+        if meta.get("distributions"):
+            rows, start = plan_rows(meta["distributions"], meta["block"], tokens.counts)
+            meta["distribution_rows"] = rows
         meta |= {
             "format": FORMAT,
             "version": VERSION,
@@ -58,9 +62,11 @@ class StoreWriter(Store):
                 compressors=[ZstdCodec(level=3), Crc32cCodec()],
                 fill_value=array.fill(name),
             )
-        store._array("tokens")[:] = tokens.ids
-        store._array("spans")[:] = tokens.spans
-        store._array("source_row")[:] = tokens.source_row
+        store.array("tokens")[:] = tokens.ids
+        store.array("spans")[:] = tokens.spans
+        store.array("source_row")[:] = tokens.source_row
+        if store.distributions:
+            store.array("ref/top/start")[:] = start
         meta["documents"] = document_sums(path)
         # Written last.
         write_root(path, meta)
@@ -81,9 +87,9 @@ class StoreWriter(Store):
             )
         return store
 
-    def missing_values(self, b: int) -> ReferenceValues:
-        """Reference values of b pairs, all missing, to be filled."""
-        arrays = array_schema(self.meta)
+    def missing_values(self, tokens: TokenPairs) -> ReferenceValues:
+        """Reference values of a block's b pairs, all missing, to be filled."""
+        arrays, b = array_schema(self.meta), len(tokens)
 
         def rows(name: str) -> np.ndarray:
             array = arrays[name]
@@ -97,7 +103,8 @@ class StoreWriter(Store):
             kept = np.array(kept_features(about), np.int64)
             kept_value = np.full((b, 2, len(kept)), np.nan, value.dtype)
             features[site] = TopFeatures(index, value, nonzero, kept_value, kept)
-        return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features)
+        top = self.distributions.missing_rows(tokens) if self.distributions else None
+        return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features, top)
 
     def write_block(
         self, block: int, reference: ReferenceValues, totals: dict[str, FeatureTotals]
@@ -105,20 +112,22 @@ class StoreWriter(Store):
         """Write the reference values of a block, and its digest last."""
         if self.check_not_replaced()["state"] == "tokenised":
             self._set_state("partial")
-        rows = self.pairs_in(block)
-        self._array("ref/logp")[rows] = reference.logp
-        self._array("ref/margin")[rows] = reference.margin
+        rows, tokens = self.pairs_in(block), self.tokens(block)
+        self.array("ref/logp")[rows] = reference.logp
+        self.array("ref/margin")[rows] = reference.margin
         for site, features in reference.features.items():
             for name in ("index", "value", "nonzero"):
-                self._array(f"features/{site}/{name}")[rows] = getattr(features, name)
+                self.array(f"features/{site}/{name}")[rows] = getattr(features, name)
             if len(features.kept):
-                self._array(f"features/{site}/kept")[rows] = features.kept_value
-            self._array(f"blocks/{site}/sum")[block] = totals[site].value
-            self._array(f"blocks/{site}/frequency")[block] = totals[site].frequency
+                self.array(f"features/{site}/kept")[rows] = features.kept_value
+            self.array(f"blocks/{site}/sum")[block] = totals[site].value
+            self.array(f"blocks/{site}/frequency")[block] = totals[site].frequency
         if self.has_kept:
-            self._array("blocks/kept")[block] = digest_of_kept(block, reference)
-        self._array("blocks/totals")[block] = digest_of_totals(block, totals)
-        self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
+            self.array("blocks/kept")[block] = digest_of_kept(block, reference)
+        self.array("blocks/totals")[block] = digest_of_totals(block, totals)
+        if self.distributions and reference.top:
+            self.distributions.write(block, tokens, reference.top)
+        self.array("blocks/digest")[block] = digest_of_block(tokens, reference)
 
     def record_allowed(self, model: dict[str, Any]) -> None:
         """Record in the store that further blocks are made with another dtype or kernel, which
@@ -138,7 +147,7 @@ class StoreWriter(Store):
 
     def mark_unscored(self, block: int) -> None:
         """Remove a block's digest, so that it is scored again."""
-        self._array("blocks/digest")[block] = 0
+        self.array("blocks/digest")[block] = 0
         self._done.discard(block)
 
     def finish(self) -> None:
@@ -152,9 +161,10 @@ class StoreWriter(Store):
         with progress("Checking", self.blocks) as bar:
             for block in range(self.blocks):
                 margin = self.reference(block, self.tokens(block)).margin
-                non_finite += (
-                    self.pairs_in(block).start + np.flatnonzero(np.isnan(margin))
-                ).tolist()
+                missing = self.pairs_in(block).start + np.flatnonzero(np.isnan(margin))
+                if self.distributions:
+                    self.distributions.check(block, missing)
+                non_finite += missing.tolist()
                 bar.advance()
         if len(non_finite) == self.pairs:
             raise UserError(
@@ -163,8 +173,8 @@ class StoreWriter(Store):
         if non_finite:
             self.meta["pairs"]["not_finite"] = non_finite
         for site, (mean, frequency) in self.sum_totals().items():
-            self._array(f"features/{site}/mean")[:] = mean
-            self._array(f"features/{site}/frequency")[:] = frequency
+            self.array(f"features/{site}/mean")[:] = mean
+            self.array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
         # Parts of chunks that crashes left; no other process writes any more.
         for left in self.path.rglob("*.partial"):
