@@ -133,9 +133,9 @@ class StoredDistributions:
         for name, values in top.arrays.items():
             array = self._reader.array(f"ref/top/{name}")
             for first in range(0, len(values), shard):
-                part = values[first : first + shard]
+                piece = values[first : first + shard]
                 padded = np.full((shard, *values.shape[1:]), array.fill_value, values.dtype)
-                padded[: len(part)] = part
+                padded[: len(piece)] = piece
                 array[start + first : start + first + shard] = padded
         pairs = self._reader.pairs_in(block)
         ends = tokens.counts.sum(1).cumsum()
