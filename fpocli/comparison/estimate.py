@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from fpocli.caching.identity import describe_distributions
 from fpocli.comparison.grid import Grid
 from fpocli.comparison.steps import Step, processes
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
@@ -27,6 +26,7 @@ from fpocli.evaluation.prompts import load_prompts
 from fpocli.features.known_saes import default_saes
 from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
+from fpocli.store.distribution_rows import Distributions
 from fpocli.store.reader import Store
 from fpocli.store.schema import raw_bytes
 from fpocli.system.console import progress, warn
@@ -261,11 +261,13 @@ def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]
 
 
 def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[str, Any]:
-    """The attributes by which the size of a store's distributions is known."""
-    return {
-        "distributions": describe_distributions(config, vocabulary),
-        "distribution_rows": {"scored": scored, "rows": scored, "shard": scored},
-    }
+    """The attributes by which the size of a store's distributions is known; none without."""
+    if config.distributions == "0":
+        return {}
+    n = vocabulary if config.distributions == "all" else int(config.distributions)
+    about = Distributions(n, config.distribution_dtype, vocabulary)
+    rows = dict.fromkeys(("scored", "padded", "chunk", "shard"), scored)
+    return {"distributions": about._asdict(), "distribution_rows": rows}
 
 
 def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:

@@ -4,8 +4,6 @@ Shapes: N pairs, T tokens, K stored features, F features that are stored for eve
 m features of a site, B blocks, b pairs of one block.
 """
 
-from collections.abc import Iterable
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,29 +11,34 @@ import numpy as np
 
 from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.array_reader import BROKEN, ArrayReader
+from fpocli.store.array_reader import BROKEN
 from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
-from fpocli.store.distributions import StoredDistributions
+from fpocli.store.distribution_reader import DistributionReader
 from fpocli.store.metadata import (
     DOCUMENT,
     REPAIR,
     array_document,
-    attributes,
     check_documents,
     is_begun,
     read_root,
 )
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.schema import FORMAT, VERSION, array_schema, kept_features, wrong_attribute
+from fpocli.store.schema import (
+    FORMAT,
+    VERSION,
+    ArraySchema,
+    array_schema,
+    kept_features,
+    wrong_attribute,
+)
 from fpocli.system.errors import UserError
 
 # In this order; other codecs might hide damage.
-_CODECS = ["bytes", "zstd", "crc32c"]
-# Of the chunks in a shard, and of the shard's index.
-_SHARDED = ["sharding_indexed", *_CODECS, "bytes", "crc32c"]
+_CODECS = "bytes, zstd, crc32c"
+_SHARD_CODECS = f"sharding_indexed ({_CODECS}; bytes, crc32c)"
 
 
-class Store(ArrayReader):
+class Store(DistributionReader):
     """A store opened for reading; see `open`."""
 
     @classmethod
@@ -83,38 +86,25 @@ class Store(ArrayReader):
         return store
 
     def _check_arrays(self) -> None:
-        for name, (shape, dtype, chunks, shards) in array_schema(self.meta).items():
+        for name, expected in array_schema(self.meta).items():
             if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
                 continue
             try:
-                array = self.array(name)
-                found = array.shape, str(array.dtype), array.chunks, array.shards
-                codecs = _codec_names(array.metadata.codecs)
+                array = self._array(name)
+                found = ArraySchema(array.shape, str(array.dtype), array.chunks, array.shards)
+                codecs = _names([codec.to_dict() for codec in array.metadata.codecs])
             except BROKEN as error:
                 raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
-            if found != (shape, dtype, chunks, shards):
+            if found != expected:
                 raise UserError(
-                    f"the array {name} of {self.path} is {found[1]} {found[0]} in chunks of "
-                    f"{found[2]}, shards of {found[3]}; expected {dtype} {shape} in {chunks}, "
-                    f"{shards}",
+                    f"the array {name} of {self.path} is {found}, expected {expected}",
                     REPAIR,
                 )
-            if codecs != (_CODECS if shards is None else _SHARDED):
+            if codecs != (known := _SHARD_CODECS if expected.shards else _CODECS):
                 raise UserError(
-                    f"the array {name} of {self.path} has the codecs {', '.join(codecs)}, "
-                    f"expected {', '.join(_CODECS if shards is None else _SHARDED)}",
+                    f"the array {name} of {self.path} has the codecs {codecs}, expected {known}",
                     REPAIR,
                 )
-
-    @cached_property
-    def distributions(self) -> StoredDistributions | None:
-        """The reference's next-token distributions; None if the store has none."""
-        return StoredDistributions(self) if self.meta.get("distributions") else None
-
-    @property
-    def non_finite(self) -> list[int]:
-        """The pairs without reference values because they were non-finite; sorted."""
-        return self.meta["pairs"].get("not_finite", [])
 
     @property
     def scored(self) -> int:
@@ -130,15 +120,6 @@ class Store(ArrayReader):
         """The blocks without reference values."""
         return [block for block in range(self.blocks) if not self.is_scored(block)]
 
-    def is_scored(self, block: int) -> bool:
-        """Whether a block has its digest, and so its reference values."""
-        # A digest is never removed while others write, and this is called often.
-        if block not in self._done:
-            if not self._is_there("blocks/digest", block) or not self._record(block):
-                return False
-            self._done.add(block)
-        return True
-
     def require_complete(self) -> None:
         """Refuse a store that is not complete.
 
@@ -152,31 +133,15 @@ class Store(ArrayReader):
                 "complete it with the `fpo cache` command that began it",
             )
 
-    def check_not_replaced(self) -> dict[str, Any]:
-        """Refuse to go on if the folder holds another store by now.
-
-        Returns:
-            its current attributes.
-
-        Raises:
-            UserError: the store was replaced or removed since it was opened.
-        """
-        about = attributes(self.path)
-        if about.get("fingerprint") != self.meta["fingerprint"]:
-            raise UserError(
-                f"{self.path} was replaced or removed in the meantime", "run the command again"
-            )
-        return about
-
     def tokens(self, block: int) -> TokenPairs:
         """The token ids of a block's pairs."""
         rows = self.pairs_in(block)
-        spans = self.read_rows("spans", rows, block)
-        source_row = self.read_rows("source_row", rows, block)
+        spans = self._read("spans", rows, block)
+        source_row = self._read("source_row", rows, block)
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
-            raise self.damaged("spans", block, "they do not describe token ids")
-        ids = self.read_rows("tokens", slice(begin, end), block)
+            raise self._damaged("spans", block, "they do not describe token ids")
+        ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, source_row)
 
     def neuronpedia(self, site: str) -> str | None:
@@ -201,37 +166,50 @@ class Store(ArrayReader):
         """
         rows = self.pairs_in(block)
         reference = ReferenceValues(
-            logp=self.read_rows("ref/logp", rows, block),
-            margin=self.read_rows("ref/margin", rows, block),
+            logp=self._read("ref/logp", rows, block),
+            margin=self._read("ref/margin", rows, block),
             features={site: self._features(site, rows, block) for site in self.sites},
         )
         if digest_of_block(tokens, reference) != self._record(block):
-            raise self.damaged("blocks/digest", block, "the values do not match it")
+            raise self._damaged("blocks/digest", block, "the values do not match it")
         if self.has_kept:
-            recorded = self.read_rows("blocks/kept", slice(block, block + 1), block)[0]
+            recorded = self._read("blocks/kept", slice(block, block + 1), block)[0]
             if digest_of_kept(block, reference) != recorded:
-                raise self.damaged("blocks/kept", block, "the values do not match it")
+                raise self._damaged("blocks/kept", block, "the values do not match it")
         self.check_not_replaced()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
         if self.meta["state"] == "complete" and gaps.tolist() != known:
-            raise self.damaged("ref/margin", block, "missing values do not match the metadata")
+            raise self._damaged("ref/margin", block, "missing values do not match the metadata")
         return reference
+
+    def check_reference(self, block: int, tokens: TokenPairs) -> np.ndarray:
+        """Read everything that a block holds of the reference.
+
+        Args:
+            block, tokens: as `reference` takes them.
+
+        Returns:
+            bool [b], the pairs without reference values.
+
+        Raises:
+            UserError: a checksum or digest is wrong.
+        """
+        missing = np.isnan(self.reference(block, tokens).margin)
+        if self.distributions:
+            self.check_distributions(block, tokens.counts, missing)
+        return missing
 
     def _features(self, site: str, rows: slice, block: int) -> TopFeatures[np.ndarray]:
         index, value, nonzero = (
-            self.read_rows(f"features/{site}/{name}", rows, block)
+            self._read(f"features/{site}/{name}", rows, block)
             for name in ("index", "value", "nonzero")
         )
         kept = kept_features(self.sites[site])
         kept_value = np.empty((len(index), 2, 0), value.dtype)
         if kept:
-            kept_value = self.read_rows(f"features/{site}/kept", rows, block)
+            kept_value = self._read(f"features/{site}/kept", rows, block)
         return TopFeatures(index, value, nonzero, kept_value, np.array(kept, np.int64))
-
-    def _record(self, block: int) -> np.uint64:
-        """The digest of a block as it was written; 0 if it is not scored."""
-        return self.read_rows("blocks/digest", slice(block, block + 1), block)[0]
 
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all responses: float32 [m]."""
@@ -242,10 +220,10 @@ class Store(ArrayReader):
         return self._total(f"features/{site}/frequency")
 
     def _total(self, name: str) -> np.ndarray:
-        self._require_chunk(name, 0, None)
-        values = self.read_rows(name, slice(None))
+        self._require_file(name, 0, None)
+        values = self._read(name, slice(None))
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise self.damaged(name, None, "it holds missing values")
+            raise self._damaged(name, None, "it holds missing values")
         return values
 
     def totals(self, block: int) -> dict[str, FeatureTotals]:
@@ -253,13 +231,13 @@ class Store(ArrayReader):
         rows = slice(block, block + 1)
         totals = {
             site: FeatureTotals(
-                self.read_rows(f"blocks/{site}/sum", rows, block)[0],
-                self.read_rows(f"blocks/{site}/frequency", rows, block)[0],
+                self._read(f"blocks/{site}/sum", rows, block)[0],
+                self._read(f"blocks/{site}/frequency", rows, block)[0],
             )
             for site in self.sites
         }
-        if digest_of_totals(block, totals) != self.read_rows("blocks/totals", rows, block)[0]:
-            raise self.damaged("blocks/totals", block, "the sums do not match it")
+        if digest_of_totals(block, totals) != self._read("blocks/totals", rows, block)[0]:
+            raise self._damaged("blocks/totals", block, "the sums do not match it")
         return totals
 
     def sum_totals(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -279,12 +257,12 @@ class Store(ArrayReader):
         }
 
 
-def _codec_names(codecs: Iterable[Any]) -> list[str]:
-    """The names of an array's codecs, those inside a shard included."""
+def _names(codecs: Any) -> str:
+    """The names of an array's codecs; of shards also those inside, and those of their index."""
     names = []
     for codec in codecs:
-        about = codec.to_dict()
-        inner = about.get("configuration", {}) if about["name"] == "sharding_indexed" else {}
-        names += [about["name"]]
-        names += [part["name"] for key in ("codecs", "index_codecs") for part in inner.get(key, ())]
-    return names
+        inside = codec.get("configuration", {})
+        shard = "index_codecs" in inside
+        inner = f" ({_names(inside['codecs'])}; {_names(inside['index_codecs'])})" if shard else ""
+        names.append(codec["name"] + inner)
+    return ", ".join(names)

@@ -10,7 +10,6 @@ from typing import Generic, Self
 import numpy as np
 
 from fpocli.data.pairs import TokenPair
-from fpocli.data.top_tokens import TopTokens
 from fpocli.features.top_features import Array, TopFeatures
 
 
@@ -35,14 +34,11 @@ class ReferenceValues(Generic[Array]):
         logp: float32 [b, 2], S_ref in nats.
         margin: float32 [b], a_ref(chosen) - a_ref(rejected), nats per token.
         features: by site.
-        top: the distributions at the scored positions of a block that is being written, pair by
-            pair; None if they are not stored, or not read.
     """
 
     logp: Array
     margin: Array
     features: dict[str, TopFeatures[Array]]
-    top: TopTokens[Array] | None = None
 
 
 @dataclass(frozen=True)

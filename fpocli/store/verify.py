@@ -38,10 +38,7 @@ def find_damage(store: Store) -> list[Damage]:
             tokens = check(block, store.tokens, block)
             scored = check(block, store.is_scored, block)
             if scored and tokens is not None:
-                values = check(block, store.reference, block, tokens)
-                if store.distributions and values:
-                    missing = store.pairs_in(block).start + np.flatnonzero(np.isnan(values.margin))
-                    check(block, store.distributions.check, block, missing)
+                check(block, store.check_reference, block, tokens)
             if scored and store.has_totals:
                 check(block, store.totals, block)
             if complete and scored is False:

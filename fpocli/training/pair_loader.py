@@ -270,14 +270,13 @@ class PairLoader:
         batch = pack(token_pairs, length_multiple(device))
         lengths = batch.spans[:, 3] - batch.spans[:, 0]
         pairs = [block * self.store.block_size + row for block, row in places]
-        stored = self.store.distributions
         return MicroBatch(
             pairs=np.array(pairs),
             batch=batch.to(device),
             reference=_gather(values, device),
             pair_weights=torch.full((len(places),), weight, device=device),
             tokens=torch.tensor(lengths, dtype=torch.float32, device=device),
-            top=_to(stored.read(pairs), device) if stored and with_top else None,
+            top=_to(self.store.top_tokens(pairs), device) if with_top else None,
         )
 
 
