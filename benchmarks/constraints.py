@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from fpocli.comparison.statistics import compare_means, compare_shares
 from fpocli.display.charts import figure
 from fpocli.evaluation.measure import read_measurements
 from fpocli.evaluation.summary import per_pair
+from fpocli.scoring.accuracy import wins
 from fpocli.store.reader import Store
 
 # By method its alphas: none for methods without a constraint.
@@ -122,7 +124,10 @@ def make(arguments: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]
     values = read_measurements(run / "eval/pairs.jsonl")
     curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in curve if line["split"] == "train"]
+    ratio = (values["logp"] - values["ref_logp"]) / values["tokens"]
+    sizes = (np.abs(values["logp"]) + np.abs(values["ref_logp"])) / values["tokens"]
     found = per_pair(values) | {
+        "reward_accuracy_per_token": wins(*ratio.T, sizes.sum(1)).value,
         "kl_of_store_chosen": values["kl_of_store"][:, 0],
         "kl_of_store_rejected": values["kl_of_store"][:, 1],
         "kl_per_token": (values["kl"] / values["tokens"]).mean(1),
@@ -173,6 +178,7 @@ def is_run(row: dict[str, Any], cell: Cell, seed: int, arguments: argparse.Names
 # Name of a value of pairs, heading, digits.
 COLUMNS = (
     ("reward_accuracy", "reward accuracy (%)", 1),
+    ("reward_accuracy_per_token", "per token (%)", 1),
     ("accuracy", "accuracy (%)", 1),
     ("kl_per_token", "KL (nats per token)", 4),
     ("kl_rejected", "KL rejected (nats)", 2),
@@ -207,9 +213,9 @@ def report(rows: list[dict[str, Any]]) -> None:
         f"""# What each constraint buys, {datetime.now(UTC):%Y-%m-%d}
 
 {first["training_pairs"]} training pairs (one epoch, batches of 8, learning rate
-{first["settings"]["lr"]}), {first["held_out"]} held-out pairs, the same for all; prompt and response
-of at most {first["settings"]["max_length"]} tokens; float32. Everything is measured on the held-out
-pairs after training, the KL with the reference itself.
+{first["settings"]["lr"]}), {first["held_out"]} held-out pairs, the same for all; prompt and
+response of at most {first["settings"]["max_length"]} tokens; float32. Everything is measured on the
+held-out pairs after training, the KL with the reference itself.
 
 {machine()}
 Command: `python benchmarks/constraints.py --data PAIRS.jsonl`.
@@ -218,7 +224,7 @@ Command: `python benchmarks/constraints.py --data PAIRS.jsonl`.
 
 {table(heads, lines)}
 
-± is the standard deviation over seeds. Reward accuracy is by S_θ − S_ref.
+± is the standard deviation over seeds. Reward accuracy is by S_θ − S_ref, in all and per token.
 
 ## Differences to the same reward without a constraint
 
@@ -239,7 +245,7 @@ def table(heads: list[str], lines: list[list[str]]) -> str:
 
 def scale(name: str) -> int:
     """Shares are shown in percent."""
-    return 100 if name.endswith("accuracy") else 1
+    return 100 if "accuracy" in name else 1
 
 
 def cell_text(rows: list[dict[str, Any]], name: str, digits: int) -> str:
@@ -264,21 +270,17 @@ def difference(
 
 
 def draw(groups: dict[Cell, list[dict[str, Any]]], file: Path) -> None:
-    """Reward accuracy against the KL per token, and against D of the rejected responses: a line for
-    each method over its alphas, and a point for each run."""
-    with figure(file, 2) as axes:
-        for axis, (name, title) in zip(
-            axes,
-            (("kl_per_token", "KL (nats per token)"), ("distance_rejected", "D of rejected")),
-            strict=True,
-        ):
+    """Reward accuracy, in all and per token, against the KL per token and against D of the rejected
+    responses: a line for each method over its alphas, and a point for each run."""
+    shares = {"reward_accuracy": "reward accuracy (%)"}
+    shares["reward_accuracy_per_token"] = "reward accuracy per token (%)"
+    distances = {"kl_per_token": "KL (nats per token)", "distance_rejected": "D of rejected"}
+    with figure(file, 4) as axes:
+        for axis, (share, name) in zip(axes, product(shares, distances), strict=True):
             for method, colour in COLOURS.items():
                 chosen = [rows for cell, rows in groups.items() if cell.method == method]
                 points = [
-                    [
-                        [np.mean(row["pairs"][key]) for key in (name, "reward_accuracy")]
-                        for row in rows
-                    ]
+                    [[np.mean(row["pairs"][key]) for key in (name, share)] for row in rows]
                     for rows in chosen
                 ]
                 if not points:
@@ -287,7 +289,7 @@ def draw(groups: dict[Cell, list[dict[str, Any]]], file: Path) -> None:
                 single = np.concatenate([np.array(part) for part in points])
                 axis.scatter(single[:, 0], 100 * single[:, 1], s=8, alpha=0.4, color=colour)
                 axis.plot(means[:, 0], 100 * means[:, 1], "o-", ms=5, color=colour, label=method)
-            axis.set(xlabel=title, ylabel="reward accuracy (%)", xscale="log")
+            axis.set(xlabel=distances[name], ylabel=shares[share], xscale="log")
             axis.legend(fontsize=7)
 
 
