@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from fpocli.caching.claims import BlockClaims, launch_name
-from fpocli.caching.identity import describe_origin, identify
+from fpocli.caching.identity import check_distributions, describe_origin, identify
 from fpocli.caching.open_store import dropped_file, open_or_create
-from fpocli.caching.score_block import score_block
+from fpocli.caching.score_block import ScoredBlock, score_block
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
@@ -27,7 +27,7 @@ from fpocli.model.packing import default_packed_length
 from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
-from fpocli.store.records import FeatureTotals, ReferenceValues
+from fpocli.store.records import ReferenceValues
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say
 from fpocli.system.errors import UserError
@@ -67,6 +67,7 @@ def cache(config: CacheConfig) -> Store:
     folder = find_model(config.model, weights=False, trust_remote_code=trust)
     model_config = read_config(folder)
     check_layers(model_config, sites)
+    check_distributions(config, model_config)
     if sites and not config.sae:
         config = replace(config, sae=choose_default_saes(folder, model_config, sites))
     folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
@@ -140,7 +141,7 @@ def _score_blocks(
         UserError: all blocks that are left were claimed by processes that are lost.
     """
 
-    def write(block: int, scored: tuple[ReferenceValues, dict[str, FeatureTotals]]) -> None:
+    def write(block: int, scored: ScoredBlock) -> None:
         claims.check_claim(block)
         store.write_block(block, *scored)
         claims.release(block)
@@ -165,7 +166,7 @@ def _score_blocks(
                     bar,
                     drop_non_finite=config.drop_non_finite,
                 )
-                bar.show(_shown(scored[0], len(tokens.ids) / (time.perf_counter() - began)))
+                bar.show(_shown(scored.reference, len(tokens.ids) / (time.perf_counter() - began)))
                 # At most one block waits, and an error of the writer stops the scoring.
                 if written:
                     written.result()

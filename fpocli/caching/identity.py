@@ -13,6 +13,7 @@ from fpocli.data.sources import Source
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
+from fpocli.store.distribution_rows import Distributions
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.model_folder import ModelFolder
@@ -46,7 +47,33 @@ def identify(
         },
         "sites": _describe_sites(config, encoders),
         "block": config.block,
+        **_describe_distributions(config, model_config),
     }
+
+
+def check_distributions(config: CacheConfig, model_config: Any) -> None:
+    """Refuse more tokens of a distribution than there are.
+
+    Raises:
+        UserError: --distributions is not below the size of the vocabulary.
+    """
+    vocabulary = model_config.vocab_size
+    if config.distributions != "all" and int(config.distributions) >= vocabulary:
+        raise UserError(
+            f"--distributions {config.distributions}: the vocabulary of {config.model} has "
+            f"{vocabulary:,} tokens",
+            "for all of them use --distributions all, or a smaller number; 64 is a good one",
+        )
+
+
+def _describe_distributions(config: CacheConfig, model_config: Any) -> dict[str, Any]:
+    """Empty without --distributions, so that the fingerprint is then as it was before them."""
+    vocabulary = model_config.vocab_size
+    n = vocabulary if config.distributions == "all" else int(config.distributions)
+    if n == 0:
+        return {}
+    about = Distributions(n, config.distribution_dtype, vocabulary)
+    return {"distributions": about._asdict()}
 
 
 def local_paths(config: CacheConfig) -> dict[str, dict[str, str]]:
@@ -73,7 +100,7 @@ def check_same_settings(config: CacheConfig, store: Store, identity: dict[str, A
     Raises:
         UserError: it lists the differences.
     """
-    stored = {name: store.meta[name] for name in identity}
+    stored: dict[str, Any] = {name: store.meta.get(name) for name in {*identity, "distributions"}}
     allowed = {MAY_DIFFER[name]: identity["model"][MAY_DIFFER[name]] for name in config.allow}
     stored |= {"model": stored["model"] | allowed}
     if other := differences(stored, _as_spelled_in(store, identity, local_paths(config))):

@@ -13,9 +13,15 @@ from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.sources import Source
+from fpocli.store.distribution_rows import (
+    LARGEST_BLOCK,
+    Distributions,
+    largest_block,
+    lay_out,
+)
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
-from fpocli.store.schema import fingerprint, raw_bytes
+from fpocli.store.schema import array_bytes, fingerprint
 from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say, warn
@@ -131,25 +137,52 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
     """Print the pairs and bytes of the store to be written.
 
     Raises:
-        UserError: the disk is too small for it.
+        UserError: the disk is too small for it, or memory for the distributions of a block.
     """
-    pairs = about["pairs"]
+    pairs, block = about["pairs"], about["block"]
     dropped = "".join(f"; dropped {count:,}: {why}" for why, count in pairs["dropped"].items())
-    size = raw_bytes(about | {"tokens": len(tokens.ids)})
-    parent = path.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    about = about | {"tokens": len(tokens.ids)}
     sites = "no features, as no --layer is named: for all methods but fpo"
     if about["sites"]:
         sites = f"sites {', '.join(about['sites'])}"
+    if distributions := Distributions.of(about):
+        _require_small_blocks(tokens.counts, block, distributions)
+        about["distribution_rows"], _ = lay_out(tokens.counts, block, distributions)
+    sizes = array_bytes(about)
+    size, smaller = sum(sizes.values()), "--top-k"
+    part = ""
+    if distributions:
+        share = sum(size for name, size in sizes.items() if name.startswith("ref/top/"))
+        part = f", {decimal(share)} of it {distributions.words}"
+        smaller = "--distributions, --top-k"
+    parent = path.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
     say(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
         f"{len(tokens.ids):,} tokens; {sites}\n"
-        f"{path} will take at most {decimal(size)}; {decimal(free)} are free",
+        f"{path} will take at most {decimal(size)}{part}; {decimal(free)} are free",
         any_rank=True,
     )
     if size > free:
         raise UserError(
             f"{path} may take {decimal(size)}, and only {decimal(free)} are free",
-            "choose --out on another disk, a smaller --top-k, or a --limit",
+            f"choose --out on another disk, a smaller {smaller}, or a --limit",
+        )
+
+
+def _require_small_blocks(counts: np.ndarray, block: int, about: Distributions) -> None:
+    """Refuse blocks whose distributions take too much memory; two are held at a time.
+
+    Args:
+        counts: int64 [N, 2], scored positions of every pair.
+        block: pairs of each.
+        about: what is stored of a position.
+    """
+    fitting = largest_block(counts, block, about)
+    if fitting < block:
+        raise UserError(
+            f"{about.words} of a block of {block} pairs take more than "
+            f"{decimal(LARGEST_BLOCK)} of memory",
+            f"use --block {fitting}" if fitting else "use a smaller --distributions",
         )

@@ -1,11 +1,15 @@
 """Scores one block of a store with the frozen reference: token ids in, reference values out.
 
-Shapes: b pairs of the block, P pairs of a packed sequence, K stored features, m features.
+Shapes: b pairs of the block, P pairs of a packed sequence, M scored positions of a block or packed
+sequence, K stored features, m features, n tokens of a distribution.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.encoder import SparseEncoder, top_k
 from fpocli.features.top_features import TopFeatures
 from fpocli.model.attention import length_multiple
@@ -19,6 +23,20 @@ from fpocli.system.console import warn
 from fpocli.system.errors import UserError
 
 
+class ScoredBlock(NamedTuple):
+    """What a block holds of the reference.
+
+    Args:
+        reference: the values of its b pairs.
+        totals: by site, the sums over its responses.
+        top: the distributions at its M scored positions, pair by pair; None in a store without.
+    """
+
+    reference: ReferenceValues
+    totals: dict[str, FeatureTotals]
+    top: TopTokens[np.ndarray] | None
+
+
 def score_block(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
@@ -28,20 +46,17 @@ def score_block(
     bar: Bar,
     *,
     drop_non_finite: bool = False,
-) -> tuple[ReferenceValues, dict[str, FeatureTotals]]:
+) -> ScoredBlock:
     """Compute the reference values of a block's pairs. They depend on nothing outside the block.
 
     Args:
         model: the reference.
         encoders: the SAE of each site.
-        store: determines which features are stored, and their dtype.
+        store: determines which features and distributions are stored, and their dtype.
         tokens: of the b pairs.
         packed_length: the most tokens of a packed sequence.
         bar: advanced by the pairs that are done.
         drop_non_finite: leave the values of a pair missing if one is non-finite.
-
-    Returns:
-        the values of the b pairs, and by site the sums over their responses.
 
     Raises:
         UserError: a value is non-finite, or does not fit into float16.
@@ -51,13 +66,17 @@ def score_block(
         site: FeatureTotals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
     }
+    sizes = tokens.counts.sum(1)
+    ends = sizes.cumsum()
+    top = store.missing_distributions(int(ends[-1]))
+    n = store.distributions.n if store.distributions else 0
     device = model.network.device
     lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
     packed = plan_packing(lengths, packed_length)
     for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
-            scores = score(model, encoders, batch)
+            scores = score(model, encoders, batch, distributions=n)
         finite = _finite(scores)
         kept, wrong = (
             [pair for pair, ok in zip(pairs, finite.tolist(), strict=True) if ok is which]
@@ -75,10 +94,16 @@ def score_block(
             _keep_features(pooled, values.features[site], kept, tokens.source_row)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
+        if top and scores.top and kept:
+            rows = np.concatenate(
+                [np.arange(ends[pair] - sizes[pair], ends[pair]) for pair in kept]
+            )
+            counts = torch.tensor(sizes[pairs], device=device)
+            _keep_distributions(scores.top.at(finite.repeat_interleave(counts)), top, rows)
         bar.advance(len(kept), pairs=len(kept), tokens=sum(lengths[pair] for pair in kept))
     average = values.logp / tokens.counts.astype(np.float32)
     values.margin[:] = average[:, 0] - average[:, 1]
-    return values, totals
+    return ScoredBlock(values, totals, top)
 
 
 def _keep_features(
@@ -102,16 +127,30 @@ def _keep_features(
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()
 
 
+def _keep_distributions(
+    found: TopTokens[torch.Tensor], into: TopTokens[np.ndarray], rows: np.ndarray
+) -> None:
+    for own, values in zip(into, found, strict=True):
+        if own is not None and values is not None:
+            own[rows] = values.cpu().numpy()
+
+
 def _finite(scores: PairScores) -> torch.Tensor:
     """Which pairs have finite values only: bool [P]."""
     finite = scores.logp.isfinite().all(1)
     for pooled in scores.pooled.values():
         finite &= pooled.isfinite().all(-1).all(1)
+    if scores.top:
+        # The other tokens together may have no probability.
+        rest = scores.top.rest
+        rows = scores.top.logp.isfinite().all(1) & (rest.isfinite() | rest.isneginf())
+        counts = scores.count.sum(1).int().tolist()
+        finite &= torch.stack([positions.all() for positions in rows.split(counts)])
     return finite
 
 
 def _leave_out(row: int, allowed: bool) -> None:
-    message = f"the log-probability or a feature of the pair in row {row} is non-finite"
+    message = f"a log-probability or a feature of the pair in row {row} is non-finite"
     if not allowed:
         raise UserError(message, "try --dtype float32, or drop the pair with --drop-non-finite")
     warn(f"{message}; the pair is dropped", any_rank=True)

@@ -4,7 +4,7 @@ distributions. All other tokens are lumped into one, the rest.
 Shapes: M scored positions, n tokens, V vocabulary.
 """
 
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 # A NumPy array, as in a store, or a tensor, as in training.
 Array = TypeVar("Array")
@@ -23,3 +23,9 @@ class TopTokens(NamedTuple, Generic[Array]):
     ids: Array | None
     logp: Array
     rest: Array
+
+    def at(self, rows: Any) -> "TopTokens[Array]":
+        """The distributions at some of the positions."""
+        stored: Any = self
+        parts: Any = [None if values is None else values[rows] for values in stored]
+        return TopTokens(*parts)

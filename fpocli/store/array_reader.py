@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
-from fpocli.store.metadata import REPAIR
-from fpocli.store.schema import array_schema, kept_features
+from fpocli.store.metadata import REPAIR, attributes
+from fpocli.store.schema import array_bytes, kept_features
 from fpocli.system.errors import UserError
 
 # What zarr raises for a damaged chunk.
@@ -18,7 +18,7 @@ BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError
 
 
 class ArrayReader:
-    """Reads arrays by blocks of pairs.
+    """Reads arrays by blocks of pairs, and knows which blocks are scored.
 
     Args:
         path: of the store.
@@ -60,21 +60,50 @@ class ArrayReader:
         rows = self.pairs_in(block)
         return rows.stop - rows.start
 
+    @property
+    def non_finite(self) -> list[int]:
+        """The pairs without reference values because they were non-finite; sorted."""
+        return self.meta["pairs"].get("not_finite", [])
+
+    def is_scored(self, block: int) -> bool:
+        """Whether a block has its digest, and so its reference values."""
+        # A digest is never removed while others write, and this is called often.
+        if block not in self._done:
+            if not self._is_there("blocks/digest", block) or not self._record(block):
+                return False
+            self._done.add(block)
+        return True
+
+    def check_not_replaced(self) -> dict[str, Any]:
+        """Refuse to go on if the folder holds another store by now.
+
+        Returns:
+            its current attributes.
+
+        Raises:
+            UserError: the store was replaced or removed since it was opened.
+        """
+        about = attributes(self.path)
+        if about.get("fingerprint") != self.meta["fingerprint"]:
+            raise UserError(
+                f"{self.path} was replaced or removed in the meantime", "run the command again"
+            )
+        return about
+
     def read_array(self, name: str) -> np.ndarray:
         """A whole array, such as spans or ref/margin; blocks not scored yet hold the fill value."""
         if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
             array = self._array(name)
-            for chunk in range(-(-array.shape[0] // array.chunks[0])):
-                self._require_chunk(name, chunk, chunk if name != "tokens" else None)
+            for file in range(-(-array.shape[0] // _rows_per_file(array))):
+                self._require_file(name, file, file if name != "tokens" else None)
         return self._read(name, slice(None))
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes of each array: in memory and on disk."""
-        arrays = {
-            name: self._array(name) for name in array_schema(self.meta) if name in self._group
-        }
         return {
-            name: (array.nbytes, array.nbytes_stored()) for name, array in sorted(arrays.items())
+            name: (raw, self._array(name).nbytes_stored())
+            for name, raw in sorted(array_bytes(self.meta).items())
+            if name in self._group
         }
 
     def _array(self, name: str) -> Any:
@@ -86,27 +115,40 @@ class ArrayReader:
         return self._arrays[name]
 
     def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
-        """A part of an array; if a block is named, its chunks must exist."""
+        """A part of an array; if a block is named, its files must exist."""
         array = self._array(name)
         if block is not None:
-            for chunk in range(rows.start // array.chunks[0], -(-rows.stop // array.chunks[0])):
-                self._require_chunk(name, chunk, block)
+            length = _rows_per_file(array)
+            for file in range(rows.start // length, -(-rows.stop // length)):
+                self._require_file(name, file, block)
         try:
             return np.asarray(array[rows])
         except BROKEN as error:
             raise self._damaged(name, block, str(error)) from error
 
-    def _require_chunk(self, name: str, chunk: int, block: int | None) -> None:
-        """Refuse a missing chunk, for which zarr would silently return the fill value."""
-        if not self._is_there(name, chunk):
-            raise self._damaged(name, block, f"chunk {chunk} is missing")
+    def _record(self, block: int) -> np.uint64:
+        """The digest of a block as it was written; 0 if it is not scored."""
+        return self._read("blocks/digest", slice(block, block + 1), block)[0]
 
-    def _is_there(self, name: str, chunk: int) -> bool:
+    def _require_file(self, name: str, file: int, block: int | None) -> None:
+        """Refuse a missing chunk or shard, for which zarr would silently return the fill value."""
+        if not self._is_there(name, file):
+            raise self._damaged(name, block, f"chunk {file} is missing")
+
+    def _is_there(self, name: str, file: int) -> bool:
+        return self._file(name, file).is_file()
+
+    def _file(self, name: str, file: int) -> Path:
+        """Where a chunk or shard is, by its number along the first axis."""
         array = self._array(name)
-        key = array.metadata.encode_chunk_key((chunk, *[0] * (array.ndim - 1)))
-        return (self.path / name / key).is_file()
+        key = array.metadata.encode_chunk_key((file, *[0] * (array.ndim - 1)))
+        return self.path / name / key
 
     def _damaged(self, name: str, block: int | None, why: str) -> UserError:
         rows = self.pairs_in(block) if block is not None else None
         where = f", block {block} (pairs {rows.start} to {rows.stop - 1})," if rows else ""
         return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
+
+
+def _rows_per_file(array: Any) -> int:
+    return (array.shards or array.chunks)[0]

@@ -1,9 +1,10 @@
-"""The digest of a block: 64 bits of a sha256 over its content (docs/format.md, The digest)."""
+"""Digests: 64 bits of a sha256 over what a block or pair holds (docs/format.md, The digests)."""
 
 import hashlib
 
 import numpy as np
 
+from fpocli.data.top_tokens import TopTokens
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 
 
@@ -30,6 +31,14 @@ def digest_of_kept(block: int, reference: ReferenceValues) -> np.uint64:
     stored; never 0."""
     kept = [reference.features[site].kept_value for site in sorted(reference.features)]
     return _digest([np.array(block, np.int64), *(values for values in kept if values.size)])
+
+
+def digest_of_distributions(fingerprint: str, pair: int, top: TopTokens[np.ndarray]) -> np.uint64:
+    """64 bits of sha256 over a store's fingerprint, a pair's number and its distributions as they
+    are stored; never 0. With the first two, a pair is checked by itself."""
+    name = np.frombuffer(fingerprint.encode("ascii"), np.uint8)
+    stored = [values for values in top if values is not None]
+    return _digest([name, np.array(pair, np.int64), *stored])
 
 
 def _digest(arrays: list[np.ndarray]) -> np.uint64:

@@ -11,26 +11,34 @@ import numpy as np
 
 from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.array_reader import BROKEN, ArrayReader
+from fpocli.store.array_reader import BROKEN
 from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
+from fpocli.store.distribution_reader import DistributionReader
 from fpocli.store.metadata import (
     DOCUMENT,
     REPAIR,
     array_document,
-    attributes,
     check_documents,
     is_begun,
     read_root,
 )
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.schema import FORMAT, VERSION, array_schema, kept_features, wrong_attribute
+from fpocli.store.schema import (
+    FORMAT,
+    VERSION,
+    ArraySchema,
+    array_schema,
+    kept_features,
+    wrong_attribute,
+)
 from fpocli.system.errors import UserError
 
 # In this order; other codecs might hide damage.
-_CODECS = ["bytes", "zstd", "crc32c"]
+_CODECS = "bytes, zstd, crc32c"
+_SHARD_CODECS = f"sharding_indexed ({_CODECS}; bytes, crc32c)"
 
 
-class Store(ArrayReader):
+class Store(DistributionReader):
     """A store opened for reading; see `open`."""
 
     @classmethod
@@ -78,32 +86,25 @@ class Store(ArrayReader):
         return store
 
     def _check_arrays(self) -> None:
-        for name, (shape, dtype, chunks) in array_schema(self.meta).items():
+        for name, expected in array_schema(self.meta).items():
             if name.startswith(("blocks/layer_", "blocks/totals")) and not self.has_totals:
                 continue
             try:
                 array = self._array(name)
-                found = array.shape, str(array.dtype), array.chunks
-                codecs = [codec.to_dict()["name"] for codec in array.metadata.codecs]
+                found = ArraySchema(array.shape, str(array.dtype), array.chunks, array.shards)
+                codecs = _names([codec.to_dict() for codec in array.metadata.codecs])
             except BROKEN as error:
                 raise UserError(f"{self.path} lacks the array {name}", REPAIR) from error
-            if found != (shape, dtype, chunks):
+            if found != expected:
                 raise UserError(
-                    f"the array {name} of {self.path} is {found[1]} {found[0]} in chunks of "
-                    f"{found[2]}, expected {dtype} {shape} in {chunks}",
+                    f"the array {name} of {self.path} is {found}, expected {expected}",
                     REPAIR,
                 )
-            if codecs != _CODECS:
+            if codecs != (known := _SHARD_CODECS if expected.shards else _CODECS):
                 raise UserError(
-                    f"the array {name} of {self.path} has the codecs {', '.join(codecs)}, "
-                    f"expected {', '.join(_CODECS)}",
+                    f"the array {name} of {self.path} has the codecs {codecs}, expected {known}",
                     REPAIR,
                 )
-
-    @property
-    def non_finite(self) -> list[int]:
-        """The pairs without reference values because they were non-finite; sorted."""
-        return self.meta["pairs"].get("not_finite", [])
 
     @property
     def scored(self) -> int:
@@ -119,15 +120,6 @@ class Store(ArrayReader):
         """The blocks without reference values."""
         return [block for block in range(self.blocks) if not self.is_scored(block)]
 
-    def is_scored(self, block: int) -> bool:
-        """Whether a block has its digest, and so its reference values."""
-        # A digest is never removed while others write, and this is called often.
-        if block not in self._done:
-            if not self._is_there("blocks/digest", block) or not self._record(block):
-                return False
-            self._done.add(block)
-        return True
-
     def require_complete(self) -> None:
         """Refuse a store that is not complete.
 
@@ -140,22 +132,6 @@ class Store(ArrayReader):
                 f"{self.path} is {self.meta['state']}: {done} of {self.blocks} blocks are scored",
                 "complete it with the `fpo cache` command that began it",
             )
-
-    def check_not_replaced(self) -> dict[str, Any]:
-        """Refuse to go on if the folder holds another store by now.
-
-        Returns:
-            its current attributes.
-
-        Raises:
-            UserError: the store was replaced or removed since it was opened.
-        """
-        about = attributes(self.path)
-        if about.get("fingerprint") != self.meta["fingerprint"]:
-            raise UserError(
-                f"{self.path} was replaced or removed in the meantime", "run the command again"
-            )
-        return about
 
     def tokens(self, block: int) -> TokenPairs:
         """The token ids of a block's pairs."""
@@ -207,6 +183,23 @@ class Store(ArrayReader):
             raise self._damaged("ref/margin", block, "missing values do not match the metadata")
         return reference
 
+    def check_reference(self, block: int, tokens: TokenPairs) -> np.ndarray:
+        """Read everything that a block holds of the reference.
+
+        Args:
+            block, tokens: as `reference` takes them.
+
+        Returns:
+            bool [b], the pairs without reference values.
+
+        Raises:
+            UserError: a checksum or digest is wrong.
+        """
+        missing = np.isnan(self.reference(block, tokens).margin)
+        if self.distributions:
+            self.check_distributions(block, tokens.counts, missing)
+        return missing
+
     def _features(self, site: str, rows: slice, block: int) -> TopFeatures[np.ndarray]:
         index, value, nonzero = (
             self._read(f"features/{site}/{name}", rows, block)
@@ -218,10 +211,6 @@ class Store(ArrayReader):
             kept_value = self._read(f"features/{site}/kept", rows, block)
         return TopFeatures(index, value, nonzero, kept_value, np.array(kept, np.int64))
 
-    def _record(self, block: int) -> np.uint64:
-        """The digest of a block as it was written; 0 if it is not scored."""
-        return self._read("blocks/digest", slice(block, block + 1), block)[0]
-
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all responses: float32 [m]."""
         return self._total(f"features/{site}/mean")
@@ -231,7 +220,7 @@ class Store(ArrayReader):
         return self._total(f"features/{site}/frequency")
 
     def _total(self, name: str) -> np.ndarray:
-        self._require_chunk(name, 0, None)
+        self._require_file(name, 0, None)
         values = self._read(name, slice(None))
         if not (np.isfinite(values) & (values >= 0)).all():
             raise self._damaged(name, None, "it holds missing values")
@@ -266,3 +255,14 @@ class Store(ArrayReader):
             site: ((made.value / responses).astype(np.float32), made.frequency)
             for site, made in total.items()
         }
+
+
+def _names(codecs: Any) -> str:
+    """The names of an array's codecs; of shards also those inside, and those of their index."""
+    names = []
+    for codec in codecs:
+        inside = codec.get("configuration", {})
+        shard = "index_codecs" in inside
+        inner = f" ({_names(inside['codecs'])}; {_names(inside['index_codecs'])})" if shard else ""
+        names.append(codec["name"] + inner)
+    return ", ".join(names)

@@ -1,7 +1,7 @@
 """The arrays and attributes of a store, as docs/format.md defines them. Reads and writes nothing.
 
 Shapes: N pairs, T tokens, K stored features, F features that are stored for every response,
-m features of a site, b pairs of a block, B blocks.
+m features of a site, b pairs of a block, B blocks; of next-token distributions R rows, n tokens.
 """
 
 import hashlib
@@ -13,21 +13,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fpocli.store.distribution_rows import Distributions
+
 FORMAT, VERSION = "fpo-store", "1.2"
 STATES = ("tokenised", "partial", "complete")
 TOKENS_PER_CHUNK = 2**18
 # A chunk is read into memory whole.
 _LARGEST_CHUNK = 2**31
-# Attributes that determine the content; the fingerprint covers them.
+# Attributes that determine the content; the fingerprint covers them, and those that not every
+# store has.
 _IDENTITY = ("data", "tokenizer", "limits", "model", "sites", "block")
+_IDENTITY_IF_PRESENT = ("distributions",)
 
 
 class ArraySchema(NamedTuple):
-    """Shape, dtype and chunks of an array."""
+    """Shape, dtype and chunks of an array, and the shards if several chunks make up a file."""
 
     shape: tuple[int, ...]
     dtype: str
     chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        shards = f", shards of {self.shards}" if self.shards else ""
+        return f"{self.dtype} {self.shape} in chunks of {self.chunks}{shards}"
 
     @property
     def bytes(self) -> int:
@@ -35,9 +44,9 @@ class ArraySchema(NamedTuple):
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
-    def chunk_bytes(self) -> int:
-        """Size of a chunk, uncompressed."""
-        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+    def file_bytes(self) -> int:
+        """Size of a file's content, a chunk or shard, uncompressed."""
+        return math.prod(self.shards or self.chunks) * np.dtype(self.dtype).itemsize
 
     def fill(self, name: str) -> Any:
         """The fill value, which stands for a missing value and is never a valid one."""
@@ -62,13 +71,14 @@ def kept_features(about: dict[str, Any]) -> list[int]:
 def fingerprint(meta: dict[str, Any]) -> str:
     """sha256 over all attributes that determine a store's content."""
     identity = {name: meta[name] for name in _IDENTITY}
+    identity |= {name: meta[name] for name in _IDENTITY_IF_PRESENT if name in meta}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def array_schema(meta: dict[str, Any]) -> dict[str, ArraySchema]:
     """Shape, dtype and chunks of every array of a store with these attributes.
 
-    No chunk spans two blocks of pairs.
+    No file spans two blocks of pairs.
     """
     n, block = meta["pairs"]["kept"], meta["block"]
     blocks = -(-n // block)
@@ -97,12 +107,36 @@ def array_schema(meta: dict[str, Any]) -> dict[str, ArraySchema]:
             dtype = about["value_dtype"]
             arrays[f"{features}/kept"] = ArraySchema((n, 2, kept), dtype, (block, 2, kept))
             arrays["blocks/kept"] = ArraySchema((blocks,), "uint64", (1,))
+    if about := Distributions.of(meta):
+        arrays |= {
+            "ref/top/rows": ArraySchema((n, 3), "int64", (block, 3)),
+            "ref/top/digest": ArraySchema((n,), "uint64", (block,)),
+        } | _distribution_arrays(about, meta["distribution_rows"])
     return arrays
+
+
+def _distribution_arrays(about: Distributions, rows: dict[str, int]) -> dict[str, ArraySchema]:
+    def array(dtype: str, *row: int) -> ArraySchema:
+        shape, chunk, shard = ((rows[name], *row) for name in ("padded", "chunk", "shard"))
+        return ArraySchema(shape, dtype, chunk, shard)
+
+    ids = {} if about.whole else {"ref/top/ids": array("uint32", about.n)}
+    return ids | {
+        "ref/top/logp": array(about.dtype, about.n),
+        "ref/top/rest": array(about.dtype),
+    }
 
 
 def raw_bytes(meta: dict[str, Any]) -> int:
     """Size of a store before compression."""
-    return sum(array.bytes for array in array_schema(meta).values())
+    return sum(array_bytes(meta).values())
+
+
+def array_bytes(meta: dict[str, Any]) -> dict[str, int]:
+    """Size of every array before compression. Padding takes hardly any space, and is left out."""
+    if rows := meta.get("distribution_rows"):
+        meta = meta | {"distribution_rows": rows | {"padded": rows["scored"]}}
+    return {name: array.bytes for name, array in array_schema(meta).items()}
 
 
 # -- attributes, checked before they are used ------------------------------------------------------
@@ -144,6 +178,11 @@ _SITE_ATTRIBUTES: dict[str, Any] = {
     "k": int,
     "value_dtype": str,
 }
+_ROWS = ("scored", "padded", "chunk", "shard")
+_DISTRIBUTION_ATTRIBUTES: dict[str, Any] = {
+    "distributions": {"n": int, "dtype": str, "vocabulary": int},
+    "distribution_rows": dict.fromkeys(_ROWS, int),
+}
 
 
 def wrong_attribute(meta: dict[str, Any]) -> str | None:
@@ -182,9 +221,11 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     for site, about in meta["sites"].items():
         if wrong := _wrong_site(site, about):
             return f"sites.{site}: {wrong}"
+    if wrong := _wrong_distributions(meta):
+        return wrong
     for name, array in array_schema(meta).items():
-        if array.chunk_bytes > _LARGEST_CHUNK:
-            return f"a chunk of {name} would take {array.chunk_bytes:,} bytes, at most 2 GiB may"
+        if array.file_bytes > _LARGEST_CHUNK:
+            return f"a chunk of {name} would take {array.file_bytes:,} bytes, at most 2 GiB may"
     return None if meta["fingerprint"] == fingerprint(meta) else "fingerprint is not of the rest"
 
 
@@ -205,6 +246,30 @@ def _wrong_site(site: str, about: Any) -> str | None:
         return "keep are no features"
     if about["value_dtype"] not in ("float32", "float16"):
         return f"the dtype {about['value_dtype']} is unknown"
+    return None
+
+
+def _wrong_distributions(meta: dict[str, Any]) -> str | None:
+    if "distributions" not in meta:
+        return None
+    if wrong := _wrong_kind(meta, _DISTRIBUTION_ATTRIBUTES):
+        return f"{wrong} is missing or of the wrong type"
+    n, dtype, vocabulary = (meta["distributions"][name] for name in Distributions._fields)
+    if dtype not in ("float32", "float16"):
+        return f"the dtype {dtype} is unknown"
+    if not 1 <= n <= vocabulary <= 2**32 - 1:
+        return f"distributions of {n} of {vocabulary} tokens cannot be"
+    scored, padded, chunk, shard = (meta["distribution_rows"][name] for name in _ROWS)
+    pairs, blocks = meta["pairs"]["kept"], -(-meta["pairs"]["kept"] // meta["block"])
+    if not (
+        2 * pairs <= scored <= meta["tokens"] - pairs
+        and chunk >= 1
+        and shard >= 1
+        and shard % chunk == 0
+        and padded % shard == 0
+        and scored <= padded < scored + blocks * shard
+    ):
+        return "distribution_rows do not match the pairs"
     return None
 
 

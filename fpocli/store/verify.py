@@ -38,7 +38,7 @@ def find_damage(store: Store) -> list[Damage]:
             tokens = check(block, store.tokens, block)
             scored = check(block, store.is_scored, block)
             if scored and tokens is not None:
-                check(block, store.reference, block, tokens)
+                check(block, store.check_reference, block, tokens)
             if scored and store.has_totals:
                 check(block, store.totals, block)
             if complete and scored is False:

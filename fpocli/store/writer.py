@@ -11,8 +11,15 @@ import numpy as np
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.config import MAY_DIFFER
+from fpocli.data.top_tokens import TopTokens
 from fpocli.features.top_features import TopFeatures
-from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
+from fpocli.store.digest import (
+    digest_of_block,
+    digest_of_distributions,
+    digest_of_kept,
+    digest_of_totals,
+)
+from fpocli.store.distribution_rows import Distributions, lay_out
 from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
@@ -34,7 +41,8 @@ class StoreWriter(Store):
         Args:
             path: a folder that is empty or does not exist.
             about: the attributes of docs/format.md except those made here (format, version, state,
-                tokens, fingerprint, documents, checksum, and created if it is missing).
+                tokens, distribution_rows, fingerprint, documents, checksum, and created if it is
+                missing).
             tokens: all pairs; spans are offsets from the first token of the store.
         """
         path.mkdir(parents=True, exist_ok=True)
@@ -48,6 +56,9 @@ class StoreWriter(Store):
             "tokens": len(tokens.ids),
             "fingerprint": fingerprint(about),
         }
+        if distributions := Distributions.of(meta):
+            sizes, places = lay_out(tokens.counts, meta["block"], distributions)
+            meta["distribution_rows"] = sizes
         store = cls(path, meta)
         # Stored here too, so that blocks can be identified if the root's metadata is lost.
         store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
@@ -61,6 +72,8 @@ class StoreWriter(Store):
         store._array("tokens")[:] = tokens.ids
         store._array("spans")[:] = tokens.spans
         store._array("source_row")[:] = tokens.source_row
+        if distributions:
+            store._array("ref/top/rows")[:] = places
         meta["documents"] = document_sums(path)
         # Written last.
         write_root(path, meta)
@@ -99,15 +112,42 @@ class StoreWriter(Store):
             features[site] = TopFeatures(index, value, nonzero, kept_value, kept)
         return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features)
 
+    def missing_distributions(self, rows: int) -> TopTokens[np.ndarray] | None:
+        """Distributions at scored positions, all missing, to be filled; None in a store without."""
+        if self.distributions is None:
+            return None
+        arrays = array_schema(self.meta)
+        names = [f"ref/top/{name}" for name in TopTokens._fields]
+        parts: Any = [
+            np.full((rows, *array.shape[1:]), array.fill(name), array.dtype)
+            if (array := arrays.get(name))
+            else None
+            for name in names
+        ]
+        return TopTokens(*parts)
+
     def write_block(
-        self, block: int, reference: ReferenceValues, totals: dict[str, FeatureTotals]
+        self,
+        block: int,
+        reference: ReferenceValues,
+        totals: dict[str, FeatureTotals],
+        top: TopTokens[np.ndarray] | None = None,
     ) -> None:
-        """Write the reference values of a block, and its digest last."""
+        """Write the reference values of a block, and its digest last.
+
+        Args:
+            block: which one.
+            reference: of its pairs.
+            totals: by site, over its responses.
+            top: the distributions at its scored positions, pair by pair, in a store of such.
+        """
         if self.check_not_replaced()["state"] == "tokenised":
             self._set_state("partial")
         rows = self.pairs_in(block)
         self._array("ref/logp")[rows] = reference.logp
         self._array("ref/margin")[rows] = reference.margin
+        if top:
+            self._write_distributions(block, top, np.isnan(reference.margin))
         for site, features in reference.features.items():
             for name in ("index", "value", "nonzero"):
                 self._array(f"features/{site}/{name}")[rows] = getattr(features, name)
@@ -119,6 +159,32 @@ class StoreWriter(Store):
             self._array("blocks/kept")[block] = digest_of_kept(block, reference)
         self._array("blocks/totals")[block] = digest_of_totals(block, totals)
         self._array("blocks/digest")[block] = digest_of_block(self.tokens(block), reference)
+
+    def _write_distributions(
+        self, block: int, top: TopTokens[np.ndarray], missing: np.ndarray
+    ) -> None:
+        """Write whole files of rows, and the digest of every pair that is not missing."""
+        places, pairs = self._places(block), self.pairs_in(block)
+        begin, shard = int(places[0, 0]), self._shard
+        for name, values in zip(TopTokens._fields, top, strict=True):
+            if values is None:
+                continue
+            array = self._array(f"ref/top/{name}")
+            for first in range(0, len(values), shard):
+                part = values[first : first + shard]
+                padding = [(0, shard - len(part)), *[(0, 0)] * (part.ndim - 1)]
+                place = begin + first
+                # Zarr reads a shard before it writes it, which fails if it is damaged.
+                self._file(f"ref/top/{name}", place // shard).unlink(missing_ok=True)
+                array[place : place + shard] = np.pad(
+                    part, padding, constant_values=array.fill_value
+                )
+        digests = np.zeros(len(places), np.uint64)
+        for row in np.flatnonzero(~missing):
+            own = top.at(slice(places[row, 0] - begin, places[row, 2] - begin))
+            number = pairs.start + int(row)
+            digests[row] = digest_of_distributions(self.meta["fingerprint"], number, own)
+        self._array("ref/top/digest")[pairs] = digests
 
     def record_allowed(self, model: dict[str, Any]) -> None:
         """Record in the store that further blocks are made with another dtype or kernel, which
@@ -151,10 +217,8 @@ class StoreWriter(Store):
         non_finite: list[int] = []
         with progress("Checking", self.blocks) as bar:
             for block in range(self.blocks):
-                margin = self.reference(block, self.tokens(block)).margin
-                non_finite += (
-                    self.pairs_in(block).start + np.flatnonzero(np.isnan(margin))
-                ).tolist()
+                missing = self.check_reference(block, self.tokens(block))
+                non_finite += (self.pairs_in(block).start + np.flatnonzero(missing)).tolist()
                 bar.advance()
         if len(non_finite) == self.pairs:
             raise UserError(
