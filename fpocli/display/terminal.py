@@ -36,6 +36,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
             for number, (site, about) in enumerate(shown["sites"].items())
         ),
         *([] if shown["sites"] else [("sites", "no features: for all methods but fpo")]),
+        *(("next tokens", _next_tokens(stored)) for stored in [shown["distributions"]] if stored),
         ("fingerprint", shown["fingerprint"][:16]),
     ):  # fmt: skip
         head.add_row(name, value)
@@ -70,6 +71,18 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
                            for k in ("bytes", "stored_bytes")))  # fmt: skip
     out.print(table)
     _show_verified(shown, out)
+
+
+def _next_tokens(about: dict[str, Any]) -> str:
+    which = "all" if about["n"] == about["vocabulary"] else f"the {about['n']:,} likeliest"
+    text = f"{which} of {about['vocabulary']:,} at {about['positions']:,} positions, "
+    text += about["dtype"]
+    if coverage := about.get("coverage"):
+        text += (
+            f": {coverage['mean']:.1%} of the probability, below {coverage['5%']:.1%} at 5% of "
+            "the positions"
+        )
+    return text
 
 
 def _show_features(site: str, about: dict[str, Any], out: Console) -> None:

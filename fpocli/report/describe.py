@@ -12,6 +12,8 @@ from fpocli.system.errors import UserError
 _FIGURE_2 = 50
 _FREQUENT = 10
 _PAIR_FEATURES = 10
+# The percentile of the coverage is exact to one in this many.
+_BINS = 10_000
 
 
 def describe(store: Store) -> dict[str, Any]:
@@ -40,6 +42,7 @@ def describe(store: Store) -> dict[str, Any]:
         }
         | {"responses_at_limit": int((total == store.meta["limits"]["max_length"]).sum())},
         "margin": _margin(margins),
+        "distributions": _distributions(store),
         "features": {site: _features(store, site) for site in store.sites}
         if store.meta["state"] == "complete"
         else {},
@@ -72,6 +75,26 @@ def _margin(margins: np.ndarray) -> dict[str, Any]:
         "above_0": float((margins > 0).mean()),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
+
+
+def _distributions(store: Store) -> dict[str, Any]:
+    """What is stored of the next-token distributions, and how much of them: the probability of the
+    stored tokens at the scored positions; {} in a store without."""
+    about = store.distributions
+    if about is None:
+        return {}
+    counts, total = np.zeros(_BINS, np.int64), 0.0
+    for block in filter(store.is_scored, range(store.blocks)):
+        mass = -np.expm1(store.rest(block).astype(np.float64))
+        # float16 may round the rest to more than 1.
+        mass = mass.clip(0, 1)
+        counts += np.histogram(mass, _BINS, (0, 1))[0]
+        total += mass.sum()
+    shown = about._asdict() | {"positions": store.meta["distribution_rows"]["scored"]}
+    if not (read := int(counts.sum())):
+        return shown
+    low = int(np.searchsorted(counts.cumsum(), 0.05 * read)) / _BINS
+    return shown | {"coverage": {"mean": float(total / read), "5%": low}}
 
 
 def _features(store: Store, site: str) -> dict[str, Any]:

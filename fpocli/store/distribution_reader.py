@@ -50,10 +50,10 @@ class DistributionReader(ArrayReader):
         parts = []
         for pair in map(int, pairs):
             block, row = divmod(pair, self.block_size)
-            places, digests = self._remembered(block)
-            if not (self.is_scored(block) and digests[row]):
+            known = self._remembered(block) if self.is_scored(block) else None
+            if known is None or not known[1][row]:
                 raise UserError(f"pair {pair} of {self.path} has no reference values")
-            parts.append(self._read_checked(block, row, row + 1, places, digests))
+            parts.append(self._read_checked(block, row, row + 1, *known))
         logp = np.concatenate([top.logp for top in parts])
         rest = np.concatenate([top.rest for top in parts])
         if self.distributions.dtype == "float16":

@@ -150,7 +150,8 @@ def test_caching_interrupted_while_it_writes_tokens_starts_over(material, tmp_pa
 def test_kill_9_loses_at_most_the_block_in_progress(material, tmp_path, store_path):
     """A real process, killed without warning in the middle of its blocks."""
     write_pairs(tmp_path / "many.jsonl", 400, seed=1)
-    config = cache_config(material, tmp_path / "ref.zarr", data=str(tmp_path / "many.jsonl"))
+    settings = {"data": str(tmp_path / "many.jsonl"), "distributions": "8"}
+    config = cache_config(material, tmp_path / "ref.zarr", **settings)
     command = [sys.executable, "-m", "fpocli", "cache", *flags(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     digests = tmp_path / "ref.zarr" / "blocks" / "digest" / "c"
@@ -163,7 +164,7 @@ def test_kill_9_loses_at_most_the_block_in_progress(material, tmp_path, store_pa
     assert 0 < len(Store.open(tmp_path / "ref.zarr").unscored_blocks()) < 50
     subprocess.run(command, check=True, capture_output=True)
     unbroken = tmp_path / "unbroken.zarr"
-    cache(cache_config(material, unbroken, data=str(tmp_path / "many.jsonl")))
+    cache(cache_config(material, unbroken, **settings))
     one, other = contents(tmp_path / "ref.zarr"), contents(unbroken)
     for name, values in other.items():
         np.testing.assert_array_equal(one[name], values, err_msg=name)
@@ -188,6 +189,7 @@ def test_the_same_command_twice_changes_nothing(material, store_path):
         ({"limit": 20}, "data.limit"),
         ({"block": 4}, "block"),
         ({"model": "policy"}, "model.hash"),
+        ({"distributions": "8"}, "distributions is None there"),
     ],
 )
 def test_other_settings_are_not_mixed_into_a_store(material, store_path, change, named):

@@ -20,7 +20,7 @@ def many(material, tmp_path_factory):
     """Pairs for 20 blocks, and the store that one process makes of them."""
     folder = tmp_path_factory.mktemp("many")
     data = str(write_pairs(folder / "pairs.jsonl", 160, seed=3))
-    store = cache(cache_config(material, folder / "one.zarr", data=data))
+    store = cache(cache_config(material, folder / "one.zarr", data=data, distributions="8"))
     return data, store.path
 
 
@@ -31,7 +31,9 @@ def start(material, many, tmp_path):
 
     def start(**changes):
         config = cache_config(
-            material, tmp_path / "ref.zarr", **({"data": many[0], "join": True} | changes)
+            material,
+            tmp_path / "ref.zarr",
+            **({"data": many[0], "join": True, "distributions": "8"} | changes),
         )
         started.append(Command("cache", *flags(config)))
         return started[-1]
@@ -132,7 +134,7 @@ def test_any_number_of_processes_resumes_what_any_other_number_began(start, many
 
 def test_torchrun_starts_processes_of_one_run(material, many, tmp_path):
     path = tmp_path / "ref.zarr"
-    config = cache_config(material, path, data=many[0])
+    config = cache_config(material, path, data=many[0], distributions="8")
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*words, "-m", "fpocli", "cache", *flags(config)], capture_output=True, text=True

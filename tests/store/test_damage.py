@@ -18,6 +18,7 @@ from stores import assert_equal, cache_config, make_loader
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
 from fpocli.report.describe import describe
+from fpocli.store import distribution_rows
 from fpocli.store.metadata import DOCUMENT, attributes, document_sums, write_root
 from fpocli.store.reader import Store
 from fpocli.store.schema import fingerprint
@@ -26,17 +27,29 @@ from fpocli.store.verify import find_damage
 SITE = "layer_3.resid_post"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_chunks():
+    """Several chunks of distributions make up a file, although the store is small."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distribution_rows, "_CHUNK_BYTES", 2**12)
+        yield
+
+
 @pytest.fixture(scope="module")
 def small(material, tmp_path_factory):
-    """A store of seven pairs in three blocks."""
+    """A store of seven pairs in three blocks, with distributions."""
     config = cache_config(
         material,
         tmp_path_factory.mktemp("small") / "ref.zarr",
         limit=7,
         block=3,
         top_k="8",
+        distributions="8",
     )
-    return config, cache(config).path
+    store = cache(config)
+    rows = store.meta["distribution_rows"]
+    assert rows["shard"] > rows["chunk"] and rows["padded"] == store.blocks * rows["shard"]
+    return config, store.path
 
 
 @pytest.fixture
@@ -66,11 +79,11 @@ def train_on(path: Path) -> list[tuple]:
         store = Store.open(path)
         store.require_complete()
         loader = make_loader(store, eval_fraction=0.0)
-        for step in loader.steps(0, loader.steps_per_epoch, torch.device("cpu")):
+        for step in loader.steps(0, loader.steps_per_epoch, torch.device("cpu"), with_top=True):
             for micro in step:
                 rows = micro.reference
                 features = [f for site in rows.features.values() for f in vars(site).values()]
-                arrays = (micro.batch.ids, rows.logp, rows.margin, *features)
+                arrays = (micro.batch.ids, rows.logp, rows.margin, *features, *micro.top)
                 read.append(tuple(array.numpy().tobytes() for array in arrays))
     except UserError:
         read.append(("stopped",))
@@ -143,7 +156,9 @@ def test_an_edited_attribute_is_found(spoiled, edit):
 
 def test_chunks_in_the_wrong_place_are_found(spoiled):
     """Each file is complete and its checksum correct."""
-    for name in ("ref/logp/c/{}/0", "spans/c/{}/0", "blocks/digest/c/{}"):
+    of_pairs = ("ref/logp/c/{}/0", "spans/c/{}/0", "ref/top/rows/c/{}/0", "ref/top/digest/c/{}")
+    of_rows = ("ref/top/ids/c/{}/0", "ref/top/logp/c/{}/0", "ref/top/rest/c/{}")
+    for name in (*of_pairs, *of_rows, "blocks/digest/c/{}"):
         one, other = (spoiled[1] / name.format(block) for block in "01")
         first, second = one.read_bytes(), other.read_bytes()
         one.write_bytes(second)
@@ -163,6 +178,12 @@ REPAIRED = {
     "a digest": ({"blocks/digest/c/1": b"damaged"}, [1]),
     "a missing digest": ({"blocks/digest/c/1": None}, [1]),
     "missing values of a block with a digest": ({f"features/{SITE}/index/c/2/0/0": None}, [2]),
+    "distributions": (
+        {"ref/top/ids/c/0/0": b"x" * 99, "ref/top/logp/c/2/0": None, "ref/top/rest/c/2": b""},
+        [0, 2],
+    ),
+    "digests of pairs": ({"ref/top/digest/c/1": None, "ref/top/digest/c/2": b"x"}, [1, 2]),
+    "rows of pairs": ({"ref/top/rows/c/0/0": None, "ref/top/rows/c/2/0": b"x"}, []),
     "a block's totals": ({f"blocks/{SITE}/sum/c/0/0": None}, [0]),
     "a mean over all blocks": ({f"features/{SITE}/mean/c/0": b"?"}, []),
     "tokens": ({"tokens/c/0": b"", "spans/c/1/0": None, "source_row/c/0": b"no"}, []),
