@@ -31,8 +31,9 @@ from fpocli.model.language_model import load_model
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.score import score
 from fpocli.system.model_folder import find_model
+from fpocli.training.micro_batch import MicroBatch
 from fpocli.training.objective import objective
-from fpocli.training.pair_loader import MicroBatch, PairLoader
+from fpocli.training.pair_loader import PairLoader
 
 FEATURES, PAIRS = 16_384, 24
 

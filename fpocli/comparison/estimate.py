@@ -4,32 +4,21 @@ The hours are arithmetic over an assumed speed: 2 operations per parameter and t
 pass, 4 of a backward pass, at `tflops` useful TFLOP/s per process. docs/evaluation.md says more.
 """
 
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
 from rich.filesize import decimal
 
 from fpocli.comparison.grid import Grid
 from fpocli.comparison.steps import Step, processes
-from fpocli.config import CacheConfig, EvalConfig, TrainConfig
-from fpocli.data.dropped import DroppedRows
-from fpocli.data.layouts import read_pairs
-from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.comparison.store_size import SAMPLE, StoreSize, measure_store
+from fpocli.config import EvalConfig, TrainConfig
 from fpocli.data.sources import open_source
 from fpocli.evaluation.prompts import load_prompts
-from fpocli.features.known_saes import default_saes
-from fpocli.features.site import Site
-from fpocli.model.network import count_parameters, read_config
-from fpocli.store.distribution_rows import Distributions
-from fpocli.store.reader import Store
-from fpocli.store.schema import raw_bytes
-from fpocli.system.console import progress, warn
+from fpocli.model.network import count_parameters
+from fpocli.system.console import warn
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 
@@ -37,11 +26,8 @@ from fpocli.system.model_folder import find_model
 _TFLOPS = 150.0
 # A step of generation reads all weights, at one byte per 150 operations, and has a fixed cost.
 _OPERATIONS_PER_BYTE, _DECODING_STEP = 150, 0.03
-# Rows that are tokenised to count tokens.
-_SAMPLE = 1000
 # Bytes per parameter: of a bfloat16 model, and of a checkpoint with master weights and moments.
 _WEIGHTS, _CHECKPOINT = 2, 14
-_WIDTHS = re.compile(r"width_(\d+)([km])")
 
 
 @dataclass(frozen=True)
@@ -68,29 +54,6 @@ class Cost:
         return "?" if self.bytes is None else decimal(self.bytes)
 
 
-@dataclass(frozen=True)
-class StoreSize:
-    """What a store holds, and the model it is made from.
-
-    Args:
-        pairs: that are kept.
-        tokens: of all, the prompt once.
-        bytes: of the store, before compression.
-        parameters: of its model.
-        width: d of its model.
-        features: m of each site.
-        distributions: whether it holds the reference's.
-    """
-
-    pairs: int
-    tokens: int
-    bytes: int
-    parameters: int
-    width: int
-    features: tuple[int, ...]
-    distributions: bool
-
-
 def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
     """The expected cost of every command, in order. What cannot be told is said on stderr."""
     ranks = processes(grid.file.launch)
@@ -101,7 +64,7 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
     def count(path: str) -> StoreSize | None:
         if path not in counted:
             try:
-                counted[path] = _count(path, stores.get(path))
+                counted[path] = measure_store(path, stores.get(path))
             except UserError as error:
                 warn(f"no estimate for {path}: {error}")
                 counted[path] = None
@@ -201,112 +164,8 @@ def _count_conversations(data: str, split: str | None, limit: int | None, folder
     default = "train_sft" if data == "HuggingFaceH4/ultrachat_200k" else None
     rows = open_source(data, split or default, limit).rows()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sample = [row for _, row in islice(rows, _SAMPLE)]
+    sample = [row for _, row in islice(rows, SAMPLE)]
     texts = ["\n".join(str(turn["content"]) for turn in row["messages"]) for row in sample]
     tokens = sum(len(ids) for ids in tokenizer(texts).input_ids)
     count = len(sample) + sum(1 for _ in rows)
     return tokens / max(len(sample), 1) * count
-
-
-def _count(path: str, step: Step | None) -> StoreSize:
-    """Tokens and sizes of a store that exists, or of a sample of its data."""
-    if (Path(path) / "zarr.json").is_file():
-        store = Store.open(path)
-        source = store.meta["model"]["source"]
-        widths = tuple(about["d_sae"] for about in store.sites.values())
-        folder = find_model(source, weights=False)
-        about, tokens, pairs = store.meta, store.meta["tokens"], store.pairs
-    else:
-        assert step is not None
-        config = CacheConfig(**step.settings)
-        source = config.model
-        if step.after and not Path(source).exists():
-            # The SFT stage has not run yet; its base model has the same tokeniser and shape.
-            source = str(step.after.settings["model"])
-        folder = find_model(source, weights=False)
-        pairs, tokens, scored = _count_pairs(config, source)
-        sites = [Site(layer, kind) for layer, kind in config.sites]
-        saes = config.sae
-        if sites and not saes:
-            saes, _ = default_saes(folder, read_config(folder), sites)
-        widths = tuple(map(_features, saes))
-        about = _about(config, pairs, tokens, widths)
-        about |= _distributions(config, read_config(folder).vocab_size, scored)
-    return StoreSize(
-        pairs=pairs,
-        tokens=tokens,
-        bytes=raw_bytes(about),
-        parameters=count_parameters(folder),
-        width=read_config(folder).hidden_size,
-        features=widths,
-        distributions=bool(about.get("distributions")),
-    )
-
-
-def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]) -> dict[str, Any]:
-    """The attributes by which a store's size is known."""
-    return {
-        "pairs": {"kept": pairs},
-        "tokens": tokens,
-        "block": config.block,
-        "sites": {
-            f"layer_{layer}.{kind}": {
-                "k": m if config.top_k == "all" else min(int(config.top_k), m),
-                "d_sae": m,
-                "value_dtype": config.value_dtype,
-            }
-            for (layer, kind), m in zip(config.sites, widths, strict=True)
-        },
-    }
-
-
-def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[str, Any]:
-    """The attributes by which the size of a store's distributions is known; none without."""
-    if config.distributions == "0":
-        return {}
-    n = vocabulary if config.distributions == "all" else int(config.distributions)
-    about = Distributions(n, config.distribution_dtype, vocabulary)
-    rows = dict.fromkeys(("scored", "padded", "chunk", "shard"), scored)
-    return {"distributions": about._asdict(), "distribution_rows": rows}
-
-
-def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
-    """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
-    counts = (config.data, config.split, config.limit, model, config.chat_template)
-    return _counted(*counts, config.max_length, config.max_prompt_length)
-
-
-@cache
-def _counted(
-    data: str,
-    split: str | None,
-    limit: int | None,
-    model: str,
-    template: str | None,
-    length: int,
-    prompt_length: int,
-) -> tuple[int, int, int]:
-    dropped = DroppedRows()
-    folder = find_model(model, weights=False)
-    tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
-    first = open_source(data, split, min(limit or _SAMPLE, _SAMPLE))
-    with progress("Counting tokens", None):
-        sizes = [
-            (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
-            for pair in tokenizer(read_pairs(first, dropped))
-        ]
-        rows = sum(1 for _ in open_source(data, split, limit).rows())
-    if not sizes:
-        raise dropped.nothing_left()
-    scale = rows / max(dropped.read, 1)
-    prompts, responses = (scale * sum(part) for part in zip(*sizes, strict=True))
-    return round(scale * len(sizes)), round(prompts + responses), round(responses)
-
-
-def _features(source: str) -> int:
-    """m of an SAE, from its configuration or its name; Gemma Scope's 16k if neither tells."""
-    file = Path(source) / "cfg.json"
-    if file.is_file():
-        return int(json.loads(file.read_text())["d_sae"])
-    named = _WIDTHS.search(source)
-    return int(named[1]) * {"k": 2**10, "m": 2**20}[named[2]] if named else 2**14

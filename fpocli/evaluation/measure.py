@@ -28,8 +28,9 @@ from fpocli.store.reader import Store
 from fpocli.system.console import progress
 from fpocli.system.files import replace_text
 from fpocli.system.model_folder import ModelFolder
+from fpocli.training.micro_batch import MicroBatch
 from fpocli.training.objective import compare_features, distances_of_groups
-from fpocli.training.pair_loader import MicroBatch, PairLoader
+from fpocli.training.pair_loader import PairLoader
 
 # Arrays of one number per pair, or one per response [N, 2].
 Values = dict[str, np.ndarray]

@@ -14,8 +14,8 @@ from fpocli.store.reader import Store
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.ranks import same_on_all_ranks
+from fpocli.training.micro_batch import MicroBatch
 from fpocli.training.objective import compare_features
-from fpocli.training.pair_loader import MicroBatch
 
 # The largest difference that rounding explains: of a in nats per token, and of D as a share of
 # the features' mean square. On a GPU bfloat16 products depend on the shape of the sequence.

@@ -10,8 +10,8 @@ from fpocli.features.encoder import SparseEncoder
 from fpocli.features.weights import FeatureWeights
 from fpocli.scoring.score import score
 from fpocli.training.means import Means
+from fpocli.training.micro_batch import MicroBatch
 from fpocli.training.objective import objective, shares_of_groups
-from fpocli.training.pair_loader import MicroBatch
 
 
 @torch.no_grad()

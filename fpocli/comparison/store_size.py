@@ -1,0 +1,162 @@
+"""How large a store is, or will be: pairs, tokens and bytes, counted or extrapolated."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fpocli.comparison.steps import Step
+from fpocli.config import CacheConfig
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.data.sources import open_source
+from fpocli.features.known_saes import default_saes
+from fpocli.features.site import Site
+from fpocli.model.network import count_parameters, read_config
+from fpocli.store.distribution_rows import Distributions
+from fpocli.store.reader import Store
+from fpocli.store.schema import raw_bytes
+from fpocli.system.console import progress
+from fpocli.system.model_folder import find_model
+
+# Rows that are tokenised to count tokens.
+SAMPLE = 1000
+_WIDTHS = re.compile(r"width_(\d+)([km])")
+
+
+@dataclass(frozen=True)
+class StoreSize:
+    """What a store holds, and the model it is made from.
+
+    Args:
+        pairs: that are kept.
+        tokens: of all, the prompt once.
+        bytes: of the store, before compression.
+        parameters: of its model.
+        width: d of its model.
+        features: m of each site.
+        distributions: whether it holds the reference's.
+    """
+
+    pairs: int
+    tokens: int
+    bytes: int
+    parameters: int
+    width: int
+    features: tuple[int, ...]
+    distributions: bool
+
+
+def measure_store(path: str, step: Step | None) -> StoreSize:
+    """Tokens and sizes of a store that exists, or of a sample of its data.
+
+    Args:
+        path: of the store.
+        step: that makes it; None if it must exist.
+
+    Raises:
+        UserError: the store, model or data cannot be read.
+    """
+    if (Path(path) / "zarr.json").is_file():
+        store = Store.open(path)
+        source = store.meta["model"]["source"]
+        widths = tuple(about["d_sae"] for about in store.sites.values())
+        folder = find_model(source, weights=False)
+        about, tokens, pairs = store.meta, store.meta["tokens"], store.pairs
+    else:
+        assert step is not None
+        config = CacheConfig(**step.settings)
+        source = config.model
+        if step.after and not Path(source).exists():
+            # The SFT stage has not run yet; its base model has the same tokeniser and shape.
+            source = str(step.after.settings["model"])
+        folder = find_model(source, weights=False)
+        pairs, tokens, scored = _count_pairs(config, source)
+        sites = [Site(layer, kind) for layer, kind in config.sites]
+        saes = config.sae
+        if sites and not saes:
+            saes, _ = default_saes(folder, read_config(folder), sites)
+        widths = tuple(map(_features, saes))
+        about = _about(config, pairs, tokens, widths)
+        about |= _distributions(config, read_config(folder).vocab_size, scored)
+    return StoreSize(
+        pairs=pairs,
+        tokens=tokens,
+        bytes=raw_bytes(about),
+        parameters=count_parameters(folder),
+        width=read_config(folder).hidden_size,
+        features=widths,
+        distributions=bool(about.get("distributions")),
+    )
+
+
+def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]) -> dict[str, Any]:
+    """The attributes by which a store's size is known."""
+    return {
+        "pairs": {"kept": pairs},
+        "tokens": tokens,
+        "block": config.block,
+        "sites": {
+            f"layer_{layer}.{kind}": {
+                "k": m if config.top_k == "all" else min(int(config.top_k), m),
+                "d_sae": m,
+                "value_dtype": config.value_dtype,
+            }
+            for (layer, kind), m in zip(config.sites, widths, strict=True)
+        },
+    }
+
+
+def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[str, Any]:
+    """The attributes by which the size of a store's distributions is known; none without."""
+    if config.distributions == "0":
+        return {}
+    n = vocabulary if config.distributions == "all" else int(config.distributions)
+    about = Distributions(n, config.distribution_dtype, vocabulary)
+    rows = dict.fromkeys(("scored", "padded", "chunk", "shard"), scored)
+    return {"distributions": about._asdict(), "distribution_rows": rows}
+
+
+def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
+    """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
+    counts = (config.data, config.split, config.limit, model, config.chat_template)
+    return _counted(*counts, config.max_length, config.max_prompt_length)
+
+
+@cache
+def _counted(
+    data: str,
+    split: str | None,
+    limit: int | None,
+    model: str,
+    template: str | None,
+    length: int,
+    prompt_length: int,
+) -> tuple[int, int, int]:
+    dropped = DroppedRows()
+    folder = find_model(model, weights=False)
+    tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
+    first = open_source(data, split, min(limit or SAMPLE, SAMPLE))
+    with progress("Counting tokens", None):
+        sizes = [
+            (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
+            for pair in tokenizer(read_pairs(first, dropped))
+        ]
+        rows = sum(1 for _ in open_source(data, split, limit).rows())
+    if not sizes:
+        raise dropped.nothing_left()
+    scale = rows / max(dropped.read, 1)
+    prompts, responses = (scale * sum(part) for part in zip(*sizes, strict=True))
+    return round(scale * len(sizes)), round(prompts + responses), round(responses)
+
+
+def _features(source: str) -> int:
+    """m of an SAE, from its configuration or its name; Gemma Scope's 16k if neither tells."""
+    file = Path(source) / "cfg.json"
+    if file.is_file():
+        return int(json.loads(file.read_text())["d_sae"])
+    named = _WIDTHS.search(source)
+    return int(named[1]) * {"k": 2**10, "m": 2**20}[named[2]] if named else 2**14
