@@ -38,6 +38,7 @@ def main() -> None:
             "constraint": [*pairs, "--max-length", "256", "--layer", "3"],
             "kl": [*pairs, *count],
             "noise": [*pairs, *count, *site],
+            "constraints": [*pairs, *site, "--tiny", "--work", f"{folder}/constraints"],
             "growth": ["--tiny"],
             "store": ["--pairs", "64"],
             "gpu": ["--tiny"],

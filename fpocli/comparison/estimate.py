@@ -26,6 +26,7 @@ from fpocli.evaluation.prompts import load_prompts
 from fpocli.features.known_saes import default_saes
 from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
+from fpocli.store.distribution_rows import Distributions
 from fpocli.store.reader import Store
 from fpocli.store.schema import raw_bytes
 from fpocli.system.console import progress, warn
@@ -223,13 +224,14 @@ def _count(path: str, step: Step | None) -> StoreSize:
             # The SFT stage has not run yet; its base model has the same tokeniser and shape.
             source = str(step.after.settings["model"])
         folder = find_model(source, weights=False)
-        pairs, tokens = _count_pairs(config, source)
+        pairs, tokens, scored = _count_pairs(config, source)
         sites = [Site(layer, kind) for layer, kind in config.sites]
         saes = config.sae
         if sites and not saes:
             saes, _ = default_saes(folder, read_config(folder), sites)
         widths = tuple(map(_features, saes))
         about = _about(config, pairs, tokens, widths)
+        about |= _distributions(config, read_config(folder).vocab_size, scored)
     return StoreSize(
         pairs=pairs,
         tokens=tokens,
@@ -237,6 +239,7 @@ def _count(path: str, step: Step | None) -> StoreSize:
         parameters=count_parameters(folder),
         width=read_config(folder).hidden_size,
         features=widths,
+        distributions=bool(about.get("distributions")),
     )
 
 
@@ -257,8 +260,18 @@ def _about(config: CacheConfig, pairs: int, tokens: int, widths: tuple[int, ...]
     }
 
 
-def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int]:
-    """Pairs and tokens of the data, extrapolated from the first rows."""
+def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[str, Any]:
+    """The attributes by which the size of a store's distributions is known; none without."""
+    if config.distributions == "0":
+        return {}
+    n = vocabulary if config.distributions == "all" else int(config.distributions)
+    about = Distributions(n, config.distribution_dtype, vocabulary)
+    rows = dict.fromkeys(("scored", "padded", "chunk", "shard"), scored)
+    return {"distributions": about._asdict(), "distribution_rows": rows}
+
+
+def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
+    """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
     counts = (config.data, config.split, config.limit, model, config.chat_template)
     return _counted(*counts, config.max_length, config.max_prompt_length)
 
@@ -272,21 +285,22 @@ def _counted(
     template: str | None,
     length: int,
     prompt_length: int,
-) -> tuple[int, int]:
+) -> tuple[int, int, int]:
     dropped = DroppedRows()
     folder = find_model(model, weights=False)
     tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
     first = open_source(data, split, min(limit or _SAMPLE, _SAMPLE))
     with progress("Counting tokens", None):
         sizes = [
-            len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+            (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
             for pair in tokenizer(read_pairs(first, dropped))
         ]
         rows = sum(1 for _ in open_source(data, split, limit).rows())
     if not sizes:
         raise dropped.nothing_left()
     scale = rows / max(dropped.read, 1)
-    return round(scale * len(sizes)), round(scale * sum(sizes))
+    prompts, responses = (scale * sum(part) for part in zip(*sizes, strict=True))
+    return round(scale * len(sizes)), round(prompts + responses), round(responses)
 
 
 def _features(source: str) -> int:

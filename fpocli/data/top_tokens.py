@@ -29,3 +29,8 @@ class TopTokens(NamedTuple, Generic[Array]):
         stored: Any = self
         parts: Any = [None if values is None else values[rows] for values in stored]
         return TopTokens(*parts)
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays that there are, by name."""
+        return {name: part for name, part in self._asdict().items() if part is not None}

@@ -119,7 +119,7 @@ def logprobs_and_top(
 
     def chunk(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         logp, top = top_tokens(logits(network, states), tokens, n)
-        return (logp, *top) if top.ids is not None else (logp, top.logp, top.rest)
+        return logp, *top.arrays.values()
 
     logp, *ids, top, rest = _by_chunk(chunk, network, final, targets)
     return logp, TopTokens(ids[0] if ids else None, top, rest)
@@ -140,14 +140,13 @@ def logprobs_and_bound(
     Returns:
         two float32 [M], nats.
     """
-    rows = known[1:] if known.ids is None else known
 
     def chunk(states: Tensor, tokens: Tensor, *parts: Tensor) -> tuple[Tensor, Tensor]:
         *ids, top, rest = parts
         here = TopTokens(ids[0] if ids else None, top, rest)
         return coarse_kl(logits(network, states), tokens, here)
 
-    logp, bound = _by_chunk(chunk, network, final, targets, *rows)
+    logp, bound = _by_chunk(chunk, network, final, targets, *known.arrays.values())
     return logp, bound
 
 

@@ -23,7 +23,7 @@ def held_out_means(
     weights: Mapping[str, FeatureWeights],
     reference: Any,
     where: str,
-    alpha: float,
+    alpha: float | None = None,
 ) -> dict[str, float]:
     """Means of the training metrics over batches, of all ranks together.
 
@@ -36,7 +36,7 @@ def held_out_means(
         reference: the FrozenReference, or an engine around it, to measure the sequential KL
             exactly; or None.
         where: which pairs these are, for the error.
-        alpha: weight of the constraint.
+        alpha: weight of the constraint; None is that of the settings.
 
     Raises:
         UserError: a mean is non-finite.

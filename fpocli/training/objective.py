@@ -135,7 +135,8 @@ def objective(
     magnitudes = replace(terms, logp=terms.logp.abs(), ref_logp=-terms.ref_logp.abs())
     average, average_ref = scores.average, reference.logp / scores.count
     likelier = wins(average[:, 0], average[:, 1], average.abs().sum(1))
-    preferred = wins(*reward(terms).unbind(1), reward(magnitudes).sum(1))
+    unscaled = reward(terms)
+    preferred = wins(unscaled[:, 0], unscaled[:, 1], reward(magnitudes).sum(1))
     metrics = {
         "loss": loss,
         "u": u,

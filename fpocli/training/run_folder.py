@@ -150,7 +150,8 @@ def recorded_weights(folder: Path) -> str | None:
 def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The identity in run.json. A setting that did not exist yet had today's default."""
     known = _renamed(_object(file))
-    today = dataclasses.asdict(TrainConfig(cache="unused", method=known.get("method")))
+    method = {"method": known["method"]} if "method" in known else {}
+    today = dataclasses.asdict(TrainConfig(cache="unused", **method))
     return {name: value for name, value in today.items() if name in current} | known
 
 
