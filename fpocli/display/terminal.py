@@ -79,8 +79,8 @@ def _next_tokens(about: dict[str, Any]) -> str:
     text += about["dtype"]
     if coverage := about.get("coverage"):
         text += (
-            f": {coverage['mean']:.1%} of the probability, below {coverage['5%']:.1%} at 5% of "
-            "the positions"
+            f": {coverage['mean']:.1%} of the probability, below {coverage['5%']:.1%} at one "
+            "position in twenty"
         )
     return text
 

@@ -78,9 +78,10 @@ def lay_out(
     shards = math.ceil(chunks / max(1, _SHARD_BYTES // (chunk * row)))
     shard = chunk * math.ceil(chunks / shards)
     padded = -(-in_block // shard) * shard
-    # How many rows of padding are before each pair.
-    gaps = np.repeat((padded - in_block).cumsum() - (padded - in_block), block)[: len(lengths)]
-    begin = lengths.cumsum() - lengths + gaps
+    # Rows of padding before each pair.
+    gaps = padded - in_block
+    before = (gaps.cumsum() - gaps)[np.arange(len(lengths)) // block]
+    begin = lengths.cumsum() - lengths + before
     sizes = {"scored": int(lengths.sum()), "padded": int(padded.sum())}
     rows = np.column_stack([begin, begin + counts[:, 0], begin + lengths])
     return sizes | {"chunk": chunk, "shard": shard}, rows

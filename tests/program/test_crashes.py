@@ -26,10 +26,11 @@ def caching(material, tmp_path_factory):
     """A command that caches 12 blocks, the store of an uninterrupted run, and its duration."""
     folder = tmp_path_factory.mktemp("caching")
     data = str(write_pairs(folder / "pairs.jsonl", 96, seed=4))
-    whole = cache(cache_config(material, folder / "whole.zarr", data=data)).path
+    settings = {"data": data, "distributions": "8"}
+    whole = cache(cache_config(material, folder / "whole.zarr", **settings)).path
 
     def words(out: Path) -> list[str]:
-        return ["cache", *flags(cache_config(material, out, data=data))]
+        return ["cache", *flags(cache_config(material, out, **settings))]
 
     end_of(words(folder / "first.zarr"))
     return words, whole, seconds_of(words(folder / "timed.zarr"))

@@ -55,6 +55,7 @@ def hostile_material(folder: Path) -> Path:
             model=str(folder / NAME),
             sae=[str(folder / f"sae {NAME}")],
             data=str(data),
+            distributions="8",
         )
     )
     return folder
