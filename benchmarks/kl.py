@@ -20,6 +20,7 @@ from common import (
     machine,
     make_store,
     middle,
+    table,
     take_stdout,
     take_turns,
     turns_parser,
@@ -88,13 +89,17 @@ def report(
         pairs = zip(values(name, figure), values(base, figure), strict=True)
         return [own / other for own, other in pairs]
 
-    rows = "\n".join(
-        f"| {CONTESTANTS[name][0]} | {middle(values(name, 'seconds'))} | "
-        f"{middle(ratios(name, 'seconds'), '.3f')} | "
-        f"{middle((peak / 1e9 for peak in values(name, 'peak')), '.3f')} | "
-        f"{middle(ratios(name, 'peak'), '.3f')} |"
+    heads = ("contestant", "seconds a step", "of fpo's", "peak GB", "of fpo's")
+    rows = [
+        (
+            CONTESTANTS[name][0],
+            middle(values(name, "seconds")),
+            middle(ratios(name, "seconds"), ".3f"),
+            middle((peak / 1e9 for peak in values(name, "peak")), ".3f"),
+            middle(ratios(name, "peak"), ".3f"),
+        )
         for name in figures
-    )
+    ]
     found = {name: statistics.median(ratios("tdpo2", name)) for name in GOALS}
     words = {
         name: "reached" if found[name] <= goal else "not reached" for name, goal in GOALS.items()
@@ -117,11 +122,10 @@ Command: `python benchmarks/kl.py --data PAIRS.jsonl --rounds {arguments.rounds}
             arguments.dtype
         }`.
 
-| contestant | seconds a step | of fpo's, step by step | peak GB of a step | of fpo's, step by step |
-|---|---|---|---|---|
-{rows}
+{table(heads, rows)}
 
-Medians, with minimum and maximum. Both rows of fpo do the same, so their difference is noise. Of
+Medians, with minimum and maximum; ratios are step by step. Both rows of fpo do the same, so their
+difference is noise. Of
 all processes only fpo's have an SAE, and sae-lens, in memory.
 
 The goal of tdpo2 from the store is at most {GOALS["seconds"]} of fpo's time and {GOALS["peak"]} of
