@@ -79,14 +79,9 @@ def main() -> None:
 def store_of(arguments: argparse.Namespace, folder: str, n: int, dtype: str) -> Any:
     """A store with the n likeliest tokens; all have the same pairs."""
     return make_store(
-        arguments,
-        f"{folder}/{n}-{dtype}",
-        BLOCK * (arguments.rounds + 1),
-        block=BLOCK,
-        dtype=arguments.dtype,
-        distributions=str(n),
-        distribution_dtype=dtype,
-    )
+        arguments, f"{folder}/{n}-{dtype}", BLOCK * (arguments.rounds + 1), block=BLOCK,
+        dtype=arguments.dtype, distributions=str(n), distribution_dtype=dtype,
+    )  # fmt: skip
 
 
 def contend(arguments: argparse.Namespace) -> None:
@@ -292,15 +287,8 @@ def table_of_caching(caching: dict[str, list[dict[str, Any]]]) -> str:
         ratios = (own / other["seconds"] for own, other in zip(seconds, base, strict=True))
         written = (block["write"] / block["seconds"] for block in rounds)
         peak = max(block["peak"] for block in caching[name]) / 1e9
-        rows.append(
-            (
-                title,
-                f"{BLOCK / statistics.median(seconds):.2f}",
-                middle(ratios, ".3f"),
-                middle(written, ".1%"),
-                f"{peak:.2f}",
-            )
-        )
+        shown = middle(ratios, ".3f"), middle(written, ".1%"), f"{peak:.2f}"
+        rows.append((title, f"{BLOCK / statistics.median(seconds):.2f}", *shown))
     return table(heads, rows)
 
 

@@ -125,8 +125,7 @@ Command: `python benchmarks/kl.py --data PAIRS.jsonl --rounds {arguments.rounds}
 {table(heads, rows)}
 
 Medians, with minimum and maximum; ratios are step by step. Both rows of fpo do the same, so their
-difference is noise. Of
-all processes only fpo's have an SAE, and sae-lens, in memory.
+difference is noise. Only fpo's processes have an SAE, and sae-lens, in memory.
 
 The goal of tdpo2 from the store is at most {GOALS["seconds"]} of fpo's time and {GOALS["peak"]} of
 its memory: {found["seconds"]:.3f} ({words["seconds"]}) and {found["peak"]:.3f} ({words["peak"]}).
