@@ -60,9 +60,10 @@ bench-smoke: .venv/dev
 wheel-check: .venv/dev demo/sae/cfg.json
 	$(BIN)/python examples/wheel_check.py
 
-# On a CPU, with the demo's model and this repository's pairs; about 40 minutes on an idle machine.
+# On a CPU, with the demo's model and this repository's pairs; about an hour on an idle machine.
 bench: .venv/bench demo/sae/cfg.json
-	for name in cache train constraint kl noise breakdown growth store; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in cache train constraint kl distributions noise breakdown growth store; \
+		do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -13,12 +13,10 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from common import (
     BATCH,
-    load_encoders,
     machine,
     make_store,
     middle,
@@ -56,40 +54,11 @@ def main() -> None:
 
 def fpo(arguments: argparse.Namespace, line: Any) -> None:
     """What `fpo cache` does for a block."""
-    import torch
+    from ours import serve_blocks
 
-    from fpocli.caching.score_block import score_block
-    from fpocli.features.site import Site
-    from fpocli.model.language_model import load_model
-    from fpocli.model.network import choose_device
-    from fpocli.model.packing import default_packed_length
     from fpocli.store.reader import Store
-    from fpocli.store.records import TokenPairs
-    from fpocli.store.writer import StoreWriter
-    from fpocli.system.console import progress
-    from fpocli.system.model_folder import find_model
-    from fpocli.training.memory import peak_memory
 
-    device = choose_device(None)
-    store = Store.open(arguments.store)
-    tokens = TokenPairs(*(store.read_array(name) for name in ("tokens", "spans", "source_row")))
-    with tempfile.TemporaryDirectory() as folder:
-        out = StoreWriter.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
-        sites = [Site.parse(name) for name in store.sites]
-        model = load_model(find_model(arguments.model), sites, torch.bfloat16, device).eval()
-        encoders = load_encoders(store, device)
-
-        def block(number: int) -> dict[str, Any]:
-            began = time.perf_counter()
-            with progress("", 1) as bar:
-                budget = default_packed_length(device)
-                rows = score_block(model, encoders, out, out.tokens(number), budget, bar)
-                scored = time.perf_counter()
-                out.write_block(number, *rows)
-            now = time.perf_counter()
-            return {"seconds": now - began, "write": now - scored, "peak": peak_memory(device)}
-
-        serve(line, block)
+    serve_blocks(line, Store.open(arguments.store), arguments.model)
 
 
 def bare(arguments: argparse.Namespace, line: Any) -> None:
@@ -157,7 +126,7 @@ def report(
 ) -> None:
     """The page."""
     seconds = {name: [f["seconds"] for f in rounds[1:]] for name, rounds in figures.items()}
-    memory = {name: rounds[-1]["peak"] / 1e9 for name, rounds in figures.items()}
+    memory = {name: max(f["peak"] for f in rounds) / 1e9 for name, rounds in figures.items()}
 
     base = "trl" if "trl" in figures else "bare"
 

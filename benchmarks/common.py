@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -96,6 +97,12 @@ def middle(values: Iterable[float], form: str = ".2f") -> str:
     """Median, minimum and maximum as text."""
     values = list(values)
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Cells as a Markdown table."""
+    head, *lines = ("| " + " | ".join(cells) + " |" for cells in (heads, *rows))
+    return "\n".join([head, re.sub(r"[^|]+", "---", head), *lines])
 
 
 def by_turns(

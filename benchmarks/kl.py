@@ -1,99 +1,136 @@
-"""Memory and time of the sequential KL, chunk by chunk, and with the whole logits of both models.
+"""What the sequential KL costs in training: by the store's distributions, and by the reference.
 
-    .venv/bin/python benchmarks/kl.py --data PAIRS.jsonl
+    .venv/bin/python benchmarks/kl.py --model FOLDER --sae FOLDER --layer N --data PAIRS.jsonl
 
-Forward and backward of tdpo2's terms on packed sequences of real pairs, with the reference in
-memory, both ways alternating in one process. The default model is the demo's (run `make demo`
-first), the pairs are this repository's.
+Optimiser steps of fpo, of its reward without the features, and of tdpo2, once from the reference's
+64 likeliest tokens in the store and once with the reference in memory. Every contestant is a
+process of its own, so that each has its own memory; they take turns, step by step, on the same
+pairs. fpo takes part twice, which shows how exact the ratios are. Defaults are the demo's model and
+SAE (run `make demo` first) and this repository's pairs.
 """
 
 import argparse
 import statistics
+import tempfile
 from datetime import UTC, datetime
-from unittest.mock import patch
+from typing import Any
 
-import torch
-from common import by_turns, machine, measure_parser, middle, real_rows, write_page
-from torch import Tensor
+from common import (
+    BATCH,
+    machine,
+    make_store,
+    middle,
+    table,
+    take_stdout,
+    take_turns,
+    turns_parser,
+    write_page,
+)
 
-from fpocli.model import head
-from fpocli.model import language_model as model
-from fpocli.model.language_model import FrozenReference, load_model
-from fpocli.model.packing import PackedSequence
-from fpocli.scoring.score import score
-from fpocli.system.model_folder import find_model
+TOKENS = 64
+# By contestant its title and its settings.
+CONTESTANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fpo": ("fpo", {"method": "fpo"}),
+    "again": ("fpo once more", {"method": "fpo"}),
+    "dpo_norm": ("dpo_norm: fpo without the features", {"method": "dpo_norm"}),
+    "tdpo2": ("tdpo2 from the store", {"method": "tdpo2"}),
+    "exact": ("tdpo2 with the reference in memory", {"method": "tdpo2", "exact_kl": True}),
+}
+# What tdpo2 from the store may take of fpo's time and memory.
+GOALS = {"seconds": 1.03, "peak": 1.02}
 
 
 def main() -> None:
-    """Measure both and write the page."""
-    parser = measure_parser(__doc__)
-    parser.add_argument("--pairs", type=int, default=16)
+    """Let the contestants take turns and write the page."""
+    parser = turns_parser(__doc__, page="tdpo2", rounds=8)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
-    _, batches = real_rows(arguments)
-    folder = find_model(arguments.model)
-    policy, other = (load_model(folder, [], torch.bfloat16, torch.device("cpu")) for _ in range(2))
-    reference = FrozenReference(other.network, [])
-    policy.network.activation_checkpointing_enable()
-    policy.train()
-    with torch.no_grad():
-        for parameter in policy.network.parameters():
-            parameter.add_(0.002 * torch.randn_like(parameter))
-    ways = {"chunk by chunk": head.logprobs_and_kl, "whole logits": whole_logits}
-    values: dict[str, list[Tensor]] = {name: [] for name in ways}
-
-    def work(name: str, batch: PackedSequence) -> None:
-        with patch.object(model, "logprobs_and_kl", ways[name]):
-            scores = score(policy, {}, batch, reference(batch))
-        (scores.logp.sum() + scores.kl.sum()).backward()
-        policy.network.zero_grad()
-        values[name].append(scores.kl.detach())
-
-    seconds, peaks = by_turns(ways, batches, work)
-    report(arguments, batches, seconds, peaks, values)
+    if arguments.contestant:
+        contend(arguments)
+        return
+    names = [name for name in CONTESTANTS if name not in arguments.without]
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(
+            arguments, folder, BATCH * (arguments.rounds + 1), dtype=arguments.dtype,
+            distributions=str(TOKENS),
+        )  # fmt: skip
+        words = [f"--{name}={getattr(arguments, name)}" for name in ("model", "dtype")]
+        words.append(f"--store={store.path}")
+        report(arguments, take_turns(names, words, arguments.rounds), store)
 
 
-def whole_logits(
-    network: object, final: Tensor, targets: Tensor, reference: object, expected: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What head.logprobs_and_kl computes, with all logits at once."""
-    guess = head.logits(network, final).log_softmax(-1)
-    with torch.no_grad():
-        target = head.logits(reference, expected).log_softmax(-1)
-    kl = (target.exp() * (target - guess)).sum(-1)
-    return guess.gather(-1, targets[:, None])[:, 0], kl
+def contend(arguments: argparse.Namespace) -> None:
+    """Serve optimiser steps until the parent has enough."""
+    line = take_stdout()
+    from ours import serve_steps
+
+    from fpocli.config import TrainConfig
+
+    _, settings = CONTESTANTS[arguments.contestant]
+    config = TrainConfig(
+        cache=arguments.store,
+        model=arguments.model,
+        batch_size=BATCH,
+        bf16=arguments.dtype == "bfloat16",
+        **settings,
+    )
+    serve_steps(line, config)
 
 
 def report(
-    arguments: argparse.Namespace,
-    batches: list[PackedSequence],
-    seconds: dict[str, list[float]],
-    peaks: dict[str, list[float]],
-    values: dict[str, list[Tensor]],
+    arguments: argparse.Namespace, figures: dict[str, list[dict[str, Any]]], store: Any
 ) -> None:
     """The page."""
-    rows = "\n".join(
-        f"| {name} | {middle(peaks[name])} | {sum(seconds[name]):.1f} |" for name in seconds
-    )
-    one, other = (torch.cat(found) for found in values.values())
-    scored = statistics.mean(len(batch.targets) for batch in batches)
-    pairs = sum(len(batch.spans) for batch in batches)
-    write_page(
-        "kl",
-        f"""# The sequential KL, {datetime.now(UTC):%Y-%m-%d}
 
-Forward and backward of log-probabilities and KL, bfloat16, reference in memory, {pairs}
-real pairs of at most {arguments.max_length} tokens a sequence in {len(batches)} packed sequences,
-which score {scored:,.0f} tokens each on average; both ways alternate sequence by sequence.
+    def values(name: str, figure: str) -> list[float]:
+        return [found[figure] for found in figures[name][1:]]
+
+    def ratios(name: str, figure: str, base: str = "fpo") -> list[float]:
+        pairs = zip(values(name, figure), values(base, figure), strict=True)
+        return [own / other for own, other in pairs]
+
+    heads = ("contestant", "seconds a step", "of fpo's", "peak GB", "of fpo's")
+    rows = [
+        (
+            CONTESTANTS[name][0],
+            middle(values(name, "seconds")),
+            middle(ratios(name, "seconds"), ".3f"),
+            middle((peak / 1e9 for peak in values(name, "peak")), ".3f"),
+            middle(ratios(name, "peak"), ".3f"),
+        )
+        for name in figures
+    ]
+    found = {name: statistics.median(ratios("tdpo2", name)) for name in GOALS}
+    words = {
+        name: "reached" if found[name] <= goal else "not reached" for name, goal in GOALS.items()
+    }
+    spans, features = store.read_array("spans"), next(iter(store.sites.values()))
+    lengths, scored = spans[:, 3] - spans[:, 0], spans[:, 3] - spans[:, 1]
+    write_page(
+        arguments.page,
+        f"""# The sequential KL in training, {datetime.now(UTC):%Y-%m-%d}
+
+{store.meta["model"]["architecture"]}, {arguments.dtype}, batches of {BATCH} pairs, at most
+{arguments.max_length} tokens a sequence, activation checkpointing on; one optimiser step of each
+contestant, alternating, {arguments.rounds} rounds after a warm-up. {store.pairs} real pairs of
+{lengths.min()} to {lengths.max()} tokens, the prompt once ({lengths.mean():.0f} on average, of
+which {scored.mean():.0f} are scored). fpo has one site with {features["d_sae"]:,} features, K =
+{features["k"]}, k = 50; the store holds the {TOKENS} likeliest tokens of every scored position.
 
 {machine()}
-Command: `python benchmarks/kl.py --data PAIRS.jsonl`.
+Command: `python benchmarks/kl.py --data PAIRS.jsonl --rounds {arguments.rounds} --dtype {
+            arguments.dtype
+        }`.
 
-| | peak GB of the process, by sequence | seconds in all |
-|---|---|---|
-{rows}
+{table(heads, rows)}
 
-The relative difference of the two KLs of a response is at most
-{((one - other).abs() / other).max():.1e}.
+Medians, with minimum and maximum; ratios are step by step. Both rows of fpo do the same, so their
+difference is noise. Only fpo's processes have an SAE, and sae-lens, in memory.
+
+The goal of tdpo2 from the store is at most {GOALS["seconds"]} of fpo's time and {GOALS["peak"]} of
+its memory: {found["seconds"]:.3f} ({words["seconds"]}) and {found["peak"]:.3f} ({words["peak"]}).
+Of dpo_norm's, step by step: time {middle(ratios("tdpo2", "seconds", "dpo_norm"), ".3f")}, peak
+memory {middle(ratios("tdpo2", "peak", "dpo_norm"), ".3f")}.
 """,
     )
 

@@ -20,11 +20,9 @@ from typing import Any
 from common import (
     BATCH,
     RESULTS,
-    load_encoders,
     machine,
     make_store,
     middle,
-    serve,
     take_stdout,
     take_turns,
     turns_parser,
@@ -62,60 +60,20 @@ def main() -> None:
 def contend(arguments: argparse.Namespace) -> None:
     """Serve optimiser steps until the parent has enough."""
     line = take_stdout()
-    (theirs if arguments.contestant in TITLES else ours)(arguments, line)
-
-
-def ours(arguments: argparse.Namespace, line: Any) -> None:
-    """fpo's loop, one step for each round."""
-    import torch
+    if arguments.contestant in TITLES:
+        theirs(arguments, line)
+        return
+    from ours import serve_steps
 
     from fpocli.config import TrainConfig
-    from fpocli.features.site import Site
-    from fpocli.model.language_model import load_model
-    from fpocli.model.network import choose_device
-    from fpocli.model.packing import default_packed_length
-    from fpocli.scoring.score import score
-    from fpocli.store.reader import Store
-    from fpocli.system.model_folder import find_model
-    from fpocli.training.engine import (
-        backward,
-        deepspeed_config,
-        make_engine,
-        start_processes,
-        take_step,
+
+    config = TrainConfig(
+        cache=arguments.store,
+        model=arguments.model,
+        method=arguments.contestant,
+        batch_size=BATCH,
     )
-    from fpocli.training.memory import peak_memory
-    from fpocli.training.objective import objective
-    from fpocli.training.pair_loader import PairLoader
-
-    device = choose_device(None)
-    start_processes(device)
-    store = Store.open(arguments.store)
-    config = TrainConfig(cache=arguments.store, method=arguments.contestant, batch_size=BATCH)
-    sites = [Site.parse(name) for name in store.sites]
-    model = load_model(find_model(arguments.model), sites, torch.bfloat16, device)
-    model.network.activation_checkpointing_enable()
-    constrained = config.constraint == "features"
-    encoders = load_encoders(store, device) if constrained else {}
-    engine = make_engine(model, config, deepspeed_config(config))
-    loader = PairLoader(
-        store, batch_size=BATCH, packed_length=default_packed_length(device), eval_fraction=0,
-        seed=0, rank=0, world=1,
-    )  # fmt: skip
-    steps = iter(loader.steps(0, loader.steps_per_epoch, device))
-
-    def step(number: int) -> dict[str, Any]:
-        began = time.perf_counter()
-        engine.train()
-        rows = next(steps)
-        for row in rows:
-            scores = score(engine, encoders, row.batch)
-            loss, _ = objective(scores, row.reference, encoders, config)
-            backward(engine, (row.pair_weights * loss).sum(), row is rows[-1])
-        take_step(engine, config.lr, number)
-        return {"seconds": time.perf_counter() - began, "peak": peak_memory(device)}
-
-    serve(line, step)
+    serve_steps(line, config)
 
 
 def theirs(arguments: argparse.Namespace, line: Any) -> None:
@@ -169,7 +127,7 @@ def report(
 ) -> None:
     """The page and the chart."""
     seconds = {name: [f["seconds"] for f in rounds[1:]] for name, rounds in figures.items()}
-    memory = {name: rounds[-1]["peak"] / 1e9 for name, rounds in figures.items()}
+    memory = {name: max(f["peak"] for f in rounds) / 1e9 for name, rounds in figures.items()}
     base = "trl_dpo" if "trl_dpo" in figures else "simpo"
     ratios = {
         name: [one / other for one, other in zip(seconds[base], own, strict=True)]
