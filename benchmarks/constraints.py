@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import RESULTS, machine, write_page
+from common import RESULTS, machine, table, write_page
 
 from fpocli.comparison.statistics import compare_means, compare_shares
 from fpocli.display.charts import figure
@@ -235,12 +235,6 @@ outside. Of {len(compared) * len(COLUMNS)} intervals about {len(compared) * len(
 would be by chance alone.
 """,
     )
-
-
-def table(heads: list[str], lines: list[list[str]]) -> str:
-    """As Markdown."""
-    rows = ["| " + " | ".join(cells) + " |" for cells in (heads, *lines)]
-    return "\n".join([rows[0], "|---" * len(heads) + "|", *rows[1:]])
 
 
 def scale(name: str) -> int:
