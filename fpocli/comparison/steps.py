@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpocli.config import JUDGES, CacheConfig
+from fpocli.config import JUDGES, LOGITS, CacheConfig
 from fpocli.data.chat_templates import CHAT_TEMPLATES
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
@@ -53,7 +53,7 @@ class Step:
             f"{setting}: {value}": Path(value)
             for setting in _FILES
             for value in self._values(setting)
-            if value not in JUDGES and value not in CHAT_TEMPLATES
+            if value not in JUDGES and value not in CHAT_TEMPLATES and value != LOGITS
         }
         if self.kind == "sft":
             named["script"] = Path(self.words[-1])

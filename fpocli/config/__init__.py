@@ -19,11 +19,12 @@ from fpocli.config.inspect import InspectConfig
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA, JUDGES
-from fpocli.config.train import METHODS, PRESETS, TrainConfig
+from fpocli.config.train import LOGITS, METHODS, PRESETS, TrainConfig
 
 __all__ = [
     "DEFAULT_DATA",
     "JUDGES",
+    "LOGITS",
     "MAY_DIFFER",
     "METHODS",
     "PRESETS",

@@ -11,6 +11,8 @@ from fpocli.system.errors import UserError
 
 Reward = Literal["dpo", "dpo_norm", "simpo", "sft"]
 Constraint = Literal["none", "features", "kl", "tdpo1"]
+# The value of --feature-weights that names no file.
+LOGITS = "logits"
 # The paper's methods are names for a reward and a constraint (Table 1).
 METHODS: dict[str, tuple[Reward, Constraint]] = {
     "fpo": ("dpo_norm", "features"),
@@ -105,7 +107,10 @@ class TrainConfig:
     ] = True
     feature_weights: Annotated[
         str | None,
-        Option(help="YAML or JSON file with weights of single features in the distance, by site."),
+        Option(
+            help="YAML or JSON file with weights of single features in the distance, by site; or "
+            f"{LOGITS}: each feature's effect on the logits."
+        ),
     ] = None
     model: Annotated[
         str | None,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from fpocli.config import TrainConfig
+from fpocli.config import LOGITS, TrainConfig
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
@@ -61,7 +61,7 @@ class RunFolder:
         del config["trust_remote_code"]
         identity = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
         identity["store"] = fingerprint
-        if settings.feature_weights:
+        if settings.feature_weights and settings.feature_weights != LOGITS:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
         _on_first_rank(lambda: self._open_or_create(config, identity))
@@ -144,7 +144,7 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
 def recorded_weights(folder: Path) -> str | None:
     """The text of the weights file that a run was trained with; None without one."""
     text = _object(folder / "run.json").get("feature_weights")
-    return text if isinstance(text, str) else None
+    return text if isinstance(text, str) and text != LOGITS else None
 
 
 def _identity(file: Path, current: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fpocli.config import TrainConfig
+from fpocli.config import LOGITS, TrainConfig
 from fpocli.features.site import Site
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
@@ -21,7 +21,8 @@ from fpocli.scoring.loading import (
     sites_of,
     tokenizer_of,
 )
-from fpocli.scoring.saes import load_encoders
+from fpocli.scoring.logit_weights import logit_weights
+from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
@@ -95,11 +96,9 @@ def _train(
     dtype = "bfloat16" if settings.bf16 else "float32"
     check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
-    omegas = (
-        load_feature_weights(settings.feature_weights, store.widths)
-        if settings.feature_weights
-        else {}
-    )
+    omegas = {}
+    if settings.feature_weights and settings.feature_weights != LOGITS:
+        omegas = load_feature_weights(settings.feature_weights, store.widths)
     run = RunFolder(settings, store.meta["fingerprint"])
     if run.finished:
         say(f"{run.final} is complete; --overwrite trains it again")
@@ -122,6 +121,9 @@ def _train(
     encoders = {}
     if sites:
         encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
+    if settings.feature_weights == LOGITS:
+        # By the starting weights, also where a run is resumed.
+        omegas = logit_weights(store, sae_sources(store, sites, settings.sae), model.network)
     # Those of sites that are not compared have nothing to act on.
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from runs import run, same
 from stores import cache_config, make_loader
 
 from fpocli import cache
@@ -22,6 +23,7 @@ from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 from fpocli.training.held_out import held_out_means
 from fpocli.training.objective import objective, shares_of_groups
+from fpocli.training.run_folder import recorded_weights
 
 CPU = torch.device("cpu")
 
@@ -300,3 +302,14 @@ def test_shares_of_groups_are_parts_of_the_mean_distance():
         *("group.a.share_chosen", "group.a.share_rejected"),
         *("group.part_1.distance_chosen", "group.part_1.share_chosen"),
     }
+
+
+def test_weights_by_the_logits_in_training_and_after_a_resume(material, store_path, tmp_path):
+    """They are those of the starting weights, and no file is read or recorded."""
+    settings = {"feature_weights": "logits", "save_every": 2}
+    whole = run(material, tmp_path / "run", "--no-bf16", **settings)
+    plain = run(material, tmp_path / "plain", "--no-bf16")
+    assert whole[-1]["distance_rejected"] != plain[-1]["distance_rejected"]
+    assert recorded_weights(tmp_path / "run") is None
+    shutil.rmtree(tmp_path / "run/final")
+    same(run(material, tmp_path / "run", "--no-bf16", **settings), whole, 1e-6)
