@@ -128,14 +128,14 @@ def _train(
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)
     done = load_checkpoint(engine, run.checkpoints)
-    weight = HeldAlpha(settings.alpha, settings.hold)
-    fall = ChosenFall(from_reference=settings.model is None)
+    held_alpha = HeldAlpha(settings.alpha, settings.hold)
+    chosen_fall = ChosenFall(from_reference=settings.model is None)
     for line in run.resume_at(done):
-        weight.update(line)
-        fall.watch(line)
+        held_alpha.update(line)
+        chosen_fall.watch(line)
     say(
-        f"{settings.method} on {loader.training_pairs:,} pairs, {loader.held_out_pairs:,} held "
-        f"out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
+        f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
+        f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
         f"{loader.packed_length:,} tokens; {world} {device.type} process"
         f"{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
     )
@@ -155,7 +155,7 @@ def _train(
                 weights,
                 reference,
                 f"step {step}, held-out pairs",
-                alpha=weight.alpha,
+                alpha=held_alpha.alpha,
             )
             run.log({"step": step, "split": "eval"} | means)
 
@@ -176,7 +176,7 @@ def _train(
                 output = reference(micro.batch) if with_reference else None
                 scores = score(engine, encoders, micro.batch, output, micro.top)
                 loss, metrics = objective(
-                    scores, micro.reference, encoders, settings, weights, weight.alpha
+                    scores, micro.reference, encoders, settings, weights, held_alpha.alpha
                 )
                 # DeepSpeed averages over ranks, while the weights already make this the mean over
                 # the step's pairs.
@@ -198,10 +198,10 @@ def _train(
                 "data_wait": (prefetched.waited - waited) / (now - began),
             }
             if settings.hold is not None:
-                line["alpha"] = weight.alpha
+                line["alpha"] = held_alpha.alpha
             run.log({"step": step + 1, "split": "train"} | line)
-            weight.update(line)
-            fall.watch(line)
+            held_alpha.update(line)
+            chosen_fall.watch(line)
             bar.advance(0, pairs=loader.size(step), tokens=tokens)
             bar.show(_shown(line))
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
@@ -219,6 +219,15 @@ def _train(
         say(f"the trained model is in {run.final}")
     torch.distributed.barrier()
     return run.final
+
+
+def _kl_text(settings: TrainConfig, store: Store) -> str:
+    """Where the KL of the constraint comes from, for a message; nothing without it."""
+    if not settings.needs_kl:
+        return ""
+    if store.distributions is None or settings.exact_kl:
+        return " with the reference in memory"
+    return f" with {store.distributions.words} of the store"
 
 
 def _shown(line: dict[str, float]) -> dict[str, float]:
