@@ -135,8 +135,8 @@ def _train(
         chosen_fall.watch(line)
     say(
         f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
-        f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of {settings.batch_size} pairs, packed into sequences of "
-        f"{loader.packed_length:,} tokens; {world} {device.type} process"
+        f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of "
+        f"{settings.batch_size} pairs, packed into sequences of {loader.packed_length:,} tokens; {world} {device.type} process"
         f"{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
     )
     if warmup_steps(steps, settings) > steps:
