@@ -137,7 +137,8 @@ def _train(
         f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
         f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of "
         f"{settings.batch_size} pairs, packed into sequences of {loader.packed_length:,} tokens; "
-        f"{world} {device.type} process{'es' if world > 1 else ''}, ZeRO {settings.zero}; {model.kernels}"
+        f"{world} {device.type} process{'es' if world > 1 else ''}, ZeRO {settings.zero}; "
+        f"{model.kernels}"
     )
     if warmup_steps(steps, settings) > steps:
         warn(
