@@ -60,14 +60,13 @@ def measure_store(path: str, step: Step | None) -> StoreSize:
     Raises:
         UserError: the store, model or data cannot be read.
     """
-    if (Path(path) / "zarr.json").is_file():
+    if step is None or (Path(path) / "zarr.json").is_file():
         store = Store.open(path)
         source = store.meta["model"]["source"]
         widths = tuple(about["d_sae"] for about in store.sites.values())
         folder = find_model(source, weights=False)
         about, tokens, pairs = store.meta, store.meta["tokens"], store.pairs
     else:
-        assert step is not None
         config = CacheConfig(**step.settings)
         source = config.model
         if step.after and not Path(source).exists():

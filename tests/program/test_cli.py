@@ -226,7 +226,7 @@ def test_flags_win_over_file_and_file_over_preset(resolve, flags):
         ("cache: s\nlr: [1, 2]", "sets '--lr' to more than one value"),
         ("cache: s\nout: [a, b]", "'--out'"),
         ("cache: s\nzero: 4", "'--zero': Input should be less than or equal to 3"),
-        ("cache: s\nmethod: ppo", "'ppo' is not one of"),
+        ("cache: s\nmethod: ppo", "--method ppo is unknown"),
         ("cache: s\npreset: paper", "paper is not one of paper-2b, paper-9b, paper-control"),
         ("lr: 1", "Missing option '--cache'"),
     ],

@@ -51,8 +51,8 @@ def test_another_kernel_is_refused_unless_it_is_allowed(material, tmp_path):
 def test_a_store_whose_numbers_are_not_the_models_is_noticed(material, tmp_path, monkeypatch, what):
     """Weights, SAE and checksums are correct; only the numbers are wrong."""
 
-    def wrong(model, encoders, batch):
-        scores = score(model, encoders, batch)
+    def wrong(*arguments, **settings):
+        scores = score(*arguments, **settings)
         if what == "features":
             for pooled in scores.pooled.values():
                 pooled *= 1.1
