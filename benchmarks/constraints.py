@@ -64,14 +64,19 @@ def main() -> None:
     """Make the runs that are missing, then the page."""
     arguments = parse()
     file = RESULTS / "constraints.jsonl"
-    if not arguments.report_only:
-        for seed in range(arguments.seeds):
-            for cell in arguments.cells:
-                if not any(is_run(row, cell, seed, arguments) for row in read(file)):
-                    row = make(arguments, cell, seed)
-                    RESULTS.mkdir(exist_ok=True)
-                    with file.open("a") as lines:
-                        lines.write(json.dumps(row) + "\n")
+    # Seed by seed, so that every method has a run soon.
+    missing = [
+        (cell, seed)
+        for seed, cell in product(range(arguments.seeds), arguments.cells)
+        if not any(is_run(row, cell, seed, arguments) for row in read(file))
+    ]
+    if missing and not arguments.report_only:
+        RESULTS.mkdir(exist_ok=True)
+        store = make_store(arguments)
+        for cell, seed in missing:
+            row = make(arguments, store, cell, seed)
+            with file.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
     report([row for row in read(file) if row["settings"] == settings(arguments)])
 
 
@@ -97,23 +102,28 @@ def parse() -> argparse.Namespace:
     ]
     if arguments.tiny:
         arguments.cells = [Cell("tdpo2", 2.0), Cell("dpo", None)]
-        arguments.seeds, arguments.limit, arguments.held_out = 2, "30", "0.5"
+        arguments.seeds, arguments.limit, arguments.held_out = 1, "30", "0.5"
         arguments.template = "halos"
     return arguments
 
 
-def make(arguments: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]:
-    """Train and measure one run; its settings and what was measured of each pair."""
-    work, store = arguments.work, arguments.work / "ref.zarr"
-    work.mkdir(parents=True, exist_ok=True)
-    # float32, as bfloat16 is slow on many CPUs; a finished store is not made again.
+def make_store(arguments: argparse.Namespace) -> Path:
+    """The store of all runs; a finished one is not made again."""
+    store = arguments.work / "ref.zarr"
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    # float32, as bfloat16 is slow on many CPUs.
     fpo(
         "cache", "--model", arguments.model, "--layer", arguments.layer, "--sae", arguments.sae,
         "--data", arguments.data, "--limit", arguments.limit, "--max-length", arguments.max_length,
         "--max-prompt-length", "64", "--chat-template", arguments.template, "--dtype", "float32",
         "--distributions", "64", "--block", "64", "--out", store,
     )  # fmt: skip
-    run = work / f"{cell.name}_{seed}"
+    return store
+
+
+def make(arguments: argparse.Namespace, store: Path, cell: Cell, seed: int) -> dict[str, Any]:
+    """Train and measure one run; its settings and what was measured of each pair."""
+    run = arguments.work / f"{cell.name}_{seed}"
     weight = [] if cell.alpha is None else ["--alpha", cell.alpha]
     fpo(
         "train", "--cache", store, "--method", cell.method, *weight, "--seed", seed,

@@ -165,7 +165,9 @@ class CacheConfig:
                 f"--top-k {self.top_k} is neither a positive number nor 'all'",
                 "the default is 256; all makes the feature distance exact",
             )
-        if self.distributions != "all" and not self.distributions.isdecimal():
+        if self.distributions.isdecimal():
+            object.__setattr__(self, "distributions", str(int(self.distributions)))
+        elif self.distributions != "all":
             raise UserError(
                 f"--distributions {self.distributions} is neither a number nor 'all'",
                 "64 is a good one; all makes the KL exact",
