@@ -343,8 +343,8 @@ def test_the_small_grid_is_the_experiment_but_for_its_size():
         for name in ("control", "small")
     ]
     sizes = {
-        "cache": {"limit", "block"},
-        "train": {"batch_size", "eval_fraction", "warmup"},
+        "cache": {"limit", "block", "dtype"},
+        "train": {"batch_size", "eval_fraction", "warmup", "bf16"},
         "eval": {"prompts", "max_new_tokens"},
     }
     for section, own in sizes.items():
