@@ -42,7 +42,7 @@ def main() -> None:
             "constraints": [*pairs, *site, "--tiny", "--work", f"{folder}/constraints"],
             "growth": ["--tiny"],
             "store": ["--pairs", "64"],
-            "gpu": ["--tiny"],
+            "gpu": ["--tiny", "--pairs", "4"],
         }
         with ThreadPoolExecutor(2) as two:
             done = [two.submit(run, name, words, results) for name, words in benchmarks.items()]

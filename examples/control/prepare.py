@@ -67,6 +67,8 @@ def main() -> None:
                     target=str(HERE / f"texts/{kind}.jsonl"),
                     against=str(HERE / "texts/neutral.jsonl"),
                     out=str(found),
+                    # Many CPUs are slow in bfloat16.
+                    dtype="float32",
                 )
             )
     for name, held in (("free", ()), ("hold-french", ("french",)), ("hold-json", ("json",))):

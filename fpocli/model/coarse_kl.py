@@ -75,8 +75,7 @@ def coarse_kl(logits: Tensor, targets: Tensor, known: TopTokens[Tensor]) -> tupl
 
 
 class _CoarseLogprobs(torch.autograd.Function):
-    """Forward and backward of `coarse_logprobs`, each with one temporary [M, V], which is what
-    a cross-entropy takes as well."""
+    """Forward and backward of `coarse_logprobs`, with two temporaries and one of [M, V]."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ids: Tensor) -> Any:
@@ -84,19 +83,21 @@ class _CoarseLogprobs(torch.autograd.Function):
         logp = others.gather(-1, targets[:, None])[:, 0]
         top = others.gather(-1, ids)
         others.scatter_(-1, ids, -torch.inf)
-        rest = others.logsumexp(-1)
-        ctx.save_for_backward(others, top, rest, targets, ids)
+        # q_j / q_rest. A softmax sums each row in an order of its own, whatever the other rows;
+        # torch.logsumexp does not, and equal rows would get unequal rests.
+        shares = others.softmax(-1)
+        rest = others.amax(-1) - shares.amax(-1).log()
+        ctx.save_for_backward(shares, top, rest, targets, ids)
         return logp, top, rest
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
         of_target, of_top, of_rest = slopes
-        others, top, rest, targets, ids = ctx.saved_tensors
+        shares, top, rest, targets, ids = ctx.saved_tensors
         # Of each slope g, d log q_j / d z = g (1 - q), so all q are scaled by minus their sum. With
         # q_rest factored out nothing divides by it, however small it is.
         scale = -(of_target + of_top.sum(-1) + of_rest)
-        others = others.sub(rest[:, None]).exp_()
-        slope = others.mul_((scale * rest.exp() + of_rest)[:, None])
+        slope = shares * (scale * rest.exp() + of_rest)[:, None]
         slope.scatter_(-1, ids, scale[:, None] * top.exp() + of_top)
         slope.scatter_add_(-1, targets[:, None], of_target[:, None])
         return slope, None, None

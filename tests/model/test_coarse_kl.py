@@ -108,6 +108,21 @@ def test_float16_records_renormalised_give_a_finite_value_near_0():
     assert bound.isfinite().all() and (bound >= -1e-6).all() and (bound <= 1e-4).all()
 
 
+def test_a_row_alone_gives_the_bits_it_gives_among_others():
+    """With several threads, which may share out the sum over a single row."""
+    torch.set_num_threads(2)
+    try:
+        wide = 3 * torch.randn(7, 50_000, generator=torch.Generator().manual_seed(0))
+        targets = torch.arange(7)
+        ids = wide.topk(64, -1).indices
+        together = coarse_logprobs(wide, targets, ids)
+        alone = [coarse_logprobs(wide[i, None], targets[i, None], ids[i, None]) for i in range(7)]
+    finally:
+        torch.set_num_threads(1)
+    for values, single in zip(together, zip(*alone, strict=True), strict=True):
+        assert torch.equal(values, torch.cat(single))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("n", [5, tiny.VOCABULARY])
