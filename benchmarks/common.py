@@ -211,7 +211,7 @@ def turns_parser(description: str, page: str, rounds: int) -> argparse.ArgumentP
 
 
 def make_store(arguments: argparse.Namespace, folder: str, pairs: int, **changes: Any) -> Any:
-    """fpo's store of the first pairs, with one site.
+    """fpo's store of the first pairs, with one site unless `changes` say otherwise.
 
     Args:
         arguments: model, data, layer, sae and max_length; with `features` a random SAE of so many.
@@ -224,18 +224,17 @@ def make_store(arguments: argparse.Namespace, folder: str, pairs: int, **changes
     sae = arguments.sae
     if arguments.features:
         sae = random_sae(f"{folder}/sae", model_width(arguments.model), arguments.features)
-    config = CacheConfig(
-        model=arguments.model,
-        layer=[arguments.layer],
-        sae=[sae],
-        data=arguments.data,
-        limit=pairs,
-        max_length=arguments.max_length,
-        max_prompt_length=arguments.max_length - 1,
-        out=f"{folder}/ref.zarr",
-        **changes,
-    )
-    return cache(config)
+    settings: dict[str, Any] = {
+        "model": arguments.model,
+        "layer": [arguments.layer],
+        "sae": [sae],
+        "data": arguments.data,
+        "limit": pairs,
+        "max_length": arguments.max_length,
+        "max_prompt_length": arguments.max_length - 1,
+        "out": f"{folder}/ref.zarr",
+    }
+    return cache(CacheConfig(**settings | changes))
 
 
 def real_rows(arguments: argparse.Namespace) -> tuple[int, list[Any]]:

@@ -4,10 +4,12 @@
 
 The policy is the reference, in bfloat16. References are computed once in the data's order; then the
 same pairs are scored again, shuffled, in other packed sequences (fpo) or padded batches (TRL).
-Defaults are the demo's model and SAE (run `make demo` first) and this repository's pairs.
+Defaults are the demo's model and SAE (run `make demo` first) and this repository's pairs. On a CPU
+with AMX, ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 switches AMX off.
 """
 
 import argparse
+import os
 import tempfile
 from datetime import UTC, datetime
 from typing import Any
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--sae", default="demo/sae")
     parser.add_argument("--layer", type=int, default=24)
     parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--page", default="noise", help="name of the result's page")
     parser.set_defaults(features=None)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +115,12 @@ def report(
             row("TRL, shuffled, batches of 4", other),
         ]
     )
+    name = "ONEDNN_MAX_CPU_ISA"
+    words = f"--pairs {arguments.pairs}"
+    words += f" --page {arguments.page}" if arguments.page != "noise" else ""
+    instructions = f"{name}={os.environ[name]} " if name in os.environ else ""
     write_page(
-        "noise",
+        arguments.page,
         f"""# Noise at step 0, {datetime.now(UTC):%Y-%m-%d}
 
 {store.meta["model"]["architecture"]}, bfloat16, policy = reference, {store.pairs} real pairs of at
@@ -121,16 +128,17 @@ most {arguments.max_length} tokens a sequence, {SEEDS} shuffles. The margin is a
 reference's, in nats per token (u is β times it), and should be 0; so should D.
 
 {machine()}
-Command: `python benchmarks/noise.py --data PAIRS.jsonl --pairs {arguments.pairs}`.
+Command: `{instructions}python benchmarks/noise.py --data PAIRS.jsonl {words}`.
 
 | | mean margin | largest | mean D | largest |
 |---|---|---|---|---|
 {table}
 
-On a CPU no part of a pair's arithmetic in fpo depends on its packed sequence: attention runs
-sequence by sequence, sums run response by response, and the rest works token by token. D is not
-exactly 0 where the store's value and the policy's are sums of different products
-(`features/encoder.py: pool`, `pool_selected`).
+In fpo no part of a pair's arithmetic depends on its packed sequence: attention runs sequence by
+sequence, sums run response by response, and the rest works token by token. But with AMX and on GPUs
+the order in which a product is summed depends on the number of its rows. D is not exactly 0 where
+the store's value and the policy's are sums of different products (`features/encoder.py: pool`,
+`columns`).
 """,
     )
 

@@ -38,6 +38,7 @@ def main() -> None:
             "constraint": [*pairs, "--max-length", "256", "--layer", "3"],
             "kl": [*pairs, *site, *rounds, "--without", "again"],
             "distributions": [*pairs, *site, *rounds, "--tokens", "16", "256", "--lr", "1e-4"],
+            "logit_weights": [*pairs, *site, "--pairs", "12", "--dtype", "float32"],
             "noise": [*pairs, *count, *site],
             "constraints": [*pairs, *site, "--tiny", "--work", f"{folder}/constraints"],
             "growth": ["--tiny"],

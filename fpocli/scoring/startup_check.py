@@ -192,7 +192,7 @@ def _dependence(model: LanguageModel, pair: TokenPair, neighbour: TokenPair) -> 
 
     rejected = slice(len(pair.chosen), len(pair.chosen) + len(pair.rejected))
     changed = replace(pair, chosen=other(pair.chosen))
-    beside = TokenPair(*map(other, (neighbour.prompt, neighbour.chosen, neighbour.rejected)))
+    beside = TokenPair(other(neighbour.prompt), other(neighbour.chosen), other(neighbour.rejected))
     before, _ = _scores(model, _packed(model, [pair, neighbour]))
     after, _ = _scores(model, _packed(model, [changed, beside]))
     return (before[rejected] - after[rejected]).mean().abs().item()

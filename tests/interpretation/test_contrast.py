@@ -137,7 +137,8 @@ def test_blocks_change_nothing(material, store_path, tmp_path, capsys):
     for row, same in zip(one["features"], two["features"], strict=True):
         assert row["feature"] == same["feature"]
         for name in ("difference", "effect", "p", "q"):
-            assert row[name] == pytest.approx(same[name], rel=1e-9)
+            # Float32 products of other numbers of rows may differ in the last bit.
+            assert row[name] == pytest.approx(same[name], rel=1e-5)
 
 
 def test_order_and_findings(store_path, capsys):

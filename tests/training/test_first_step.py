@@ -75,6 +75,6 @@ def test_the_distance_of_other_starting_weights_is_printed(material, store_path,
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stderr.splitlines()
     (printed,) = (line for line in lines if "starting weights are not" in line)
-    nats = float(printed.split("by up to ")[1].split()[0])
+    nats = float(printed.split("differ by ")[1].split()[0])
     assert 0.01 < nats < 5 and np.isfinite(nats)
     assert "of their mean square" in printed
