@@ -104,6 +104,10 @@ def report(
     words = {
         name: "reached" if found[name] <= goal else "not reached" for name, goal in GOALS.items()
     }
+    noise = ""
+    if "again" in figures:
+        again = [statistics.median(ratios("again", name)) for name in GOALS]
+        noise = " That of fpo once more: {:.3f} and {:.3f}.".format(*again)
     spans, features = store.read_array("spans"), next(iter(store.sites.values()))
     lengths, scored = spans[:, 3] - spans[:, 0], spans[:, 3] - spans[:, 1]
     write_page(
@@ -128,7 +132,9 @@ Medians, with minimum and maximum; ratios are step by step. Both rows of fpo do 
 difference is noise. Only fpo's processes have an SAE, and sae-lens, in memory.
 
 The goal of tdpo2 from the store is at most {GOALS["seconds"]} of fpo's time and {GOALS["peak"]} of
-its memory: {found["seconds"]:.3f} ({words["seconds"]}) and {found["peak"]:.3f} ({words["peak"]}).
+its memory: {found["seconds"]:.3f} ({words["seconds"]}) and {found["peak"]:.3f} ({words["peak"]}).{
+            noise
+        }
 Of dpo_norm's, step by step: time {middle(ratios("tdpo2", "seconds", "dpo_norm"), ".3f")}, peak
 memory {middle(ratios("tdpo2", "peak", "dpo_norm"), ".3f")}.
 """,
