@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -73,10 +74,14 @@ def main() -> None:
     if missing and not arguments.report_only:
         RESULTS.mkdir(exist_ok=True)
         store = make_store(arguments)
-        for cell, seed in missing:
-            row = make(arguments, store, cell, seed)
-            with file.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+        pool = ThreadPoolExecutor(arguments.jobs)
+        try:
+            runs = [pool.submit(make, arguments, store, cell, seed) for cell, seed in missing]
+            for run in as_completed(runs):
+                with file.open("a") as lines:
+                    lines.write(json.dumps(run.result()) + "\n")
+        finally:
+            pool.shutdown(cancel_futures=True)
     report([row for row in read(file) if row["settings"] == settings(arguments)])
 
 
@@ -94,6 +99,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", default="2e-5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("demo/constraints"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--tiny", action="store_true")
     arguments = parser.parse_args()
