@@ -1,6 +1,7 @@
 """The start-up check refuses whatever differs from plain transformers."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import families
@@ -97,6 +98,18 @@ def test_a_leak_between_responses_below_the_tolerance_is_refused(monkeypatch):
     monkeypatch.setattr(attention, "attend_by_sequence", leaking)
     with pytest.raises(UserError, match="does not follow the attention rule"):
         check(tiny.network("llama", dtype=torch.bfloat16))
+
+
+def test_rounding_that_depends_on_the_number_of_rows_is_no_leak(monkeypatch):
+    """As bfloat16 products with AMX and on GPUs have it."""
+    real = attention.attend_by_sequence
+
+    def rounding(module, query, key, value, attention_mask, **settings):
+        output, weights = real(module, query, key, value, attention_mask, **settings)
+        return output * (1 + 0.01 * math.sin(query.shape[2])), weights
+
+    monkeypatch.setattr(attention, "attend_by_sequence", rounding)
+    check(tiny.network("llama", dtype=torch.bfloat16))
 
 
 def test_positions_that_count_along_the_packed_sequence_are_refused(monkeypatch):
