@@ -36,9 +36,9 @@ from fpocli.store.reader import Store
 ALPHAS: dict[str, tuple[float, ...]] = {
     "dpo": (),
     "tdpo2": (0.5, 2, 8, 32),
-    "dpo+features": (30, 300, 3000, 30000),
+    "dpo+features": (10, 50, 250, 1250),
     "dpo_norm": (),
-    "fpo": (1, 10, 100, 1000),
+    "fpo": (1, 5, 25, 125),
     "simpo": (),
 }
 # What each is compared with: the same reward without a constraint.
