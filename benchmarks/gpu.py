@@ -1,7 +1,7 @@
 """On a GPU, at Gemma-2-2B's shape: is the result right, and how fast is it?
 
     python benchmarks/gpu.py              # needs about 60 GB of GPU memory and no downloads
-    python benchmarks/gpu.py --tiny       # the same code at a tiny size, on a CPU too
+    python benchmarks/gpu.py --tiny       # the same code at a tiny size in float32, on a CPU too
 
 Random weights, bfloat16, pairs of UltraFeedback's lengths up to 2,048 tokens. First flex_attention
 and the fused head are compared with attention sequence by sequence and the chunked head, in
@@ -97,12 +97,13 @@ def check(device: torch.device) -> dict[str, float]:
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
     """Tokens per second of scoring and of training, and their share of the peak."""
-    # Many CPUs are slow in bfloat16.
-    shape, dtype = (SMALL, torch.float32) if arguments.tiny else ({}, torch.bfloat16)
+    shape, dtype, longest = {}, torch.bfloat16, 2048
+    if arguments.tiny:
+        # Many CPUs are slow in bfloat16.
+        shape, dtype, longest = SMALL, torch.float32, 128
     network = build(shape, dtype, device)
     network.activation_checkpointing_enable()
     policy = LanguageModel(network, [])
-    longest = 128 if arguments.tiny else 2048
     pairs = make_pairs(arguments.pairs, policy.config.vocab_size, longest)
     rows = plan_packing([len(pair) for pair in pairs], arguments.packed_length)
     multiple = length_multiple(device)

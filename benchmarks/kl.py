@@ -107,7 +107,7 @@ def report(
     noise = ""
     if "again" in figures:
         again = [statistics.median(ratios("again", name)) for name in GOALS]
-        noise = " That of fpo once more: {:.3f} and {:.3f}.".format(*again)
+        noise = "\nThat of fpo once more: {:.3f} and {:.3f}.".format(*again)
     spans, features = store.read_array("spans"), next(iter(store.sites.values()))
     lengths, scored = spans[:, 3] - spans[:, 0], spans[:, 3] - spans[:, 1]
     write_page(

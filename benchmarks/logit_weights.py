@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import BATCH, machine, make_store, measure_parser, table, write_page
+from common import BATCH, load_encoders, machine, make_store, measure_parser, table, write_page
+
+from fpocli.evaluation.summary import consistency
 
 # By name of the weights its heading.
 WEIGHTS = {
@@ -71,7 +73,6 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     """Of every response, [N, 2]: "kl" in nats, its "tokens", and D by site and weights, such as
     layer_24.resid_post/plain."""
     import torch
-    from common import load_encoders
 
     from fpocli.features.logit_effect import logit_effect
     from fpocli.features.pretrained import load_decoder
@@ -120,13 +121,11 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     return {name: np.concatenate(parts) for name, parts in found.items()}
 
 
-def correlations(found: dict[str, np.ndarray], name: str) -> tuple[str, ...]:
-    """Pearson and Spearman of D with the KL per token, over responses and over margins."""
-    from scipy.stats import pearsonr, spearmanr
-
-    kl, distance = found["kl"] / found["tokens"], found[name]
-    both = [(distance.ravel(), kl.ravel()), tuple(x[:, 1] - x[:, 0] for x in (distance, kl))]
-    return tuple(f"{of(*pair).statistic:.3f}" for pair in both for of in (pearsonr, spearmanr))
+def correlations(found: dict[str, np.ndarray], name: str) -> list[str]:
+    """Pearson and Spearman of D with the KL per token, over responses and over margins, as fpo eval
+    has them."""
+    parts = consistency(found[name], found["kl"] / found["tokens"])
+    return [f"{value:.3f}" for part in parts.values() for value in part.values()]
 
 
 def report(
@@ -153,7 +152,7 @@ def report(
 {store.meta["model"]["architecture"]}, {arguments.dtype}, dpo_norm trained once on {store.pairs}
 real pairs of at most {arguments.max_length} tokens a sequence in batches of {BATCH}, and measured
 on the same pairs. Correlations of D with the exact KL per token, over the {2 * store.pairs}
-responses and over the {store.pairs} margins (rejected less chosen). The standard error of a
+responses and over the {store.pairs} margins. The standard error of a
 correlation near 0 is {(2 * store.pairs) ** -0.5:.2f} over responses and
 {store.pairs**-0.5:.2f} over margins, less near 1.
 

@@ -135,9 +135,9 @@ Command: `{instructions}python benchmarks/noise.py --data PAIRS.jsonl {words}`.
 {table}
 
 In fpo no part of a pair's arithmetic depends on its packed sequence: attention runs sequence by
-sequence, sums run response by response, and the rest works token by token. But with AMX and on GPUs
-the order in which a product is summed depends on the number of its rows. D is not exactly 0 where
-the store's value and the policy's are sums of different products (`features/encoder.py: pool`,
+sequence, sums run response by response, and the rest works token by token. But with AMX the
+rounding of a product depends on the number of its rows, and on GPUs it may. D is not exactly 0
+where the stored value and the policy's are sums of different products (`features/encoder.py: pool`,
 `columns`).
 """,
     )

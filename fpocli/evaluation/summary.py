@@ -45,7 +45,7 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
         result["kl"] = _spread(kl)
         result["kl_per_token"] = _spread(kl / tokens)
         result["consistency"] = {
-            site: _consistency(values[f"distance.{site}"], kl / tokens) for site in sites
+            site: consistency(values[f"distance.{site}"], kl / tokens) for site in sites
         }
     if "kl" in values:
         result["bound"] = {
@@ -107,6 +107,16 @@ def measured_groups(values: dict[str, np.ndarray]) -> list[str]:
     return [name.removeprefix("group.") for name in values if name.startswith("group.")]
 
 
+def consistency(one: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float | None]]:
+    """Correlations of two quantities [N, 2], Pearson's and Spearman's, over the 2N responses and
+    over the N margins (the paper's, without a sign)."""
+    margins = [np.abs(values[:, 1] - values[:, 0]) for values in (one, other)]
+    return {
+        "responses": _correlations(one.ravel(), other.ravel()),
+        "margins": _correlations(*margins),
+    }
+
+
 def _accuracy(values: np.ndarray, size: np.ndarray) -> dict[str, float | None]:
     """Share of pairs whose chosen response is higher, a tie counting one half, its standard error,
     and the share of ties. `size` [N, 2] is the magnitude of what the values are made of."""
@@ -139,15 +149,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _consistency(one: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float | None]]:
-    """Correlations of two quantities [N, 2], over the 2N responses and over the N margins."""
-    margins = [np.abs(values[:, 1] - values[:, 0]) for values in (one, other)]
-    return {
-        "responses": _correlations(one.ravel(), other.ravel()),
-        "margins": _correlations(*margins),
-    }
-
-
 def _correlations(one: np.ndarray, other: np.ndarray) -> dict[str, float | None]:
     x, y = pd.Series(one), pd.Series(other)
     if x.nunique() < 2 or y.nunique() < 2:
@@ -163,7 +164,7 @@ def _shortfall(bound: np.ndarray, kl: np.ndarray, tokens: np.ndarray) -> dict[st
     return {
         "share": float(bound.sum()) / total if total else None,
         "missed_per_token": float(((kl - bound) / tokens).mean()),
-        **_consistency(bound / tokens, kl / tokens),
+        **consistency(bound / tokens, kl / tokens),
     }
 
 

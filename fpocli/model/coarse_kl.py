@@ -75,7 +75,7 @@ def coarse_kl(logits: Tensor, targets: Tensor, known: TopTokens[Tensor]) -> tupl
 
 
 class _CoarseLogprobs(torch.autograd.Function):
-    """Forward and backward of `coarse_logprobs`, with two temporaries and one of [M, V]."""
+    """`coarse_logprobs`: two temporaries [M, V] in the forward pass, one in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, ids: Tensor) -> Any:
