@@ -32,14 +32,14 @@ from fpocli.evaluation.summary import per_pair
 from fpocli.scoring.accuracy import wins
 from fpocli.store.reader import Store
 
-# By method its alphas: none for methods without a constraint.
+# By method its alphas: none for methods without a constraint, which are alpha = 0 of the others.
 ALPHAS: dict[str, tuple[float, ...]] = {
     "dpo": (),
-    "tdpo2": (0.5, 2, 8, 32),
-    "dpo+features": (10, 50, 250, 1250),
     "dpo_norm": (),
-    "fpo": (1, 5, 25, 125),
     "simpo": (),
+    "tdpo2": (2, 8, 32),
+    "fpo": (5, 25, 125),
+    "dpo+features": (50, 250, 1250),
 }
 # What each is compared with: the same reward without a constraint.
 PLAIN = {"tdpo2": "dpo", "dpo+features": "dpo", "fpo": "dpo_norm"}
@@ -93,8 +93,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sae", default="demo/sae")
     parser.add_argument("--layer", default="24")
     parser.add_argument("--template", default="chatml")
-    parser.add_argument("--limit", default="620", help="rows of the data")
-    parser.add_argument("--max-length", default="128")
+    parser.add_argument("--limit", default="805", help="rows of the data")
+    parser.add_argument("--max-length", default="64")
     parser.add_argument("--held-out", default="0.27")
     parser.add_argument("--lr", default="2e-5")
     parser.add_argument("--seeds", type=int, default=3)
@@ -121,7 +121,7 @@ def make_store(arguments: argparse.Namespace) -> Path:
     fpo(
         "cache", "--model", arguments.model, "--layer", arguments.layer, "--sae", arguments.sae,
         "--data", arguments.data, "--limit", arguments.limit, "--max-length", arguments.max_length,
-        "--max-prompt-length", "64", "--chat-template", arguments.template, "--dtype", "float32",
+        "--max-prompt-length", "44", "--chat-template", arguments.template, "--dtype", "float32",
         "--distributions", "64", "--block", "64", "--out", store,
     )  # fmt: skip
     return store
