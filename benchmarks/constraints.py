@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/constraints.py --data PAIRS.jsonl
 
 Trains the rewards dpo and dpo_norm with the constraints none, features and kl, and simpo, over
-several alphas and seeds, from one store with features and distributions, and measures the held-out
-pairs with the reference. A run takes minutes and all of them hours, so each one that is done is a
-line of FILE.jsonl, beside the page, and is not made again. The page and the figure are written from
+several alphas and seeds, from one store with features and distributions. Held-out pairs are
+measured from a store of their own that has the reference's whole distributions, so their KL is
+exact. A run takes minutes and all of them hours, so each one that is done is a line of
+constraints.jsonl, beside the page, and is not made again. The page and the figure are written from
 the runs that are there, at any time: --report-only.
 
 The default model and SAE are the demo's (run `make demo` first).
@@ -73,10 +74,10 @@ def main() -> None:
     ]
     if missing and not arguments.report_only:
         RESULTS.mkdir(exist_ok=True)
-        store = make_store(arguments)
+        make_stores(arguments)
         pool = ThreadPoolExecutor(arguments.jobs)
         try:
-            runs = [pool.submit(make, arguments, store, cell, seed) for cell, seed in missing]
+            runs = [pool.submit(make, arguments, cell, seed) for cell, seed in missing]
             for run in as_completed(runs):
                 with file.open("a") as lines:
                     lines.write(json.dumps(run.result()) + "\n")
@@ -93,9 +94,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sae", default="demo/sae")
     parser.add_argument("--layer", default="24")
     parser.add_argument("--template", default="chatml")
-    parser.add_argument("--limit", default="805", help="rows of the data")
     parser.add_argument("--max-length", default="64")
-    parser.add_argument("--held-out", default="0.27")
+    parser.add_argument("--max-prompt-length", default="44")
+    parser.add_argument("--held-out", type=int, default=220, help="rows of the data")
     parser.add_argument("--lr", default="2e-5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("demo/constraints"))
@@ -108,45 +109,49 @@ def parse() -> argparse.Namespace:
     ]
     if arguments.tiny:
         arguments.cells = [Cell("tdpo2", 2.0), Cell("dpo", None)]
-        arguments.seeds, arguments.limit, arguments.held_out = 1, "30", "0.5"
-        arguments.template = "halos"
+        arguments.seeds, arguments.held_out, arguments.template = 1, 15, "halos"
     return arguments
 
 
-def make_store(arguments: argparse.Namespace) -> Path:
-    """The store of all runs; a finished one is not made again."""
-    store = arguments.work / "ref.zarr"
+def make_stores(arguments: argparse.Namespace) -> None:
+    """The stores of all runs; finished ones are not made again."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    # float32, as bfloat16 is slow on many CPUs.
-    fpo(
-        "cache", "--model", arguments.model, "--layer", arguments.layer, "--sae", arguments.sae,
-        "--data", arguments.data, "--limit", arguments.limit, "--max-length", arguments.max_length,
-        "--max-prompt-length", "44", "--chat-template", arguments.template, "--dtype", "float32",
-        "--distributions", "64", "--block", "64", "--out", store,
-    )  # fmt: skip
-    return store
+    rows = Path(arguments.data).read_text().splitlines(keepends=True)
+    order = np.random.default_rng(0).permutation(len(rows))[: 30 if arguments.tiny else None]
+    rows = [rows[row] for row in order]
+    parts = {"train": rows[: -arguments.held_out], "held-out": rows[-arguments.held_out :]}
+    for name, part in parts.items():
+        data = arguments.work / f"{name}.jsonl"
+        data.write_text("".join(part))
+        # float32, as bfloat16 is slow on many CPUs.
+        fpo(
+            "cache", "--model", arguments.model, "--layer", arguments.layer,
+            "--sae", arguments.sae, "--data", data, "--max-length", arguments.max_length,
+            "--max-prompt-length", arguments.max_prompt_length,
+            "--chat-template", arguments.template, "--dtype", "float32",
+            "--distributions", "64" if name == "train" else "all", "--block", "64",
+            "--out", arguments.work / f"{name}.zarr",
+        )  # fmt: skip
 
 
-def make(arguments: argparse.Namespace, store: Path, cell: Cell, seed: int) -> dict[str, Any]:
+def make(arguments: argparse.Namespace, cell: Cell, seed: int) -> dict[str, Any]:
     """Train and measure one run; its settings and what was measured of each pair."""
     run = arguments.work / f"{cell.name}_{seed}"
+    store = arguments.work / "train.zarr"
     weight = [] if cell.alpha is None else ["--alpha", cell.alpha]
     fpo(
         "train", "--cache", store, "--method", cell.method, *weight, "--seed", seed,
         "--lr", arguments.lr, "--warmup", "0.1", "--batch-size", "8", "--no-bf16",
-        "--no-activation-checkpointing", "--eval-fraction", arguments.held_out, "--out", run,
+        "--no-activation-checkpointing", "--out", run,
     )  # fmt: skip
-    fpo("eval", run, "--cache", store, "--reference", arguments.model)
+    fpo("eval", run, "--cache", arguments.work / "held-out.zarr", "--split", "all")
     values = read_measurements(run / "eval/pairs.jsonl")
-    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = [line for line in curve if line["split"] == "train"]
+    train = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ratio = (values["logp"] - values["ref_logp"]) / values["tokens"]
     sizes = (np.abs(values["logp"]) + np.abs(values["ref_logp"])) / values["tokens"]
     found = per_pair(values) | {
-        "reward_accuracy_per_token": wins(*ratio.T, sizes.sum(1)).value,
-        "kl_of_store_chosen": values["kl_of_store"][:, 0],
-        "kl_of_store_rejected": values["kl_of_store"][:, 1],
-        "kl_per_token": (values["kl"] / values["tokens"]).mean(1),
+        "reward_accuracy_per_token": wins(ratio[:, 0], ratio[:, 1], sizes.sum(1)).value,
+        "kl_per_token": (values["kl_of_store"] / values["tokens"]).mean(1),
     }
     # The weights take half a gigabyte.
     shutil.rmtree(run)
@@ -155,7 +160,7 @@ def make(arguments: argparse.Namespace, store: Path, cell: Cell, seed: int) -> d
         "alpha": cell.alpha,
         "seed": seed,
         "settings": settings(arguments),
-        "training_pairs": Store.open(store).scored - len(values["pair"]),
+        "training_pairs": Store.open(store).scored,
         "held_out": len(values["pair"]),
         "seconds": sum(line["seconds"] for line in train),
         "last_steps": {
@@ -178,9 +183,10 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
-def settings(arguments: argparse.Namespace) -> dict[str, str]:
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs of a page have in common."""
-    return {name: getattr(arguments, name) for name in ("limit", "max_length", "held_out", "lr")}
+    names = ("max_length", "max_prompt_length", "held_out", "lr")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def is_run(row: dict[str, Any], cell: Cell, seed: int, arguments: argparse.Namespace) -> bool:
@@ -229,9 +235,10 @@ def report(rows: list[dict[str, Any]]) -> None:
         f"""# What each constraint buys, {datetime.now(UTC):%Y-%m-%d}
 
 {first["training_pairs"]} training pairs (one epoch, batches of 8, learning rate
-{first["settings"]["lr"]}), {first["held_out"]} held-out pairs, the same for all; prompt and
-response of at most {first["settings"]["max_length"]} tokens; float32. Everything is measured on the
-held-out pairs after training, the KL with the reference itself.
+{first["settings"]["lr"]}), {first["held_out"]} held-out pairs, the same for all; prompts of at most
+{first["settings"]["max_prompt_length"]} tokens, prompt and response of at most
+{first["settings"]["max_length"]}; float32. Everything is measured on the held-out pairs after
+training, the KL over the whole vocabulary.
 
 {machine()}
 Command: `python benchmarks/constraints.py --data PAIRS.jsonl`.
@@ -281,22 +288,24 @@ def difference(
 
 def draw(groups: dict[Cell, list[dict[str, Any]]], file: Path) -> None:
     """Reward accuracy, in all and per token, against the KL per token and against D of the rejected
-    responses: a line for each method over its alphas, and a point for each run."""
+    responses: a small point for each run, and for each method a line over its alphas, from 0."""
     shares = {"reward_accuracy": "reward accuracy (%)"}
     shares["reward_accuracy_per_token"] = "reward accuracy per token (%)"
     distances = {"kl_per_token": "KL (nats per token)", "distance_rejected": "D of rejected"}
     with figure(file, 4) as axes:
         for axis, (share, name) in zip(axes, product(shares, distances), strict=True):
+            points = {
+                cell: np.array([[np.mean(row["pairs"][key]) for key in (name, share)]
+                                for row in rows])
+                for cell, rows in groups.items()
+            }  # fmt: skip
             for method, colour in COLOURS.items():
-                chosen = [rows for cell, rows in groups.items() if cell.method == method]
-                points = [
-                    [[np.mean(row["pairs"][key]) for key in (name, share)] for row in rows]
-                    for rows in chosen
-                ]
-                if not points:
+                own = [cell for cell in points if cell.method == method]
+                line = [Cell(PLAIN[method], None), *own] if method in PLAIN else own
+                if not own:
                     continue
-                means = np.array([np.mean(part, axis=0) for part in points])
-                single = np.concatenate([np.array(part) for part in points])
+                single = np.concatenate([points[cell] for cell in own])
+                means = np.array([points[cell].mean(0) for cell in line if cell in points])
                 axis.scatter(single[:, 0], 100 * single[:, 1], s=8, alpha=0.4, color=colour)
                 axis.plot(means[:, 0], 100 * means[:, 1], "o-", ms=5, color=colour, label=method)
             axis.set(xlabel=distances[name], ylabel=shares[share], xscale="log")

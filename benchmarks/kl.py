@@ -107,7 +107,7 @@ def report(
     noise = ""
     if "again" in figures:
         again = [statistics.median(ratios("again", name)) for name in GOALS]
-        noise = "\nThat of fpo once more: {:.3f} and {:.3f}.".format(*again)
+        noise = "\nfpo against itself: {:.3f} and {:.3f}.".format(*again)
     spans, features = store.read_array("spans"), next(iter(store.sites.values()))
     lengths, scored = spans[:, 3] - spans[:, 0], spans[:, 3] - spans[:, 1]
     write_page(
@@ -135,7 +135,9 @@ The goal of tdpo2 from the store is at most {GOALS["seconds"]} of fpo's time and
 its memory: {found["seconds"]:.3f} ({words["seconds"]}) and {found["peak"]:.3f} ({words["peak"]}).{
             noise
         }
-Of dpo_norm's, step by step: time {middle(ratios("tdpo2", "seconds", "dpo_norm"), ".3f")}, peak
+tdpo2 from the store against dpo_norm, step by step: time {
+            middle(ratios("tdpo2", "seconds", "dpo_norm"), ".3f")
+        }, peak
 memory {middle(ratios("tdpo2", "peak", "dpo_norm"), ".3f")}.
 """,
     )

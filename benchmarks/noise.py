@@ -134,11 +134,11 @@ Command: `{instructions}python benchmarks/noise.py --data PAIRS.jsonl {words}`.
 |---|---|---|---|---|
 {table}
 
-In fpo no part of a pair's arithmetic depends on its packed sequence: attention runs sequence by
-sequence, sums run response by response, and the rest works token by token. But with AMX the
-rounding of a product depends on the number of its rows, and on GPUs it may. D is not exactly 0
-where the stored value and the policy's are sums of different products (`features/encoder.py: pool`,
-`columns`).
+In fpo attention runs sequence by sequence, sums run response by response, and the rest works token
+by token, so without AMX no part of a pair's arithmetic depends on its packed sequence. With AMX the
+rounding of a product depends on the number of its rows, and on GPUs it may. The default length is
+2,048 tokens. D is not exactly 0 where the stored value and the policy's are sums of different
+products (`features/encoder.py: pool`, `columns`).
 """,
     )
 

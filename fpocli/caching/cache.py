@@ -110,8 +110,9 @@ def _cache(
     if store.unscored_blocks():
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
         found = check_against_transformers(model, store.tokens(0))
+        kernels = model.kernels(distributions=bool(config.distributions))
         say(
-            f"sequences of {_packed_length(config, device):,} tokens on {device}; {model.kernels}; "
+            f"sequences of {_packed_length(config, device):,} tokens on {device}; {kernels}; "
             f"within {found.nats:.1g} nats per token of transformers' eager attention"
         )
         _score_blocks(config, store, model, encoders, device, BlockClaims(lock, store))

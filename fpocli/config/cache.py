@@ -26,7 +26,7 @@ class CacheConfig:
         list[int],
         Option(
             help="Decoder layer of the hook point, from 0. Repeat for several. Without one the "
-            "store has no features and serves all methods but fpo."
+            "store has no features and serves every --constraint but features."
         ),
     ] = field(default_factory=list)
     site: Annotated[

@@ -43,8 +43,8 @@ class TrainConfig:
     method: Annotated[
         str,
         Option(
-            help=f"A name for --reward and --constraint: {', '.join(METHODS)}, or any two, such as "
-            "dpo+features. Default: fpo.",
+            help=f"A name for --reward and --constraint: {', '.join(METHODS)}, or the two with "
+            "a plus between, such as dpo+features. Default: fpo.",
         ),
     ] = None  # type: ignore[assignment]
     reward: Annotated[
@@ -68,8 +68,9 @@ class TrainConfig:
         float | None,
         Option(
             min=0,
-            help="Adapt alpha in every step so that the distance or KL of the rejected responses "
-            "stays at this value. --alpha is then where it starts.",
+            help="Adapt alpha in every step so that the mean distance or KL of the rejected "
+            "responses does not stay above this value: D as it is logged, or nats per response "
+            "(reward dpo) or per token (others). --alpha is then where it starts.",
         ),
     ] = None
     # None until __post_init__ knows the reward.
@@ -81,8 +82,8 @@ class TrainConfig:
         float,
         Option(
             min=0,
-            help="Weight of an added SFT loss, minus the chosen response's log-probability per "
-            "token, against its fall.",
+            help="Weight of an added SFT loss on the chosen response, per token, which keeps it "
+            "from becoming less likely.",
         ),
     ] = 0.0
     label_smoothing: Annotated[

@@ -20,6 +20,7 @@ from fpocli.model.attention import (
     register_kernel,
 )
 from fpocli.model.head import (
+    CHUNKED,
     choose_head,
     logprobs,
     logprobs_and_bound,
@@ -114,10 +115,11 @@ class LanguageModel(nn.Module):
             "use_cache": False,
         }
 
-    @property
-    def kernels(self) -> str:
-        """Which attention kernel and which head are in use, for messages."""
-        return f"attention {self.config._attn_implementation}, head {choose_head(self.network)}"
+    def kernels(self, *, distributions: bool) -> str:
+        """Which attention kernel and which head are in use, for messages. Where next-token
+        distributions are looked at, the head is always chunked."""
+        head = CHUNKED if distributions else choose_head(self.network)
+        return f"attention {self.config._attn_implementation}, head {head}"
 
     @contextmanager
     def captured(self) -> Iterator[dict[str, Tensor]]:

@@ -40,6 +40,6 @@ class ChosenFall:
             warn(
                 f"warning: over the last {_STEPS} steps the chosen responses are less likely than "
                 f"at the start, by {fall:.2f} nats per token, while the margin of the rewards has "
-                "risen: the policy leaves both responses. --sft-weight 0.1 holds the chosen one; a "
-                "lower --lr or a larger --alpha keeps the policy nearer to the reference"
+                "risen: both responses become less likely. Try --sft-weight 0.1, which holds the "
+                "chosen one, or a lower --lr"
             )

@@ -138,7 +138,7 @@ def _train(
         f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of "
         f"{settings.batch_size} pairs, packed into sequences of {loader.packed_length:,} tokens; "
         f"{world} {device.type} process{'es' if world > 1 else ''}, ZeRO {settings.zero}; "
-        f"{model.kernels}"
+        f"{model.kernels(distributions=settings.needs_kl)}"
     )
     if warmup_steps(steps, settings) > steps:
         warn(
