@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,15 +76,22 @@ def main() -> None:
     if missing and not arguments.report_only:
         RESULTS.mkdir(exist_ok=True)
         make_stores(arguments)
-        pool = ThreadPoolExecutor(arguments.jobs)
-        try:
-            runs = [pool.submit(make, arguments, cell, seed) for cell, seed in missing]
-            for run in as_completed(runs):
-                with file.open("a") as lines:
-                    lines.write(json.dumps(run.result()) + "\n")
-        finally:
-            pool.shutdown(cancel_futures=True)
-    report([row for row in read(file) if row["settings"] == settings(arguments)])
+        writing = Lock()
+
+        def make_and_write(cell: Cell, seed: int) -> None:
+            row = json.dumps(make(arguments, cell, seed))
+            with writing, file.open("a") as lines:
+                lines.write(row + "\n")
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            runs = [pool.submit(make_and_write, cell, seed) for cell, seed in missing]
+            try:
+                for run in as_completed(runs):
+                    run.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+    if found := [row for row in read(file) if row["settings"] == settings(arguments)]:
+        report(found)
 
 
 def parse() -> argparse.Namespace:
@@ -185,8 +193,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all runs of a page have in common."""
-    names = ("max_length", "max_prompt_length", "held_out", "lr")
-    return {name: getattr(arguments, name) for name in names}
+    names = (
+        "model", "sae", "layer", "template", "max_length", "max_prompt_length", "held_out", "lr"
+    )  # fmt: skip
+    return {"data": Path(arguments.data).name} | {name: getattr(arguments, name) for name in names}
 
 
 def is_run(row: dict[str, Any], cell: Cell, seed: int, arguments: argparse.Namespace) -> bool:
@@ -283,7 +293,7 @@ def difference(
     one, other = (scale(name) * np.array(part) for part in zip(*both, strict=True))
     found = (compare_shares if scale(name) > 1 else compare_means)(one, other)
     text = f"{found.mean:+.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+    return f"**{text}**" if found.beyond_noise else text
 
 
 def draw(groups: dict[Cell, list[dict[str, Any]]], file: Path) -> None:

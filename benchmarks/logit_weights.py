@@ -78,7 +78,7 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     from fpocli.features.pretrained import load_decoder
     from fpocli.features.site import Site
     from fpocli.features.weights import FeatureWeights
-    from fpocli.model.final_norm import final_norm_gain
+    from fpocli.model.final_norm import final_norm
     from fpocli.model.language_model import load_model
     from fpocli.model.network import choose_device
     from fpocli.model.packing import default_packed_length
@@ -95,12 +95,12 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     reference = load_reference(find_model(arguments.model), [], dtype, device)
     sources = dict(zip(store.sites, arguments.sae, strict=True))
     named = logit_weights(store, sources, model.network)
-    head = model.network.get_output_embeddings().weight.detach()
+    head, norm = model.network.get_output_embeddings().weight.detach(), final_norm(model.network)
     alike: dict[str, FeatureWeights] = {}
     for site, source in sources.items():
         omega = logit_effect(
-            head, final_norm_gain(model.network), load_decoder(source, device),
-            torch.ones(len(head)),
+            head, norm.gain, load_decoder(source, device), torch.ones(len(head)),
+            centred=norm.centred,
         )  # fmt: skip
         alike[site] = replace(named[site], weight=omega.to(device))
     encoders = load_encoders(store, device)

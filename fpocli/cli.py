@@ -28,6 +28,7 @@ from fpocli.config import (
     ShowConfig,
     SteerConfig,
     TrainConfig,
+    replaced_by,
 )
 from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
@@ -151,6 +152,12 @@ def _command(
 
     def run(context: typer.Context, **flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
+        typed = {
+            name
+            for name in settings
+            if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        }
+        settings |= dict.fromkeys(replaced_by(typed) & settings.keys())
         if (context.default_map or {}).get("overwrite"):
             add_resume_note(
                 f"after removing overwrite from {flags['config']}, which would start over"

@@ -109,6 +109,8 @@ def _cache(
     # -- the reference's scores, block by block ---------------------------------------------------
     if store.unscored_blocks():
         model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
+        if store.distributions:
+            model.require_vocabulary(store.distributions.vocabulary)
         found = check_against_transformers(model, store.tokens(0))
         kernels = model.kernels(distributions=bool(config.distributions))
         say(

@@ -16,10 +16,11 @@ from fpocli.config.features import (
     SteerConfig,
 )
 from fpocli.config.inspect import InspectConfig
+from fpocli.config.methods import METHODS, replaced_by
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA, JUDGES
-from fpocli.config.train import LOGITS, METHODS, PRESETS, TrainConfig
+from fpocli.config.train import LOGITS, PRESETS, TrainConfig
 
 __all__ = [
     "DEFAULT_DATA",
@@ -40,4 +41,5 @@ __all__ = [
     "ShowConfig",
     "SteerConfig",
     "TrainConfig",
+    "replaced_by",
 ]

@@ -1,29 +1,18 @@
 """The settings of fpo train, and the paper's presets of them."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
 from fpocli.config.checks import check_values
+from fpocli.config.methods import METHODS, Constraint, Reward, parts_of
 from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
-Reward = Literal["dpo", "dpo_norm", "simpo", "sft"]
-Constraint = Literal["none", "features", "kl", "tdpo1"]
 # The value of --feature-weights that names no file.
 LOGITS = "logits"
-# The paper's methods are names for a reward and a constraint (Table 1).
-METHODS: dict[str, tuple[Reward, Constraint]] = {
-    "fpo": ("dpo_norm", "features"),
-    "dpo_norm": ("dpo_norm", "none"),
-    "dpo": ("dpo", "none"),
-    "tdpo1": ("dpo", "tdpo1"),
-    "tdpo2": ("dpo", "kl"),
-    "simpo": ("simpo", "none"),
-    "simpo_kl": ("simpo", "kl"),
-    "sft": ("sft", "none"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,11 +207,7 @@ class TrainConfig:
                 f"{self.method} needs no KL, so --exact-kl would have no effect",
                 "leave it out, or add --measure-kl",
             )
-        if self.hold is not None and not (self.hold > 0 and self.constraint in ("features", "kl")):
-            raise UserError(
-                f"--hold {self.hold} needs a value above 0 and a constraint that has an alpha",
-                "use --constraint features or kl",
-            )
+        self._check_hold()
         if self.reward == "sft" and (self.sft_weight or self.label_smoothing):
             raise UserError(
                 "sft is not pairwise, so --sft-weight and --label-smoothing would have no effect",
@@ -244,13 +229,34 @@ class TrainConfig:
         """Whether the constraint is on the KL."""
         return self.constraint in ("kl", "tdpo1")
 
+    def _check_hold(self) -> None:
+        """
+        Raises:
+            UserError: alpha cannot hold this value.
+        """
+        if self.hold is None:
+            return
+        acts = self.constraint in ("features", "kl") and self.beta > 0
+        if not (0 < self.hold < math.inf and acts):
+            raise UserError(
+                f"--hold {self.hold} needs a number above 0, a constraint that has an alpha, and a "
+                "--beta above 0",
+                "use --constraint features or kl",
+            )
+        if not self.stop_gradient:
+            raise UserError(
+                "--hold with --no-stop-gradient would push the chosen responses away from the "
+                "reference as alpha rises",
+                "leave out one of the two",
+            )
+
     def _name_the_method(self) -> None:
         """Set method, reward and constraint, of which some are given.
 
         Raises:
             UserError: the method is unknown, or is not made of this reward and constraint.
         """
-        named = _parts_of(self.method) if self.method else METHODS["fpo"]
+        named = parts_of(self.method) if self.method else METHODS["fpo"]
         reward = self.reward or named[0]
         # sft has no constraint; every other reward goes with every one.
         alone = reward == "sft" and not self.method
@@ -269,25 +275,6 @@ class TrainConfig:
         method = names.get((reward, constraint), f"{reward}+{constraint}")
         for name, value in (("method", method), ("reward", reward), ("constraint", constraint)):
             object.__setattr__(self, name, value)
-
-
-def _parts_of(method: str) -> tuple[Reward, Constraint]:
-    """Reward and constraint of a method's name, or of any two such as dpo+features.
-
-    Raises:
-        UserError: it is unknown.
-    """
-    known = METHODS | {
-        f"{reward}+{constraint}": (reward, constraint)
-        for reward in get_args(Reward)
-        for constraint in get_args(Constraint)
-    }
-    if method not in known:
-        raise UserError(
-            f"--method {method} is unknown",
-            f"use {', '.join(METHODS)}, or a reward and a constraint, such as dpo+features",
-        )
-    return known[method]
 
 
 # The paper's settings (section 4, section 5.3 and Table 5); where it is silent, the defaults.

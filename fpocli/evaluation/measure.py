@@ -65,8 +65,11 @@ def measure_pairs(
     check_against_transformers(policy, store.tokens(0))
     encoders = load_encoders(store, sites, config.sae, policy.config.hidden_size, device)
     reference, norms = None, {}
+    if store.distributions:
+        policy.require_vocabulary(store.distributions.vocabulary)
     if original:
         reference = load_reference(original, sites, dtype, device)
+        policy.require_vocabulary(reference.vocabulary)
         norms = _operator_norms(config, store, sites, policy)
     groups = {site: omega.to(device) for site, omega in weights.items()}
     dtypes = {name: getattr(torch, about["value_dtype"]) for name, about in store.sites.items()}

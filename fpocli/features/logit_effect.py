@@ -4,8 +4,9 @@ Appendix B bounds the KL by the change of the features, with one factor for all 
 change of the logits by dz the KL itself is 1/2 Var_p(dz), where p is the next-token distribution
 (a shift of all logits changes nothing). If feature i changes by c, the residual stream changes by
 c W_dec,i, and the logits, by way of the final norm's gain g alone, by c d_i with
-d_i = W_out (g * W_dec,i). So its effect is Var_p(d_i), and omega_i is that, with one p for all
-positions. What the layers in between, the norm's division and a soft-cap do is left out.
+d_i = W_out (g * W_dec,i); a norm that removes the mean, as LayerNorm does, removes that of W_dec,i.
+So its effect is Var_p(d_i), and omega_i is that, with one p for all positions. What the layers in
+between, the norm's division and a soft-cap do is left out.
 
 Shapes: V vocabulary, d model width, m features.
 """
@@ -18,7 +19,9 @@ _ROWS = 2**14
 
 
 @torch.no_grad()
-def logit_effect(head: Tensor, gain: Tensor, decoder: Tensor, tokens: Tensor) -> Tensor:
+def logit_effect(
+    head: Tensor, gain: Tensor, decoder: Tensor, tokens: Tensor, *, centred: bool
+) -> Tensor:
     """omega, divided by its mean, so that alpha keeps its order of magnitude: float32 [m].
 
     The variances come from one matrix [d, d], so that no [V, m] exists.
@@ -28,6 +31,7 @@ def logit_effect(head: Tensor, gain: Tensor, decoder: Tensor, tokens: Tensor) ->
         gain: [d] of the final norm.
         decoder: [m, d] of the SAE.
         tokens: [V], how often each token occurs; at least 0, and not all 0.
+        centred: whether the final norm removes the mean.
     """
     share = (tokens.double() / tokens.double().sum()).to(head.device)
     mean = torch.zeros(head.shape[1], dtype=torch.float64, device=head.device)
@@ -38,7 +42,10 @@ def logit_effect(head: Tensor, gain: Tensor, decoder: Tensor, tokens: Tensor) ->
     covariance = square - mean[:, None] * mean
     effects = []
     for rows in decoder.split(_ROWS):
-        states = rows.double().to(head.device) * gain.double()
+        states = rows.double().to(head.device)
+        if centred:
+            states = states - states.mean(1, keepdim=True)
+        states = states * gain.double()
         effects.append(((states @ covariance) * states).sum(-1).clamp(min=0))
     omega = torch.cat(effects)
     return (omega / omega.mean()).float()

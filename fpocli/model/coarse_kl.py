@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fpocli.data.top_tokens import TopTokens
 
@@ -64,14 +63,14 @@ def coarse_kl(logits: Tensor, targets: Tensor, known: TopTokens[Tensor]) -> tupl
         known: of p.
     """
     if known.ids is None:
-        guess = logits.log_softmax(-1)
-        logp = guess.gather(-1, targets[:, None])[:, 0]
-        return logp, F.kl_div(guess, known.logp, reduction="none", log_target=True).sum(-1)
-    logp, top, rest = coarse_logprobs(logits, targets, known.ids)
-    # A rest of probability 0 adds 0.
-    p_rest = known.rest.exp()
-    of_rest = torch.where(p_rest > 0, p_rest * (known.rest - rest), 0)
-    return logp, (known.logp.exp() * (known.logp - top)).sum(-1) + of_rest
+        top = logits.log_softmax(-1)
+        logp, rest = top.gather(-1, targets[:, None])[:, 0], known.rest
+    else:
+        logp, top, rest = coarse_logprobs(logits, targets, known.ids)
+    # What has probability 0 adds 0.
+    of_top = torch.where(known.logp == -torch.inf, 0, known.logp.exp() * (known.logp - top))
+    of_rest = torch.where(known.rest == -torch.inf, 0, known.rest.exp() * (known.rest - rest))
+    return logp, of_top.sum(-1) + of_rest
 
 
 class _CoarseLogprobs(torch.autograd.Function):
@@ -85,8 +84,10 @@ class _CoarseLogprobs(torch.autograd.Function):
         others.scatter_(-1, ids, -torch.inf)
         # q_j / q_rest. A softmax sums each row in an order of its own, whatever the other rows;
         # torch.logsumexp does not, and equal rows would get unequal rests.
-        shares = others.softmax(-1)
-        rest = others.amax(-1) - shares.amax(-1).log()
+        most = others.amax(-1)
+        # Where all others have probability 0, so has the rest.
+        shares = others.softmax(-1).masked_fill_((most == -torch.inf)[:, None], 0)
+        rest = torch.where(most == -torch.inf, most, most - shares.amax(-1).log())
         ctx.save_for_backward(shares, top, rest, targets, ids)
         return logp, top, rest
 

@@ -1,6 +1,6 @@
-"""The gain of the final norm, whatever its parametrisation."""
+"""The final norm, whatever its parametrisation: its gain, and whether it removes the mean."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +8,21 @@ from torch import Tensor
 from fpocli.system.errors import UserError
 
 
+class FinalNorm(NamedTuple):
+    """What the norm between the last layer and the head does, its division left out.
+
+    Args:
+        gain: float32 [d], what it multiplies by.
+        centred: whether it removes the mean over d first, as LayerNorm does and RMSNorm does not.
+    """
+
+    gain: Tensor
+    centred: bool
+
+
 @torch.no_grad()
-def final_norm_gain(network: Any) -> Tensor:
-    """What the norm between the last layer and the head multiplies by: float32 [d].
+def final_norm(network: Any) -> FinalNorm:
+    """Find them out by trying.
 
     An input of alternating signs has mean 0 and mean square 1, so an RMSNorm or LayerNorm returns
     its gain with these signs, and its bias cancels. (Gemma's weight is the gain minus 1.)
@@ -31,5 +43,7 @@ def final_norm_gain(network: Any) -> Tensor:
     signs = torch.ones(network.config.get_text_config().hidden_size, device=network.device)
     signs[1::2] = -1
     signs = signs.to(network.dtype)
-    norm = norms[-1]
-    return ((norm(signs[None]) - norm(-signs[None]))[0].float() / 2 * signs).float()
+    plus, minus, raised = (norms[-1](x[None])[0].float() for x in (signs, -signs, signs + 1))
+    # signs + 1 is 0 and 2 by turns: an RMSNorm does not turn it into plus and minus the gain.
+    centred = bool(torch.allclose(raised, plus, rtol=0.05, atol=0.05 * float(plus.abs().max())))
+    return FinalNorm((plus - minus) / 2 * signs.float(), centred)

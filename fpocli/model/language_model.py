@@ -30,6 +30,7 @@ from fpocli.model.head import (
 from fpocli.model.hook_point import hook_module
 from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
+from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder
 
 
@@ -114,6 +115,24 @@ class LanguageModel(nn.Module):
             "spans": batch.spans,
             "use_cache": False,
         }
+
+    @property
+    def vocabulary(self) -> int:
+        """V, rows of the head, before ZeRO-3 shards it."""
+        return len(self.network.get_output_embeddings().weight)
+
+    def require_vocabulary(self, tokens: int) -> None:
+        """Refuse to compare next-token distributions over different vocabularies.
+
+        Raises:
+            UserError: the reference's has another size.
+        """
+        if self.vocabulary != tokens:
+            raise UserError(
+                f"the model's head has {self.vocabulary:,} tokens and the reference's {tokens:,}, "
+                "so there is no KL between their distributions",
+                "use weights with the reference's vocabulary, or a method without the KL",
+            )
 
     def kernels(self, *, distributions: bool) -> str:
         """Which attention kernel and which head are in use, for messages. Where next-token

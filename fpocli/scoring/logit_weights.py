@@ -10,16 +10,17 @@ import torch
 from fpocli.features.logit_effect import logit_effect
 from fpocli.features.pretrained import load_decoder
 from fpocli.features.weights import FeatureWeights
-from fpocli.model.final_norm import final_norm_gain
+from fpocli.model.final_norm import final_norm
 from fpocli.store.reader import Store
 from fpocli.system.console import progress
+
+_TOKENS = 2**20
 
 
 def logit_weights(store: Store, sources: dict[str, str], network: Any) -> dict[str, FeatureWeights]:
     """Weights by the effect on the logits (`features/logit_effect.py`) for all features of sites.
 
-    How often a token occurs is counted in the store's first block, each token once more, so that
-    none has no weight.
+    How often a token occurs is counted in the store's first blocks, up to a million tokens.
 
     Args:
         store: the store.
@@ -29,15 +30,18 @@ def logit_weights(store: Store, sources: dict[str, str], network: Any) -> dict[s
     Raises:
         UserError: an SAE cannot be loaded, or the network has no final norm that is known.
     """
-    head = network.get_output_embeddings().weight
-    counts = torch.bincount(
-        torch.from_numpy(store.tokens(0).ids.astype("int64")), minlength=len(head)
-    )
+    head, norm = network.get_output_embeddings().weight, final_norm(network)
+    counts = torch.zeros(len(head), dtype=torch.int64)
+    for block in range(store.blocks):
+        ids = torch.from_numpy(store.tokens(block).ids.astype("int64"))
+        counts += torch.bincount(ids, minlength=len(head))
+        if counts.sum() >= _TOKENS:
+            break
     weights = {}
     with progress("Effects of the features on the logits", len(sources)) as bar:
         for site, source in sources.items():
             decoder = load_decoder(source, head.device)
-            omega = logit_effect(head.detach(), final_norm_gain(network), decoder, counts + 1)
+            omega = logit_effect(head.detach(), norm.gain, decoder, counts, centred=norm.centred)
             weights[site] = FeatureWeights(
                 omega,
                 torch.zeros(len(omega), dtype=torch.int8),

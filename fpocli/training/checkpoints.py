@@ -14,16 +14,17 @@ import torch
 from fpocli.system.errors import UserError, report_write_errors
 from fpocli.system.heartbeat import is_of_a_lost_process
 
-_STEP = "fpo_step"
+_STEP, _ALPHA = "fpo_step", "fpo_alpha"
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
+def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: int) -> None:
     """Write a checkpoint of all ranks, then delete all but the newest.
 
     Args:
         engine: after the step.
         folder: of the checkpoints.
         step: how many steps are done.
+        alpha: of the next step, which --hold changes.
         keep: how many checkpoints to keep.
 
     Raises:
@@ -31,7 +32,8 @@ def save_checkpoint(engine: Any, folder: Path, step: int, keep: int) -> None:
     """
     tag = f"partial-{step}"
     with contextlib.redirect_stdout(sys.stderr), report_write_errors(folder / tag):
-        engine.save_checkpoint(str(folder), tag=tag, client_state={_STEP: step}, save_latest=False)
+        state = {_STEP: step, _ALPHA: alpha}
+        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         # A checkpoint gets its name when it is complete.
@@ -52,24 +54,30 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
-def load_checkpoint(engine: Any, folder: Path) -> int:
+def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float]:
     """Load the newest checkpoint.
 
+    Args:
+        engine: before the first step.
+        folder: of the checkpoints.
+        alpha: where the weight of the constraint starts.
+
     Returns:
-        the number of steps done; 0 without a checkpoint.
+        the number of steps done, 0 without a checkpoint; alpha of the next step.
 
     Raises:
         UserError: it cannot be loaded, or contains code, which is not run.
     """
     tag = newest_checkpoint(folder)
     if tag is None:
-        return 0
+        return 0, alpha
     try:
         with contextlib.redirect_stdout(sys.stderr), _data_only():
             path, client_state = engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise FileNotFoundError(folder / tag)
-        return int(client_state[_STEP])
+        # A checkpoint of 0.1 has no alpha, which was constant then.
+        return int(client_state[_STEP]), float(client_state.get(_ALPHA, alpha))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"the checkpoint {folder / tag} is damaged, or contains code, which is not run",

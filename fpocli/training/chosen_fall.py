@@ -18,24 +18,25 @@ class ChosenFall:
 
     Args:
         from_reference: whether training starts from the reference, where nothing has changed yet;
-            else the first step is what later ones are compared with.
+            else the first steps are what later ones are compared with, as for the margin.
     """
 
     def __init__(self, *, from_reference: bool) -> None:
-        self._change: float | None = 0.0 if from_reference else None
-        self._margin: float | None = None
+        self._from_reference = from_reference
+        self._start: tuple[float, float] | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=_STEPS)
         self._warned = False
 
     def watch(self, line: dict[str, float]) -> None:
         """Look at one line of metrics."""
-        change, margin = line["average_logp_chosen_change"], line["margin"]
-        self._change = change if self._change is None else self._change
-        self._margin = margin if self._margin is None else self._margin
-        self._recent.append((change, margin))
-        fall, rise = (sum(values) / len(self._recent) for values in zip(*self._recent, strict=True))
-        fall, rise = self._change - fall, rise - self._margin
-        if len(self._recent) == _STEPS and fall > _FALL and rise > 0 and not self._warned:
+        self._recent.append((line["average_logp_chosen_change"], line["margin"]))
+        if len(self._recent) < _STEPS:
+            return
+        change, margin = (sum(values) / _STEPS for values in zip(*self._recent, strict=True))
+        if self._start is None:
+            self._start = (0.0 if self._from_reference else change, margin)
+        fall, rise = self._start[0] - change, margin - self._start[1]
+        if fall > _FALL and rise > 0 and not self._warned:
             self._warned = True
             warn(
                 f"warning: over the last {_STEPS} steps the chosen responses are less likely than "

@@ -1,7 +1,7 @@
 """The losses, as pure functions.
 
 A pairwise loss is -log sigma(u) with u = r(w) - r(l) - gamma - delta: a reward r and a constraint
-delta, freely combined (paper, Table 1). `config/train.py: METHODS` has the paper's names for them.
+delta, freely combined (paper, Table 1; the names of the paper are in `config/methods.py: METHODS`).
 
 Shapes: P pairs; column 0 is chosen (w), column 1 rejected (l); everything is float32.
 """
@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from fpocli.config.train import Constraint, Reward
+from fpocli.config.methods import Constraint, Reward
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def objective(
     if delta is not None:
         metrics["delta"] = delta
     if settings.hold is not None and divergence is not None:
-        metrics["held"] = divergence[:, 1]
+        metrics |= {"held_chosen": divergence[:, 0], "held": divergence[:, 1]}
     if compared:
         metrics |= {
             "distance_chosen": distance[:, 0],

@@ -118,6 +118,8 @@ def _train(
         device,
         with_reference=(settings.needs_kl or settings.measure_kl) and not from_store,
     )
+    if measure_top and store.distributions:
+        model.require_vocabulary(store.distributions.vocabulary)
     encoders = {}
     if sites:
         encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
@@ -127,11 +129,10 @@ def _train(
     # Those of sites that are not compared have nothing to act on.
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)
-    done = load_checkpoint(engine, run.checkpoints)
-    held_alpha = HeldAlpha(settings.alpha, settings.hold)
+    done, alpha = load_checkpoint(engine, run.checkpoints, settings.alpha)
+    held_alpha = HeldAlpha(alpha, settings.hold, settings.beta)
     chosen_fall = ChosenFall(from_reference=settings.model is None)
     for line in run.resume_at(done):
-        held_alpha.update(line)
         chosen_fall.watch(line)
     say(
         f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
@@ -208,9 +209,12 @@ def _train(
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
-                save_checkpoint(engine, run.checkpoints, step + 1, settings.keep_checkpoints)
+                save_checkpoint(
+                    engine, run.checkpoints, step + 1, held_alpha.alpha, settings.keep_checkpoints
+                )
             memory.restart()
             began, waited = time.perf_counter(), prefetched.waited
+    held_alpha.warn_if_missed()
     measure(steps)
 
     # -- the result -----------------------------------------------------------------------------
@@ -290,6 +294,7 @@ def _load_models(
         else folder
     )
     reference = load_reference(original, [], dtype, device)
+    model.require_vocabulary(reference.vocabulary)
     if settings.model:
         check_against_transformers(reference, store.tokens(0))
     return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference

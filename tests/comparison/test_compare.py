@@ -90,6 +90,16 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
     assert run.settings["lr"] == 2e-5 and run.settings["alpha"] == 0.1
 
 
+def test_a_runs_method_replaces_that_of_train(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "store: s\ntrain: {reward: dpo, constraint: kl}\n"
+        "runs: [{method: [fpo, dpo]}, {reward: dpo_norm}]"
+    )
+    runs = read_grid(str(file), REPORTS).runs
+    assert [run.settings["method"] for run in runs] == ["fpo", "dpo", "dpo_norm+kl"]
+
+
 def test_a_hub_cache_without_the_model_is_reported(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text("cache: {layer: [3]}\nruns: [{method: fpo}]")

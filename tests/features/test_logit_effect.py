@@ -1,5 +1,6 @@
 """Weights of the features by their effect on the logits, against whole matrices in float64."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,7 +11,7 @@ from stores import cache_config
 from fpocli import cache
 from fpocli.features.logit_effect import logit_effect
 from fpocli.features.pretrained import load_decoder
-from fpocli.model.final_norm import final_norm_gain
+from fpocli.model.final_norm import final_norm
 from fpocli.scoring.logit_weights import logit_weights
 from fpocli.system.errors import UserError
 
@@ -25,10 +26,12 @@ def test_it_is_the_variance_of_the_change_of_the_logits(seed, v, d, m):
     changes = (decoder * gain).double() @ head.double().T
     share = tokens.double() / tokens.sum()
     effects = ((changes - changes @ share[:, None]) ** 2) @ share
-    omega = logit_effect(head, gain, decoder, tokens)
+    omega = logit_effect(head, gain, decoder, tokens, centred=False)
     assert torch.allclose(omega.double(), effects / effects.mean(), rtol=1e-4, atol=1e-5)
     # Bias-like directions of the head shift all logits alike, which no distribution sees.
-    shifted = logit_effect(head + torch.randn(d, generator=draw), gain, decoder, tokens)
+    shifted = logit_effect(
+        head + torch.randn(d, generator=draw), gain, decoder, tokens, centred=False
+    )
     assert torch.allclose(shifted, omega, rtol=1e-2, atol=1e-3)
 
 
@@ -45,8 +48,24 @@ def test_it_is_the_second_order_term_of_the_kl():
             for row in decoder
         ]
     )
-    omega = logit_effect(head, torch.ones(6), decoder, p)
+    omega = logit_effect(head, torch.ones(6), decoder, p, centred=False)
     assert torch.allclose(omega.double(), kls / kls.mean(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_it_is_the_second_order_term_through_a_norm_of_fixed_division(centred):
+    """LayerNorm removes the mean of what a feature adds: a row along ones then has no effect."""
+    torch.manual_seed(1)
+    head, gain = torch.randn(40, 6).double(), torch.randn(6).double()
+    decoder = torch.cat([torch.randn(4, 6), torch.ones(1, 6)]).double()
+    state = torch.randn(6).double()
+    moved = decoder - decoder.mean(1, keepdim=True) if centred else decoder
+    p = (head @ (gain * state)).softmax(0)
+    changes = (moved * gain) @ head.T
+    expected = ((changes - changes @ p[:, None]) ** 2) @ p
+    omega = logit_effect(head, gain, decoder, p, centred=centred)
+    assert torch.allclose(omega.double(), expected / expected.mean(), rtol=1e-4, atol=1e-7)
+    assert (omega[-1] < 1e-6) == centred
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -55,7 +74,8 @@ def test_the_gain_of_a_final_norm(family):
     network = tiny.network(family)
     weight = network.model.norm.weight
     expected = weight if family == "llama" else 1 + weight
-    assert torch.allclose(final_norm_gain(network), expected, atol=1e-5)
+    norm = final_norm(network)
+    assert torch.allclose(norm.gain, expected, atol=1e-5) and not norm.centred
 
 
 def test_a_layer_norm_has_a_gain_and_a_bias():
@@ -66,10 +86,11 @@ def test_a_layer_norm_has_a_gain_and_a_bias():
     with torch.no_grad():
         norm.weight.copy_(torch.randn(8))
         norm.bias.copy_(torch.randn(8))
-    assert torch.allclose(final_norm_gain(network), norm.weight, atol=1e-4)
+    found = final_norm(network)
+    assert torch.allclose(found.gain, norm.weight, atol=1e-4) and found.centred
     del network.transformer.ln_f
     with pytest.raises(UserError, match="has no final norm"):
-        final_norm_gain(network)
+        final_norm(network)
 
 
 def test_the_weights_of_a_store(material, tmp_path):
@@ -77,9 +98,13 @@ def test_the_weights_of_a_store(material, tmp_path):
     network = tiny.network("gemma2")
     (site,) = store.sites
     weights = logit_weights(store, {site: str(material / "sae")}, network)[site]
-    counts = torch.bincount(torch.from_numpy(store.tokens(0).ids.astype("int64")), minlength=300)
+    assert store.blocks > 1
+    ids = np.concatenate([store.tokens(block).ids for block in range(store.blocks)])
+    counts = torch.bincount(torch.from_numpy(ids.astype("int64")), minlength=300)
     decoder = load_decoder(str(material / "sae"), torch.device("cpu"))
-    expected = logit_effect(network.lm_head.weight, final_norm_gain(network), decoder, counts + 1)
+    expected = logit_effect(
+        network.lm_head.weight, final_norm(network).gain, decoder, counts, centred=False
+    )
     assert torch.equal(weights.weight, expected)
     assert weights.weight.mean().item() == pytest.approx(1, rel=1e-5)
     assert len(weights.named) == 0 and not weights.direction.any()

@@ -196,6 +196,19 @@ def test_flags_win_over_file(resolve):
     assert resolve(f"train {flags} --config c.yaml", file) == expected
 
 
+def test_a_flag_replaces_the_method_of_a_saved_config(resolve):
+    """A run's config.yaml has the method and what it is made of."""
+    file = dataclasses.asdict(TrainConfig(cache="s", method="tdpo2"))
+    for flags, reward, constraint in (
+        ("--method simpo", "simpo", "none"),
+        ("--reward dpo_norm", "dpo_norm", "kl"),
+        ("--constraint features", "dpo", "features"),
+        ("--reward dpo_norm --constraint features", "dpo_norm", "features"),
+    ):
+        found = resolve(f"train --config c.yaml {flags}", file)
+        assert found == TrainConfig(cache="s", reward=reward, constraint=constraint, beta=0.1)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(resolve, name):
     expected = TrainConfig(cache="s", **PRESETS[name])

@@ -78,6 +78,36 @@ def test_step_0_for_any_packing_order_and_ranks(stage, packed_length):
     assert seen == 21
 
 
+@pytest.mark.parametrize("constraint", ["features", "none"])
+def test_every_scalar_of_the_settings_reaches_the_loss(stage, constraint):
+    store, model, encoders = stage
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.2)
+    settings = TrainConfig(
+        cache="unused", reward="simpo", constraint=constraint, alpha=3.0, beta=1.5, gamma=0.7,
+        sft_weight=0.3, label_smoothing=0.2,
+    )  # fmt: skip
+    for alpha in (None, 7.0):
+        for micro in first_step(loader(store, 300)):
+            with torch.no_grad():
+                loss, found = objective(
+                    score(model, encoders, micro.batch), micro.reference, encoders, settings, {},
+                    alpha,
+                )  # fmt: skip
+            average = torch.stack(
+                [found["average_logp_chosen"], found["average_logp_rejected"]]
+            ).double()
+            u = 1.5 * (average[0] - average[1]) - 0.7
+            if constraint == "features":
+                apart = (found["distance_rejected"] - found["distance_chosen"]).double()
+                u = u - (alpha or 3.0) * 1.5 * apart
+            right, wrong = u.sigmoid().log(), (-u).sigmoid().log()
+            expected = -0.8 * right - 0.2 * wrong - 0.3 * average[0]
+            assert torch.allclose(found["u"].double(), u, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_is_the_mean_over_pairs_however_they_are_batched(stage):
     store, model, encoders = stage
     policy = copy.deepcopy(model)

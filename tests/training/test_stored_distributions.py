@@ -4,11 +4,12 @@ import json
 import shutil
 
 import pytest
-import tiny
-from runs import command, finish, run, same
+from runs import command, finish, read, run, same
 from stores import cache_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import EvalConfig, cache, evaluate
+from fpocli.system.errors import UserError
 
 KL_METHODS = ["tdpo1", "tdpo2", "simpo_kl", "dpo_norm+kl"]
 
@@ -105,7 +106,7 @@ def test_fpo_eval_takes_the_stores_distributions(material, stores, tmp_path, cap
 
 
 def test_a_held_divergence_resumes_where_it_was(material, stores, tmp_path):
-    """Alpha is a function of the logged steps, so a resumed run goes on with it."""
+    """Alpha is in the checkpoint, so a resumed run goes on with it, also without its metrics."""
     settings = {
         "model": material / "policy", "method": "tdpo2", "cache": stores / "8.zarr", "hold": 5,
         "save_every": 2,
@@ -113,9 +114,41 @@ def test_a_held_divergence_resumes_where_it_was(material, stores, tmp_path):
     whole = run(material, tmp_path / "run", "--no-bf16", **settings)
     train = [line for line in whole if line["split"] == "train"]
     assert train[0]["alpha"] == 0.5 and len({line["alpha"] for line in train}) == len(train)
-    assert train[0]["held"] == pytest.approx(train[0]["kl_rejected"])
+    for line in train:
+        assert line["held"] == pytest.approx(line["kl_rejected"])
+        apart = line["kl_rejected"] - line["kl_chosen"]
+        assert line["delta"] == pytest.approx(0.1 * line["alpha"] * apart, rel=1e-5)
     shutil.rmtree(tmp_path / "run/final")
     same(run(material, tmp_path / "run", "--no-bf16", **settings), whole, 1e-6)
+    shutil.rmtree(tmp_path / "run/final")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    left = run(material, tmp_path / "run", "--no-bf16", **settings)
+    same(left, whole[-len(left) :], 1e-6)
+
+
+@pytest.mark.parametrize("method", ["fpo", "tdpo2"])
+def test_a_value_that_cannot_be_held_does_no_harm(material, stores, tmp_path, method):
+    """Alpha stays where it pulls, the loss stays small, and the end says that it was not held."""
+    words = command(
+        material, tmp_path / "run", "--no-bf16", cache=stores / "all.zarr", method=method,
+        hold=1e-5, lr=3e-3, epochs=20,
+    )  # fmt: skip
+    done = finish(words)
+    assert done.returncode == 0 and "was not reached" in done.stderr, done.stderr[-2000:]
+    train = [line for line in read(tmp_path / "run") if line["split"] == "train"]
+    assert len(train) == 100
+    for line in train[1:]:
+        assert line["alpha"] * 0.1 * 1e-5 <= 10 + 1e-6 and line["gradient_norm"] > 0
+    assert all(line["loss"] < 50 for line in train)
+
+
+def test_falling_chosen_responses_are_warned_of_in_training(material, store_path, tmp_path):
+    words = command(material, tmp_path / "run", "--no-bf16", method="dpo", lr=1e-2, epochs=12)
+    done = finish(words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train = [line for line in read(tmp_path / "run") if line["split"] == "train"]
+    assert train[-1]["average_logp_chosen_change"] < -0.5
+    assert done.stderr.count("the chosen responses are less likely") == 1
 
 
 def test_exact_kl_without_a_kl_is_refused(material, store_path, tmp_path):
@@ -123,10 +156,27 @@ def test_exact_kl_without_a_kl_is_refused(material, store_path, tmp_path):
     assert done.returncode == 2 and "dpo needs no KL" in done.stderr
 
 
-def test_a_store_of_another_vocabulary_is_no_matter_of_luck(material, tmp_path):
-    """More tokens than there are is an error that says what to use."""
-    from fpocli.system.errors import UserError
-
-    with pytest.raises(UserError, match=str(tiny.VOCABULARY)) as error:
-        cache(cache_config(material, tmp_path / "ref.zarr", distributions=str(tiny.VOCABULARY)))
-    assert "all" in error.value.hint
+def test_a_policy_of_another_vocabulary_is_refused(material, stores, tmp_path):
+    """Whatever the KL is taken from."""
+    wide = AutoModelForCausalLM.from_pretrained(material / "policy")
+    wide.resize_token_embeddings(320)
+    wide.save_pretrained(tmp_path / "wide")
+    AutoTokenizer.from_pretrained(material / "policy").save_pretrained(tmp_path / "wide")
+    settings = {"model": tmp_path / "wide", "method": "tdpo2"}
+    for name, flags in (("all", ()), ("8", ()), ("8", ("--exact-kl",))):
+        words = command(
+            material, tmp_path / "run", "--no-bf16", *flags, cache=stores / f"{name}.zarr",
+            **settings,
+        )  # fmt: skip
+        done = finish(words)
+        assert done.returncode == 2, done.stderr[-2000:]
+        assert "head has 320 tokens and the reference's 300" in done.stderr
+    with pytest.raises(UserError, match="head has 320 tokens"):
+        evaluate(
+            EvalConfig(
+                model=str(tmp_path / "wide"),
+                cache=str(stores / "8.zarr"),
+                device="cpu",
+                out=str(tmp_path / "eval"),
+            )
+        )

@@ -1,0 +1,51 @@
+"""A method is a reward and a constraint; the paper's methods are names for the two."""
+
+from collections.abc import Set
+from typing import Literal, get_args
+
+from fpocli.system.errors import UserError
+
+Reward = Literal["dpo", "dpo_norm", "simpo", "sft"]
+Constraint = Literal["none", "features", "kl", "tdpo1"]
+# The paper's methods are names for a reward and a constraint (Table 1).
+METHODS: dict[str, tuple[Reward, Constraint]] = {
+    "fpo": ("dpo_norm", "features"),
+    "dpo_norm": ("dpo_norm", "none"),
+    "dpo": ("dpo", "none"),
+    "tdpo1": ("dpo", "tdpo1"),
+    "tdpo2": ("dpo", "kl"),
+    "simpo": ("simpo", "none"),
+    "simpo_kl": ("simpo", "kl"),
+    "sft": ("sft", "none"),
+}
+
+
+def parts_of(method: str) -> tuple[Reward, Constraint]:
+    """Reward and constraint of a method's name, or of any two such as dpo+features.
+
+    Raises:
+        UserError: it is unknown.
+    """
+    known = METHODS | {
+        f"{reward}+{constraint}": (reward, constraint)
+        for reward in get_args(Reward)
+        for constraint in get_args(Constraint)
+    }
+    if method not in known:
+        raise UserError(
+            f"--method {method} is unknown",
+            f"use {', '.join(METHODS)}, or a reward and a constraint, such as dpo+features",
+        )
+    return known[method]
+
+
+def replaced_by(given: Set[str]) -> set[str]:
+    """Of the settings method, reward and constraint, those of a file that flags replace, or of a
+    whole grid that a run's own settings replace.
+
+    Args:
+        given: names of all settings that are set more specifically.
+    """
+    if "method" in given:
+        return {"reward", "constraint"} - given
+    return {"method"} if given & {"reward", "constraint"} else set()
