@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import command, finish, read, run
 
 from fpocli.training.chosen_fall import ChosenFall
 from fpocli.training.hold import HeldAlpha
@@ -127,3 +128,17 @@ def test_no_warning(capsys, from_reference, lines):
     for one in lines:
         fall.watch(one)
     assert "less likely" not in capsys.readouterr().err
+
+
+def test_training_warns(material, store_path, tmp_path):
+    """DPO makes chosen responses less likely that SFT had made likely."""
+    run(material, tmp_path / "sft", "--no-bf16", method="sft", lr=5e-3, epochs=12)
+    words = command(
+        material, tmp_path / "run", "--no-bf16", method="dpo", lr=3e-3, epochs=6,
+        model=tmp_path / "sft/final",
+    )  # fmt: skip
+    done = finish(words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    changes = [line["average_logp_chosen_change"] for line in read(tmp_path / "run")]
+    assert min(changes) < changes[0] - 1
+    assert done.stderr.count("the chosen responses are less likely") == 1

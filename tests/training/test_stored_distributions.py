@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 from runs import command, finish, read, run, same
@@ -131,24 +132,17 @@ def test_a_value_that_cannot_be_held_does_no_harm(material, stores, tmp_path, me
     """Alpha stays where it pulls, the loss stays small, and the end says that it was not held."""
     words = command(
         material, tmp_path / "run", "--no-bf16", cache=stores / "all.zarr", method=method,
-        hold=1e-5, lr=3e-3, epochs=20,
+        hold=1e-5, lr=3e-3, epochs=10,
     )  # fmt: skip
     done = finish(words)
     assert done.returncode == 0 and "was not reached" in done.stderr, done.stderr[-2000:]
     train = [line for line in read(tmp_path / "run") if line["split"] == "train"]
-    assert len(train) == 100
-    for line in train[1:]:
-        assert line["alpha"] * 0.1 * 1e-5 <= 10 + 1e-6 and line["gradient_norm"] > 0
-    assert all(line["loss"] < 50 for line in train)
-
-
-def test_falling_chosen_responses_are_warned_of_in_training(material, store_path, tmp_path):
-    words = command(material, tmp_path / "run", "--no-bf16", method="dpo", lr=1e-2, epochs=12)
-    done = finish(words)
-    assert done.returncode == 0, done.stderr[-2000:]
-    train = [line for line in read(tmp_path / "run") if line["split"] == "train"]
-    assert train[-1]["average_logp_chosen_change"] < -0.5
-    assert done.stderr.count("the chosen responses are less likely") == 1
+    assert len(train) == 50
+    for before, line in pairwise(train):
+        most = max(before["held"], before["held_chosen"], 1e-5)
+        assert line["alpha"] * 0.1 * most <= 10 + 1e-6 and line["loss"] < 50
+    # Were there no gradient, nothing would bring the value down.
+    assert all(line["gradient_norm"] > 0 for line in train[20:])
 
 
 def test_exact_kl_without_a_kl_is_refused(material, store_path, tmp_path):
