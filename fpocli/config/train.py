@@ -99,7 +99,7 @@ class TrainConfig:
         str | None,
         Option(
             help="YAML or JSON file with weights of single features in the distance, by site; or "
-            f"{LOGITS}: each feature's effect on the logits."
+            f"{LOGITS}: features that move the logits more weigh more."
         ),
     ] = None
     model: Annotated[
