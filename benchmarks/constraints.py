@@ -39,9 +39,9 @@ ALPHAS: dict[str, tuple[float, ...]] = {
     "dpo": (),
     "dpo_norm": (),
     "simpo": (),
-    "tdpo2": (2, 8, 32),
-    "fpo": (5, 25, 125),
-    "dpo+features": (50, 250, 1250),
+    "tdpo2": (0.5, 2, 8),
+    "fpo": (0.02, 0.1, 0.5),
+    "dpo+features": (0.5, 2, 8),
 }
 # What each is compared with: the same reward without a constraint.
 PLAIN = {"tdpo2": "dpo", "dpo+features": "dpo", "fpo": "dpo_norm"}
