@@ -104,7 +104,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--template", default="chatml")
     parser.add_argument("--max-length", default="64")
     parser.add_argument("--max-prompt-length", default="44")
-    parser.add_argument("--held-out", type=int, default=220, help="rows of the data")
+    parser.add_argument(
+        "--held-out", type=int, default=220, help="rows of the data that are held out"
+    )
     parser.add_argument("--lr", default="2e-5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path("demo/constraints"))

@@ -157,9 +157,8 @@ def report(
 Command: `python benchmarks/gpu.py --peak {arguments.peak:g}`.
 
 The device's kernels against attention by sequence and the chunked head, on a small Gemma-2 in
-float32: scores differ by at most {errors["scores"]:.1e} nats per token, a gradient by {
-        errors["gradient"]:.1e} of its
-largest entry.
+float32: scores differ by at most {errors["scores"]:.1e} nats per token, a gradient by
+{errors["gradient"]:.1e} of its largest entry.
 
 | | tokens/s | share of the peak |
 |---|---|---|

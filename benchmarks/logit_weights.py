@@ -15,7 +15,6 @@ Shapes: N pairs; column 0 is chosen, column 1 rejected.
 import argparse
 import gc
 import tempfile
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -74,16 +73,12 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     layer_24.resid_post/plain."""
     import torch
 
-    from fpocli.features.logit_effect import logit_effect
-    from fpocli.features.pretrained import load_decoder
     from fpocli.features.site import Site
-    from fpocli.features.weights import FeatureWeights
-    from fpocli.model.final_norm import final_norm
     from fpocli.model.language_model import load_model
     from fpocli.model.network import choose_device
     from fpocli.model.packing import default_packed_length
     from fpocli.scoring.loading import load_reference
-    from fpocli.scoring.logit_weights import logit_weights
+    from fpocli.scoring.logit_weights import logit_weights, token_counts
     from fpocli.scoring.score import score
     from fpocli.system.model_folder import find_model
     from fpocli.training.objective import compare_features
@@ -94,15 +89,10 @@ def measure(arguments: argparse.Namespace, store: Any, policy: Path) -> dict[str
     model = load_model(find_model(str(policy)), sites, dtype, device).eval()
     reference = load_reference(find_model(arguments.model), [], dtype, device)
     sources = dict(zip(store.sites, arguments.sae, strict=True))
-    named = logit_weights(store, sources, model.network)
-    head, norm = model.network.get_output_embeddings().weight.detach(), final_norm(model.network)
-    alike: dict[str, FeatureWeights] = {}
-    for site, source in sources.items():
-        omega = logit_effect(
-            head, norm.gain, load_decoder(source, device), torch.ones(len(head)),
-            centred=norm.centred,
-        )  # fmt: skip
-        alike[site] = replace(named[site], weight=omega.to(device))
+    alike, named = (
+        logit_weights(sources, model.network, tokens)
+        for tokens in (torch.ones(model.vocabulary), token_counts(store, model.vocabulary))
+    )
     encoders = load_encoders(store, device)
     loader = PairLoader(
         store, batch_size=BATCH, packed_length=default_packed_length(device), eval_fraction=0,

@@ -28,7 +28,7 @@ from fpocli.config import (
     ShowConfig,
     SteerConfig,
     TrainConfig,
-    replaced_by,
+    override,
 )
 from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
@@ -153,11 +153,11 @@ def _command(
     def run(context: typer.Context, **flags: Any) -> None:
         settings = {field.name: flags[field.name] for field in dataclasses.fields(config)}
         typed = {
-            name
-            for name in settings
+            name: value
+            for name, value in settings.items()
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
-        settings |= dict.fromkeys(replaced_by(typed) & settings.keys())
+        settings = override(settings, typed)
         if (context.default_map or {}).get("overwrite"):
             add_resume_note(
                 f"after removing overwrite from {flags['config']}, which would start over"

@@ -112,7 +112,7 @@ def _cache(
         if store.distributions:
             model.require_vocabulary(store.distributions.vocabulary)
         found = check_against_transformers(model, store.tokens(0))
-        kernels = model.kernels(distributions=bool(config.distributions))
+        kernels = model.kernels(distributions=store.distributions is not None)
         say(
             f"sequences of {_packed_length(config, device):,} tokens on {device}; {kernels}; "
             f"within {found.nats:.1g} nats per token of transformers' eager attention"

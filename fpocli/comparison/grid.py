@@ -14,7 +14,7 @@ from fpocli.comparison.steps import (
     store_step,
     training_step,
 )
-from fpocli.config import CacheConfig, EvalConfig, TrainConfig, replaced_by
+from fpocli.config import CacheConfig, EvalConfig, TrainConfig, override
 from fpocli.scoring.loading import find_model_of
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
@@ -162,8 +162,7 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     cache = store.settings["out"] if store else str(file.store)
     # A setting that both commands have is that of fpo cache.
     trained = {key: value for key, value in choice.items() if key not in field_names(CacheConfig)}
-    general = {key: file.train[key] for key in file.train.keys() - replaced_by(trained.keys())}
-    settings = general | trained | {"cache": cache, "out": str(folder)}
+    settings = override(file.train, trained) | {"cache": cache, "out": str(folder)}
     untrained = settings.get("method") == REFERENCE
     if untrained:
         # Only to be checked: no command reads them, and sft needs no features.

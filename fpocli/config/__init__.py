@@ -16,7 +16,7 @@ from fpocli.config.features import (
     SteerConfig,
 )
 from fpocli.config.inspect import InspectConfig
-from fpocli.config.methods import METHODS, replaced_by
+from fpocli.config.methods import METHODS, override
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
 from fpocli.config.shared import DEFAULT_DATA, JUDGES
@@ -41,5 +41,5 @@ __all__ = [
     "ShowConfig",
     "SteerConfig",
     "TrainConfig",
-    "replaced_by",
+    "override",
 ]

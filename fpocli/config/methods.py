@@ -1,7 +1,6 @@
 """A method is a reward and a constraint; the paper's methods are names for the two."""
 
-from collections.abc import Set
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from fpocli.system.errors import UserError
 
@@ -39,13 +38,15 @@ def parts_of(method: str) -> tuple[Reward, Constraint]:
     return known[method]
 
 
-def replaced_by(given: Set[str]) -> set[str]:
-    """Of the settings method, reward and constraint, those of a file that flags replace, or of a
-    whole grid that a run's own settings replace.
+def override(general: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Settings with more specific ones over them: a file's with flags, a grid's with a run's.
 
-    Args:
-        given: names of all settings that are set more specifically.
+    A method names a reward and a constraint, so it replaces those of the general settings, and
+    either of them replaces its method.
     """
-    if "method" in given:
-        return {"reward", "constraint"} - given
-    return {"method"} if given & {"reward", "constraint"} else set()
+    replaced: set[str] = set()
+    if "method" in own:
+        replaced = {"reward", "constraint"}
+    elif own.keys() & {"reward", "constraint"}:
+        replaced = {"method"}
+    return {name: value for name, value in general.items() if name not in replaced} | own

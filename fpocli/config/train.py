@@ -230,9 +230,10 @@ class TrainConfig:
         return self.constraint in ("kl", "tdpo1")
 
     def _check_hold(self) -> None:
-        """
+        """See whether alpha can hold the value.
+
         Raises:
-            UserError: alpha cannot hold this value.
+            UserError: it cannot.
         """
         if self.hold is None:
             return

@@ -81,13 +81,15 @@ class _CoarseLogprobs(torch.autograd.Function):
         others = logits.log_softmax(-1)
         logp = others.gather(-1, targets[:, None])[:, 0]
         top = others.gather(-1, ids)
-        others.scatter_(-1, ids, -torch.inf)
+        # The lowest number instead of -inf, which a softmax of nothing else would turn into NaN.
+        lowest = torch.finfo(others.dtype).min
+        others.scatter_(-1, ids, lowest)
         # q_j / q_rest. A softmax sums each row in an order of its own, whatever the other rows;
         # torch.logsumexp does not, and equal rows would get unequal rests.
+        shares = others.softmax(-1)
         most = others.amax(-1)
         # Where all others have probability 0, so has the rest.
-        shares = others.softmax(-1).masked_fill_((most == -torch.inf)[:, None], 0)
-        rest = torch.where(most == -torch.inf, most, most - shares.amax(-1).log())
+        rest = torch.where(most == lowest, -torch.inf, most - shares.amax(-1).log())
         ctx.save_for_backward(shares, top, rest, targets, ids)
         return logp, top, rest
 

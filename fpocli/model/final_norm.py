@@ -22,7 +22,7 @@ class FinalNorm(NamedTuple):
 
 @torch.no_grad()
 def final_norm(network: Any) -> FinalNorm:
-    """Find them out by trying.
+    """The network's final norm, found out by trying.
 
     An input of alternating signs has mean 0 and mean square 1, so an RMSNorm or LayerNorm returns
     its gain with these signs, and its bias cancels. (Gemma's weight is the gain minus 1.)

@@ -9,6 +9,7 @@ import torch
 
 from fpocli.config import MAY_DIFFER, TrainConfig
 from fpocli.features.encoder import SparseEncoder
+from fpocli.scoring.loading import check_k, sites_of
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.system.console import say
@@ -20,6 +21,23 @@ from fpocli.training.objective import compare_features
 # The largest difference that rounding explains: of S in nats per token, and of D as a share of the
 # features' mean square. On a GPU, and with AMX, bfloat16 products depend on the number of rows.
 _FLOAT32, _BFLOAT16, _OTHER_DTYPE = 1e-3, 0.03, 0.3
+
+
+def check_store_serves(store: Store, settings: TrainConfig) -> None:
+    """Refuse a method that the store cannot serve.
+
+    Raises:
+        UserError: the store is incomplete, or lacks what the method needs.
+    """
+    store.require_complete()
+    if settings.constraint != "features":
+        return
+    if not store.sites:
+        raise UserError(
+            f"{settings.method} compares features, and {store.path} has none",
+            "cache again with --layer and another --out, or train with --constraint none",
+        )
+    check_k(store, sites_of(store, settings.at), settings.k)
 
 
 def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[str]) -> None:

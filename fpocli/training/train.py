@@ -15,13 +15,12 @@ from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import (
-    check_k,
     find_reference,
     load_reference,
     sites_of,
     tokenizer_of,
 )
-from fpocli.scoring.logit_weights import logit_weights
+from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
@@ -42,7 +41,11 @@ from fpocli.training.engine import (
     start_processes,
     take_step,
 )
-from fpocli.training.first_step import check_dtype_and_kernel, check_policy_is_reference
+from fpocli.training.first_step import (
+    check_dtype_and_kernel,
+    check_policy_is_reference,
+    check_store_serves,
+)
 from fpocli.training.held_out import held_out_means
 from fpocli.training.hold import HeldAlpha
 from fpocli.training.means import Means
@@ -125,7 +128,8 @@ def _train(
         encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
     if settings.feature_weights == LOGITS:
         # By the starting weights, also where a run is resumed.
-        omegas = logit_weights(store, sae_sources(store, sites, settings.sae), model.network)
+        sources = sae_sources(store, sites, settings.sae)
+        omegas = logit_weights(sources, model.network, token_counts(store, model.vocabulary))
     # Those of sites that are not compared have nothing to act on.
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     engine = make_engine(model, settings, deepspeed)
@@ -245,23 +249,6 @@ def _shown(line: dict[str, float]) -> dict[str, float]:
     if "alpha" in line:
         shown["alpha"] = line["alpha"]
     return shown
-
-
-def check_store_serves(store: Store, settings: TrainConfig) -> None:
-    """Refuse a method that the store cannot serve.
-
-    Raises:
-        UserError: the store is incomplete, or lacks what the method needs.
-    """
-    store.require_complete()
-    if settings.constraint != "features":
-        return
-    if not store.sites:
-        raise UserError(
-            f"{settings.method} compares features, and {store.path} has none",
-            "cache again with --layer and another --out, or train with --constraint none",
-        )
-    check_k(store, sites_of(store, settings.at), settings.k)
 
 
 def _load_models(

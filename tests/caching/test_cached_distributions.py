@@ -15,6 +15,7 @@ from stores import cache_config, contents
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
 from fpocli.caching import open_store
+from fpocli.model import language_model
 from fpocli.report.describe import describe
 from fpocli.store import distribution_rows
 from fpocli.store.reader import Store
@@ -186,6 +187,14 @@ def test_blocks_that_take_too_much_memory_are_refused(material, tmp_path, monkey
 def test_what_is_no_number_of_tokens_is_refused(material, tmp_path, number):
     with pytest.raises(UserError, match=r"--distributions .* is neither a number nor 'all'"):
         cache_config(material, tmp_path / "ref.zarr", distributions=number)
+
+
+@pytest.mark.parametrize(("number", "head"), [("0", "liger"), ("8", "chunked"), ("all", "chunked")])
+def test_the_head_that_is_printed(material, tmp_path, monkeypatch, capsys, number, head):
+    """Where Liger's would serve: it gives log-probabilities only, no distributions."""
+    monkeypatch.setattr(language_model, "choose_head", lambda network: "liger")
+    cache(cache_config(material, tmp_path / "ref.zarr", distributions=number))
+    assert f", head {head};" in capsys.readouterr().err
 
 
 def test_more_tokens_than_there_are_are_refused(material, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from fpocli import cache
 from fpocli.features.logit_effect import logit_effect
 from fpocli.features.pretrained import load_decoder
 from fpocli.model.final_norm import final_norm
-from fpocli.scoring.logit_weights import logit_weights
+from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.system.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_the_weights_of_a_store(material, tmp_path):
     store = cache(cache_config(material, tmp_path / "ref.zarr"))
     network = tiny.network("gemma2")
     (site,) = store.sites
-    weights = logit_weights(store, {site: str(material / "sae")}, network)[site]
+    weights = logit_weights({site: str(material / "sae")}, network, token_counts(store, 300))[site]
     assert store.blocks > 1
     ids = np.concatenate([store.tokens(block).ids for block in range(store.blocks)])
     counts = torch.bincount(torch.from_numpy(ids.astype("int64")), minlength=300)

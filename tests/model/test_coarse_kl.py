@@ -98,6 +98,16 @@ def test_the_whole_vocabularys_gradient_is_the_kls():
     assert torch.allclose(own, other, atol=1e-6)
 
 
+def test_float16_records_renormalised_give_a_finite_value_near_0():
+    p, _ = random_logits(5, 8.0)
+    _, known = top_tokens(p, TARGETS, 5)
+    both = torch.cat([known.logp, known.rest[:, None]], -1).half().float()
+    both = both - both.logsumexp(-1, keepdim=True)
+    rounded = TopTokens(known.ids, both[:, :-1], both[:, -1])
+    bound = coarse_kl(p, TARGETS, rounded)[1]
+    assert bound.isfinite().all() and (bound >= -1e-6).all() and (bound <= 1e-4).all()
+
+
 @pytest.mark.parametrize("n", [3, 5, 20, V])
 def test_tokens_that_a_head_rules_out_add_nothing(n):
     """Logits of -inf, of p and q alike, in a head that masks tokens; 5 are left."""

@@ -1,5 +1,7 @@
 """Alpha under --hold, as dual ascent should move it, and the warning about chosen responses."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,19 @@ def test_without_a_value_alpha_is_constant(capsys):
     assert held.alpha == 0.5 and capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_divergence_that_yields_to_alpha_is_held(scale):
+    """X = scale * growth / (1 + alpha scale), slowly reached: it ends at the value."""
+    value, x = 0.25 * scale, 0.0
+    held = HeldAlpha(0.5 / scale, value, 0.1)
+    seen = []
+    for _ in range(600):
+        x += 0.1 * (scale / (1 + held.alpha * scale) - x)
+        held.update(measured(x))
+        seen.append(x)
+    assert math.isclose(sum(seen[-100:]) / 100, value, rel_tol=0.02)
+
+
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 @pytest.mark.parametrize("value", [0.01, 0.1, 0.5])
 def test_the_loss_holds_a_divergence_that_the_reward_drives_up(value, beta, capsys):
@@ -107,7 +122,7 @@ def test_a_value_that_is_not_reached_is_told(capsys):
 
 def test_the_fall_of_chosen_responses_is_warned_of_once(capsys):
     fall = ChosenFall(from_reference=True)
-    for step in range(60):
+    for step in range(40):
         fall.watch(line(-0.03 * step, 0.01 * step))
     told = capsys.readouterr().err
     assert told.count("chosen responses are less likely") == 1 and "--sft-weight" in told
