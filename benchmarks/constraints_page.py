@@ -1,0 +1,219 @@
+"""The page of constraints.py: each method's figures, differences to the same reward without a
+constraint, and differences of methods at equal KL.
+
+Its rows are those of constraints.jsonl: a run's method, alpha, seed, settings and, under "pairs",
+what was measured of each held-out pair.
+"""
+
+from datetime import UTC, datetime
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import RESULTS, machine, table, write_page
+
+from fpocli.comparison.statistics import compare_means
+from fpocli.display.charts import figure
+
+LR = "2e-5"
+# Each with its reward's method without a constraint.
+PLAIN = {"tdpo2": "dpo", "dpo+features": "dpo", "fpo": "dpo_norm"}
+COLOURS = {
+    "dpo": "#777777", "tdpo2": "#2a6f97", "dpo+features": "#e09f3e", "dpo_norm": "#333333",
+    "fpo": "#c8553d", "simpo": "#6a4c93",
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A method, its alpha (None without a constraint) and its learning rate."""
+
+    method: str
+    alpha: float | None
+    lr: str = LR
+
+    @property
+    def constant(self) -> str:
+        """What it differs in from others of its method, such as "α 2" or "lr 5e-6"."""
+        if self.lr != LR:
+            return f"lr {self.lr}"
+        return "" if self.alpha is None else f"α {self.alpha:g}"
+
+
+# The runs of each cell.
+Groups = dict[Cell, list[dict[str, Any]]]
+
+# Name of a value of pairs, heading, digits.
+COLUMNS = (
+    ("reward_accuracy", "reward accuracy (%)", 1),
+    ("reward_accuracy_per_token", "per token (%)", 1),
+    ("accuracy", "accuracy (%)", 1),
+    ("kl_per_token", "KL (nats per token)", 4),
+    ("kl_rejected", "KL rejected (nats)", 2),
+    ("kl_chosen", "KL chosen (nats)", 2),
+    ("distance_rejected", "D rejected", 4),
+    ("distance_chosen", "D chosen", 4),
+)
+
+
+# Nats per token at which methods are compared, and which with which: what a constraint buys over
+# smaller steps, one constraint over the other, and the normalisation with and without a constraint.
+LEVELS = (0.2, 0.1, 0.05, 0.02)
+MATCHED = (
+    ("tdpo2", "dpo"),
+    ("dpo+features", "dpo"),
+    ("dpo+features", "tdpo2"),
+    ("fpo", "dpo_norm"),
+    ("dpo_norm", "dpo"),
+    ("fpo", "dpo+features"),
+)
+
+
+def report(groups: Groups) -> None:
+    """The page, and a figure beside it."""
+    draw(groups, RESULTS / "constraints.png")
+    methods = [
+        [cell.method, cell.constant, str(len(rows)),
+         *(mean_and_deviation(rows, name, digits) for name, _, digits in COLUMNS)]
+        for cell, rows in groups.items()
+    ]  # fmt: skip
+    to_plain = [
+        [
+            cell.method,
+            cell.constant,
+            plain.method,
+            *differences(by_seed(rows), by_seed(groups[plain])),
+        ]
+        for cell, rows in groups.items()
+        if (plain := Cell(PLAIN.get(cell.method, cell.method), None)) in groups and plain != cell
+    ]
+    at_equal_kl = [
+        [f"{level:g}", one, other, *found]
+        for level in LEVELS
+        for one, other in MATCHED
+        if (found := differences(at_kl(groups, one, level), at_kl(groups, other, level)))
+    ]
+    titles = [title for _, title, _ in COLUMNS]
+    intervals = len(COLUMNS) * (len(to_plain) + len(at_equal_kl))
+    first = next(iter(groups.values()))[0]
+    write_page(
+        "constraints",
+        f"""# What each constraint buys, {datetime.now(UTC):%Y-%m-%d}
+
+{first["training_pairs"]} training pairs (one epoch, batches of 8, learning rate {LR} where no other
+is given), {first["held_out"]} held-out pairs, the same for all; prompts of at most
+{first["settings"]["max_prompt_length"]} tokens, prompt and response of at most
+{first["settings"]["max_length"]}; float32. Everything is measured on the held-out pairs after
+training, the KL over the whole vocabulary. Reward accuracy is by S_θ − S_ref, in all and per token;
+accuracy is by the log-probability per token.
+
+{machine()}
+Command: `python benchmarks/constraints.py --data PAIRS.jsonl`.
+
+![Reward accuracy against KL and D](constraints.png)
+
+{table(["method", "", "seeds", *titles], methods)}
+
+± is the standard deviation over seeds.
+
+Differences below are paired over the same pairs and seeds, with 95 % intervals over seeds and pairs
+(over pairs alone where there is one seed); **bold** where 0 is outside. Of {intervals} intervals
+{intervals / 20:.0f} would be by chance alone.
+
+## Differences to the same reward without a constraint at {LR}
+
+{table(["method", "", "to", *titles], to_plain)}
+
+## Differences at equal KL
+
+Each pair's value is interpolated between the two runs of a method and seed whose mean KL per token
+is next to the given one, linearly in the logarithm of the KL. The runs of tdpo2, fpo and
+dpo+features go over alpha from 0, those of dpo and dpo_norm over the learning rate.
+
+{table(["nats per token", "method", "to", *titles], at_equal_kl)}
+""",
+    )
+
+
+def line_of(groups: Groups, method: str) -> list[Cell]:
+    """The cells of a method from alpha = 0 on, or from the highest learning rate."""
+    start = [Cell(PLAIN[method], None)] if method in PLAIN else []
+    return [cell for cell in groups if cell in start or cell.method == method]
+
+
+def by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
+    """What was measured of each pair, by the seed of the run."""
+    return {
+        row["seed"]: {name: np.array(values) for name, values in row["pairs"].items()}
+        for row in rows
+    }
+
+
+def at_kl(groups: Groups, method: str, level: float) -> dict[int, dict[str, np.ndarray]]:
+    """Like `by_seed`, interpolated to a mean KL per token; without seeds that do not reach it."""
+    found = {}
+    runs = [(seed, run) for cell in line_of(groups, method)
+            for seed, run in by_seed(groups[cell]).items()]  # fmt: skip
+    for seed in {seed for seed, _ in runs}:
+        own = sorted((run["kl_per_token"].mean(), index) for index, (of, run) in enumerate(runs)
+                     if of == seed)  # fmt: skip
+        for (low, below), (high, above) in pairwise(own):
+            if low <= level <= high:
+                share = np.log(level / low) / np.log(high / low)
+                one, other = runs[below][1], runs[above][1]
+                found[seed] = {name: (1 - share) * one[name] + share * other[name] for name in one}
+    return found
+
+
+def scale(name: str) -> int:
+    """Shares are shown in percent."""
+    return 100 if "accuracy" in name else 1
+
+
+def mean_and_deviation(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+    """Over seeds."""
+    means = scale(name) * np.array([np.mean(row["pairs"][name]) for row in rows])
+    spread = f" ± {means.std(ddof=1):.{digits}f}" if len(means) > 1 else ""
+    return f"{means.mean():.{digits}f}{spread}"
+
+
+def differences(
+    one: dict[int, dict[str, np.ndarray]], other: dict[int, dict[str, np.ndarray]]
+) -> list[str]:
+    """The paired difference of each column with its interval; empty without common seeds."""
+    seeds = sorted(one.keys() & other.keys())
+    texts = []
+    for name, _, digits in COLUMNS if seeds else ():
+        parts = [scale(name) * np.stack([runs[seed][name] for seed in seeds])
+                 for runs in (one, other)]  # fmt: skip
+        found = compare_means(*parts)
+        text = f"{found.mean:+.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+        texts.append(f"**{text}**" if found.beyond_noise else text)
+    return texts
+
+
+def draw(groups: Groups, file: Path) -> None:
+    """Reward accuracy, in all and per token, against the KL per token and against D of the rejected
+    responses: a small point for each run, and for each method a line over its alphas, from 0, or a
+    dashed one over its learning rates."""
+    shares = {"reward_accuracy": "reward accuracy (%)"}
+    shares["reward_accuracy_per_token"] = "reward accuracy per token (%)"
+    distances = {"kl_per_token": "KL (nats per token)", "distance_rejected": "D of rejected"}
+    with figure(file, 4) as axes:
+        for axis, (share, name) in zip(axes, product(shares, distances), strict=True):
+            points = {
+                cell: np.array([[np.mean(row["pairs"][key]) for key in (name, share)]
+                                for row in rows])
+                for cell, rows in groups.items()
+            }  # fmt: skip
+            for method, colour in COLOURS.items():
+                own = [points[cell] for cell in points if cell.method == method]
+                if not own:
+                    continue
+                single = np.concatenate(own)
+                means = np.array([points[cell].mean(0) for cell in line_of(groups, method)])
+                style = "o-" if method in PLAIN else "o--"
+                axis.scatter(single[:, 0], 100 * single[:, 1], s=8, alpha=0.4, color=colour)
+                axis.plot(means[:, 0], 100 * means[:, 1], style, ms=5, color=colour, label=method)
+            axis.set(xlabel=distances[name], ylabel=shares[share], xscale="log")
+            axis.legend(fontsize=7)
