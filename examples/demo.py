@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is t
 sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then four
 commands of fpo run as a user would type them. With --prepare only the model and the SAE are made,
 with --prepare-sites the model and SAEs of three layers for examples/paper/small.yaml, which are
-trained for a few steps only.
+trained for a few steps only. All of it is float32: CPUs without instructions for bfloat16 take
+several times as long in it.
 """
 
 import json
@@ -55,12 +56,12 @@ def main() -> None:
     if sys.argv[1:]:
         return
     fpo(
-        f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --limit 50 --block 25 "
-        f"--out {STORE}"
+        f"cache --model {MODEL} --layer {LAYER} --sae {SAE} --data {PAIRS} --dtype float32 "
+        f"--limit 50 --block 25 --out {STORE}"
     )
     fpo(f"inspect {STORE}")
     fpo(
-        f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 "
+        f"train --cache {STORE} --lr 5e-5 --warmup 2 --batch-size 8 --no-bf16 "
         f"--no-activation-checkpointing --eval-fraction 0.2 --out {RUN}"
     )
     fpo(f"eval {RUN} --cache {STORE} --reference {MODEL}")
@@ -99,11 +100,11 @@ def collect_activations(layer: int, rows: list[dict[str, str]]) -> torch.Tensor:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModel.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    model = AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
     activations: list[torch.Tensor] = []
     hook = model.layers[layer].register_forward_hook(
         # The first position is an outlier in every text; SAEs leave it out.
-        lambda module, inputs, output: activations.append(output[0, 1:].float())
+        lambda module, inputs, output: activations.append(output[0, 1:])
     )
     with torch.inference_mode(), progress("Reading activations for the SAE", len(rows)) as bar:
         for row in rows:

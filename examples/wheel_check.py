@@ -33,8 +33,9 @@ def main() -> None:
             run(
                 [
                     *(python, "-m", "fpocli", "cache", "--out", "ref.zarr", "--limit", "2"),
-                    *("--model", demo / "SmolLM2-135M-Instruct", "--layer", "24"),
-                    *("--sae", demo / "sae", "--data", ROOT / "examples/preferences.jsonl"),
+                    *("--model", demo / "SmolLM2-135M-Instruct", "--dtype", "float32"),
+                    *("--layer", "24", "--sae", demo / "sae"),
+                    *("--data", ROOT / "examples/preferences.jsonl"),
                 ],
                 folder,
             )

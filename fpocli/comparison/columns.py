@@ -175,6 +175,13 @@ _AGAINST_BASELINE = _alpaca_eval(100.0)
 _PAPER = (*_ACCURACY, _ENTROPY)
 _ALL = (
     *_ACCURACY,
+    Column(
+        "Reward acc. per token (%)",
+        _percent("reward_accuracy_per_token"),
+        1,
+        per_pair="reward_accuracy_per_token",
+        share=True,
+    ),
     _ENTROPY,
     Column(
         "Reward margin (nats/token)",

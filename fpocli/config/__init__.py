@@ -19,8 +19,8 @@ from fpocli.config.inspect import InspectConfig
 from fpocli.config.methods import METHODS, override
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
-from fpocli.config.shared import DEFAULT_DATA, JUDGES
-from fpocli.config.train import LOGITS, PRESETS, TrainConfig
+from fpocli.config.shared import DEFAULT_DATA, JUDGES, LOGITS
+from fpocli.config.train import PRESETS, TrainConfig
 
 __all__ = [
     "DEFAULT_DATA",

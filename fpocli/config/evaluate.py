@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import DEVICE, JSON, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import DEVICE, JSON, LOGITS, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -109,3 +109,8 @@ class EvalConfig:
             raise UserError("--temperature must be at least 0", "try --temperature 0.7")
         if len(set(self.temperature)) < len(self.temperature):
             raise UserError("a --temperature is repeated", "use each once")
+        if self.feature_weights == LOGITS:
+            raise UserError(
+                f"--feature-weights {LOGITS} names no group of features to measure",
+                "leave it out, or pass a weights file with groups",
+            )

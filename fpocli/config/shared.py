@@ -4,6 +4,9 @@ from typer import Option
 
 DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
 
+# The value of fpo train --feature-weights that names no file.
+LOGITS = "logits"
+
 # The judges whose questions are known by name -> repository on the hub, its type, and the file.
 # Arena-Hard's first version, of 500 questions, is the paper's.
 JUDGES = {

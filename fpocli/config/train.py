@@ -8,11 +8,8 @@ from typer import Option
 
 from fpocli.config.checks import check_values
 from fpocli.config.methods import METHODS, Constraint, Reward, parts_of
-from fpocli.config.shared import PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import LOGITS, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
-
-# The value of --feature-weights that names no file.
-LOGITS = "logits"
 
 
 @dataclass(frozen=True, kw_only=True)

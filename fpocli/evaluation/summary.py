@@ -69,17 +69,23 @@ def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         values: as for `summarise`.
 
     Returns:
-        accuracy and reward_accuracy, 1, one half or 0; reward_margin_per_token, nats; and where
-        they were measured chosen, rejected and margin of distance (the mean over sites) and kl.
+        accuracy, reward_accuracy and reward_accuracy_per_token, 1, one half or 0;
+        reward_margin_per_token, nats; and where they were measured chosen, rejected and margin of
+        distance (the mean over sites) and kl.
     """
     tokens, logp = values["tokens"], values["logp"]
     average, ratio = logp / tokens, logp - values["ref_logp"]
     size = np.abs(logp) + np.abs(values["ref_logp"])
-    found = {
-        "accuracy": wins(average[:, 0], average[:, 1], np.abs(average).sum(1)).value,
-        "reward_accuracy": wins(ratio[:, 0], ratio[:, 1], size.sum(1)).value,
-        "reward_margin_per_token": (ratio / tokens)[:, 0] - (ratio / tokens)[:, 1],
+    compared = {
+        "accuracy": (average, np.abs(average)),
+        "reward_accuracy": (ratio, size),
+        "reward_accuracy_per_token": (ratio / tokens, size / tokens),
     }
+    found = {
+        name: wins(score[:, 0], score[:, 1], magnitude.sum(1)).value
+        for name, (score, magnitude) in compared.items()
+    }
+    found["reward_margin_per_token"] = (ratio / tokens)[:, 0] - (ratio / tokens)[:, 1]
     sites = measured_sites(values)
     kl = best_kl(values)
     both = {"kl": kl}

@@ -32,8 +32,8 @@ _POINTS = 400
 _BINS = 40
 # Settings that tell nothing about a run.
 _NO_SETTING = ("overwrite", "trust_remote_code")
-# Different for every run.
-_NO_DIFFERENCE = ("out",)
+# Different for every run, or part of the method's name.
+_NO_DIFFERENCE = ("out", "reward", "constraint")
 
 
 def report_runs(config: ReportConfig) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def test_a_hub_cache_without_the_model_is_reported(tmp_path):
         ({"eval": {"temperature": ["hot"]}}, "--temperature hot is not of type float"),
         ({"eval": {"temperature": [float("nan")]}}, "--temperature"),
         ({"eval": {"temperature": [0.7, 0.7]}}, "is repeated"),
+        ({"eval": {"feature_weights": "logits"}}, "names no group"),
         ({"runs": [{"seed": "abc"}]}, "--seed abc is not of type int"),
         ({"runs": [{"cache": "x"}]}, "sets cache"),
         ({"launch": "torchrun 'x"}, "not a command line"),

@@ -62,11 +62,7 @@ def test_settings_that_differ(tmp_path):
     one = written(tmp_path / "one", steps(2), lr=1e-5, seed=1)
     other = written(tmp_path / "other", steps(2), lr=2e-5, seed=1, method="sft")
     shown = describe_runs([str(one), str(other)])
-    assert shown["differing"] == {
-        "method": ["dpo", "sft"],
-        "reward": ["dpo", "sft"],
-        "lr": [1e-5, 2e-5],
-    }
+    assert shown["differing"] == {"method": ["dpo", "sft"], "lr": [1e-5, 2e-5]}
     assert describe_runs([str(one)])["differing"] == {}
 
 
