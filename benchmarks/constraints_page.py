@@ -6,7 +6,7 @@ what was measured of each held-out pair.
 """
 
 from datetime import UTC, datetime
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,27 +193,44 @@ def differences(
 
 
 def draw(groups: Groups, file: Path) -> None:
-    """Reward accuracy, in all and per token, against the KL per token and against D of the rejected
-    responses: a small point for each run, and for each method a line over its alphas, from 0, or a
-    dashed one over its learning rates."""
-    shares = {"reward_accuracy": "reward accuracy (%)"}
-    shares["reward_accuracy_per_token"] = "reward accuracy per token (%)"
-    distances = {"kl_per_token": "KL (nats per token)", "distance_rejected": "D of rejected"}
-    with figure(file, 4) as axes:
-        for axis, (share, name) in zip(axes, product(shares, distances), strict=True):
-            points = {
-                cell: np.array([[np.mean(row["pairs"][key]) for key in (name, share)]
-                                for row in rows])
-                for cell, rows in groups.items()
-            }  # fmt: skip
+    """Reward accuracy against the KL and against D of the rejected responses, and D against the KL:
+    a small point for each run, and for each method a line over its alphas, from 0, or a dashed one
+    over its learning rates. Bars are standard errors over pairs."""
+    titles = {
+        "reward_accuracy": "reward accuracy (%)",
+        "kl_per_token": "KL (nats per token)",
+        "distance_rejected": "D of rejected responses",
+    }
+    panels = (
+        ("kl_per_token", "reward_accuracy"),
+        ("distance_rejected", "reward_accuracy"),
+        ("kl_per_token", "distance_rejected"),
+    )
+    # Name -> by cell the values of pairs, [S, N].
+    values = {
+        name: {
+            cell: scale(name) * np.array([row["pairs"][name] for row in rows])
+            for cell, rows in groups.items()
+        }
+        for name in titles
+    }
+    with figure(file, len(panels)) as axes:
+        for axis, (x, y) in zip(axes, panels, strict=True):
             for method, colour in COLOURS.items():
-                own = [points[cell] for cell in points if cell.method == method]
+                own = [cell for cell in groups if cell.method == method]
                 if not own:
                     continue
-                single = np.concatenate(own)
-                means = np.array([points[cell].mean(0) for cell in line_of(groups, method)])
+                single = [np.concatenate([values[name][cell].mean(1) for cell in own])
+                          for name in (x, y)]  # fmt: skip
+                axis.scatter(*single, s=8, alpha=0.4, color=colour)
+                by_pair = [[values[name][cell].mean(0) for cell in line_of(groups, method)]
+                           for name in (x, y)]  # fmt: skip
+                mean_x, mean_y = (np.mean(pairs, axis=1) for pairs in by_pair)
+                error = np.std(by_pair[1], axis=1, ddof=1) / np.sqrt(len(by_pair[1][0]))
                 style = "o-" if method in PLAIN else "o--"
-                axis.scatter(single[:, 0], 100 * single[:, 1], s=8, alpha=0.4, color=colour)
-                axis.plot(means[:, 0], 100 * means[:, 1], style, ms=5, color=colour, label=method)
-            axis.set(xlabel=distances[name], ylabel=shares[share], xscale="log")
-            axis.legend(fontsize=7)
+                axis.errorbar(mean_x, mean_y, error, fmt=style, ms=5, lw=1.5, elinewidth=0.5,
+                              color=colour, label=method)  # fmt: skip
+            axis.set(xlabel=titles[x], ylabel=titles[y], xscale="log")
+            if y == "distance_rejected":
+                axis.set(yscale="log")
+        axes[0].legend(fontsize=8)
