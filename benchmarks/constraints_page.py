@@ -126,9 +126,9 @@ Differences below are paired over the same pairs and seeds, with 95 % intervals 
 
 ## Differences at equal KL
 
-Each pair's value is interpolated between the two runs of a method and seed whose mean KL per token
-is next to the given one, linearly in the logarithm of the KL. The runs of tdpo2, fpo and
-dpo+features go over alpha from 0, those of dpo and dpo_norm over the learning rate.
+Between the two runs of a method and seed whose mean KL per token is next to the given one, each
+pair's values are interpolated linearly, so that the mean KL per token is the given one. The runs of
+tdpo2, fpo and dpo+features go over alpha from 0, those of dpo and dpo_norm over the learning rate.
 
 {table(["nats per token", "method", "to", *titles], at_equal_kl)}
 """,
@@ -159,7 +159,7 @@ def at_kl(groups: Groups, method: str, level: float) -> dict[int, dict[str, np.n
                      if of == seed)  # fmt: skip
         for (low, below), (high, above) in pairwise(own):
             if low <= level <= high:
-                share = np.log(level / low) / np.log(high / low)
+                share = (level - low) / (high - low)
                 one, other = runs[below][1], runs[above][1]
                 found[seed] = {name: (1 - share) * one[name] + share * other[name] for name in one}
     return found
