@@ -80,7 +80,8 @@ class _Lines:
     """Prints a bar now and then, as text or JSON."""
 
     def __init__(self, bar: Bar) -> None:
-        self._bar, self._printed = bar, 0.0
+        self._bar = bar
+        self._printed: tuple[float, dict[str, float]] | None = None
         self._due = time.monotonic() + _FIRST_LINE
 
     def print_if_due(self) -> None:
@@ -90,12 +91,13 @@ class _Lines:
 
     def close(self) -> None:
         """Print the last line, if it says more than earlier ones; of short work as JSON alone."""
-        if (self._printed or output.json_logs) and self._bar.done > self._printed:
+        bar = self._bar
+        if (self._printed or output.json_logs) and bar.done and self._printed != _state(bar):
             self._print()
 
     def _print(self) -> None:
         bar = self._bar
-        self._printed = bar.done
+        self._printed = _state(bar)
         left = bar.left
         if output.json_logs:
             write_json(
@@ -117,6 +119,10 @@ class _Lines:
         parts += rate_texts(bar)
         parts += [f"{name} {number(value)}" for name, value in bar.last.items()]
         _stderr().print(", ".join(parts))
+
+
+def _state(bar: Bar) -> tuple[float, dict[str, float]]:
+    return bar.done, bar.last
 
 
 def data_console(width: int | None = None) -> Console:

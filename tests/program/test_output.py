@@ -72,7 +72,7 @@ def test_json_logs(material, store_path, tmp_path):
     found = events(finish([*"...", *words, "--json-logs"]).stderr)
     assert {one["event"] for one in found} == {"message", "progress"}
     assert f"{store} is complete" in found[-1]["message"]
-    (scoring,) = (one for one in found if "Scoring" in one.get("description", ""))
+    *_, scoring = (one for one in found if "Scoring" in one.get("description", ""))
     assert scoring.keys() > NUMBERS and scoring["done"] == scoring["total"] == 21
     assert scoring["left"] is None and scoring["metrics"].keys() == {"tokens_per_second", "margin"}
     assert scoring["rate"] == pytest.approx(scoring["pairs_per_second"])
@@ -82,7 +82,7 @@ def test_json_logs(material, store_path, tmp_path):
     done = finish([*"...", *training(material, out, "--json-logs")])
     found = events(done.stderr)
     assert done.returncode == 0 and done.stdout == ""
-    (steps,) = (one for one in found if one.get("description") == "Training")
+    *_, steps = (one for one in found if one.get("description") == "Training")
     last = read(out)[-2]
     for name in ("loss", "u", "margin", "reward_accuracy"):
         assert steps["metrics"][name] == last[name]

@@ -76,6 +76,18 @@ def test_work_that_is_done_at_once_prints_no_line(monkeypatch):
     assert written.getvalue() == ""
 
 
+def test_the_last_line_has_the_last_values(monkeypatch):
+    """Also where a line is due between the last unit and its values."""
+    written = io.StringIO()
+    monkeypatch.setattr(console, "_stderr", lambda: Console(file=written, soft_wrap=True))
+    monkeypatch.setattr(console, "_FIRST_LINE", 0)
+    with console.progress("Counting", 1) as bar:
+        bar.advance(1)
+        bar.show({"loss": 0.5})
+    first, last = written.getvalue().splitlines()
+    assert "loss" not in first and last.endswith("loss 0.5")
+
+
 @pytest.mark.parametrize("columns", [80, 30])
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_bar_stays_on_a_terminal_unless_the_work_fails(fails, columns, tmp_path):
