@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +10,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from processes import flags
 from stores import cache_config, contents, make_loader, set_attributes, write_pairs
 
 from fpocli import UserError, cache
@@ -145,29 +140,6 @@ def test_caching_interrupted_while_it_writes_tokens_starts_over(material, tmp_pa
     with pytest.raises(UserError, match="interrupted"):
         Store.open(path)
     assert cache(cache_config(material, path)).meta["state"] == "complete"
-
-
-def test_kill_9_loses_at_most_the_block_in_progress(material, tmp_path, store_path):
-    """A real process, killed without warning in the middle of its blocks."""
-    write_pairs(tmp_path / "many.jsonl", 400, seed=1)
-    settings = {"data": str(tmp_path / "many.jsonl"), "distributions": "8"}
-    config = cache_config(material, tmp_path / "ref.zarr", **settings)
-    command = [sys.executable, "-m", "fpocli", "cache", *flags(config)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    digests = tmp_path / "ref.zarr" / "blocks" / "digest" / "c"
-    deadline = time.monotonic() + 120
-    while not (digests.is_dir() and len(list(digests.iterdir())) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert 0 < len(Store.open(tmp_path / "ref.zarr").unscored_blocks()) < 50
-    subprocess.run(command, check=True, capture_output=True)
-    unbroken = tmp_path / "unbroken.zarr"
-    cache(cache_config(material, unbroken, **settings))
-    one, other = contents(tmp_path / "ref.zarr"), contents(unbroken)
-    for name, values in other.items():
-        np.testing.assert_array_equal(one[name], values, err_msg=name)
 
 
 def test_the_same_command_twice_changes_nothing(material, store_path):

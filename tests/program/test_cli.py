@@ -451,7 +451,7 @@ COMPLETE = "import sys; sys.argv = ['fpo']; from fpocli.__main__ import main; ma
 def test_libraries_print_nothing_among_the_messages(work):
     """Notices of DeepSpeed, warnings of torch, bars of transformers."""
     words = [sys.executable, "-m", "fpocli"]
-    flags = "--cache ref.zarr --k 16 --batch-size 1 --no-bf16 --out quiet --device cpu"
+    flags = "--cache ref.zarr --k 16 --batch-size 8 --no-bf16 --out quiet --device cpu"
     for command in ([*map(str, cache_command(out="quiet.zarr"))], ["train", *flags.split()]):
         done = subprocess.run([*words, *command], capture_output=True, text=True, cwd=work)
         assert done.returncode == 0, done.stderr

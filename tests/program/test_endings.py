@@ -20,7 +20,7 @@ from runs import command, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, write_pairs
 
-from fpocli import cache
+from fpocli import Store, cache
 
 SETTINGS = {"epochs": 4, "save_every": 1, "keep_checkpoints": 2}
 
@@ -226,7 +226,7 @@ def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
 
 
 def test_interrupted_caching_resumes_also_after_a_full_disk(material, tmp_path):
-    write_pairs(tmp_path / "pairs.jsonl", 60)
+    write_pairs(tmp_path / "pairs.jsonl", 30)
     store = tmp_path / "ref.zarr"
     words = [sys.executable, "-m", "fpocli", "cache", "--model", str(material / "model")]
     words += ["--layer", str(tiny.LAYERS - 1), "--sae", str(material / "sae"), "--block", "1"]
@@ -242,9 +242,13 @@ def test_interrupted_caching_resumes_also_after_a_full_disk(material, tmp_path):
     words = printed(stderr)
     begun = store / "blocks/digest/c/3"
     assert stop(start(words), signal.SIGTERM, begun.exists) == words
+    done = set(begun.parent.iterdir())
+    assert 0 < len(Store.open(store).unscored_blocks()) < 30
     fails(words, 400, "cannot be written: File too large")
     assert not store.with_name("ref.zarr.writers").exists()
+    before = {file: file.stat().st_mtime_ns for file in done}
     subprocess.run(words, check=True, capture_output=True)
+    assert before == {file: file.stat().st_mtime_ns for file in done}, "scored again"
     settings = {"block": 1, "data": str(tmp_path / "pairs.jsonl"), "top_k": "1000"}
     cache(cache_config(material, tmp_path / "whole.zarr", **settings))
     one, other = contents(store), contents(tmp_path / "whole.zarr")

@@ -52,7 +52,10 @@ def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_pa
     assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
 
 
-@pytest.mark.parametrize("method", ["tdpo1", "tdpo2", "simpo_kl"])
+@pytest.mark.parametrize(
+    "method",
+    ["tdpo2", *(pytest.param(name, marks=pytest.mark.long) for name in ("tdpo1", "simpo_kl"))],
+)
 def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
     """ZeRO 3 on two processes shards the reference as it does the policy."""
     whole = run(material, tmp_path / "whole", "--no-bf16", method=method, zero=2)

@@ -143,11 +143,11 @@ def check(out: Path, lines: list[str]) -> None:
             assert said.startswith("step 3: loss is nan, from the pairs ")
 
 
-@pytest.mark.parametrize("stages", ["01", "23"])
+@pytest.mark.parametrize("stages", ["0", "2", pytest.param("13", marks=pytest.mark.long)])
 def test_no_weights_are_updated_with_non_finite_values(store_path, tmp_path, stages):
     """Weights and optimiser are unchanged to the bit; a gradient of 0 is a normal step."""
     (lines,) = spoil(tmp_path, store_path, stages)
-    assert len(lines) == {"01": 14, "23": 12}[stages]
+    assert len(lines) == {"0": 8, "2": 6, "13": 12}[stages]
     check(tmp_path, lines)
 
 

@@ -80,7 +80,14 @@ def test_a_method_without_features_takes_no_site(material, store_path, tmp_path)
     assert "dpo compares no features, so --at would have no effect" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["dpo", "dpo_norm", "simpo", "sft", "tdpo2"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "sft",
+        "tdpo2",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("dpo", "dpo_norm", "simpo")),
+    ],
+)
 def test_a_store_without_saes_serves_all_methods_but_fpo(material, stores, tmp_path, method):
     """With the same numbers as a store that has features."""
     one, other = (
