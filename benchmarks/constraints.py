@@ -48,11 +48,12 @@ def main() -> None:
     """Make the runs that are missing, then the page."""
     arguments = parse()
     file = RESULTS / "constraints.jsonl"
+    done = read(file, arguments)
     # Seed by seed, so that every method has a run soon.
     missing = [
         (cell, seed)
         for seed, cell in product(range(arguments.seeds), arguments.cells)
-        if not any(is_run(row, cell, seed, arguments) for row in read(file))
+        if seed not in {row["seed"] for row in done[cell]}
     ]
     if missing and not arguments.report_only:
         RESULTS.mkdir(exist_ok=True)
@@ -71,12 +72,8 @@ def main() -> None:
                     run.result()
             finally:
                 pool.shutdown(cancel_futures=True)
-    groups = {
-        cell: [row for row in read(file) if is_run(row, cell, row["seed"], arguments)]
-        for cell in arguments.cells
-    }
-    if groups := {cell: rows for cell, rows in groups.items() if rows}:
-        report(groups)
+    if found := {cell: rows for cell, rows in read(file, arguments).items() if rows}:
+        report(found)
 
 
 def parse() -> argparse.Namespace:
@@ -165,9 +162,10 @@ def fpo(*words: object) -> None:
     )
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The runs that are done."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def read(file: Path, arguments: argparse.Namespace) -> dict[Cell, list[dict[str, Any]]]:
+    """The runs of each cell that are done with these settings."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return {cell: [row for row in rows if is_run(row, cell, arguments)] for cell in arguments.cells}
 
 
 def settings(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any]:
@@ -177,10 +175,10 @@ def settings(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     return {"data": Path(arguments.data).name, **shared, "lr": cell.lr}
 
 
-def is_run(row: dict[str, Any], cell: Cell, seed: int, arguments: argparse.Namespace) -> bool:
-    """Whether a run is the one with these settings."""
+def is_run(row: dict[str, Any], cell: Cell, arguments: argparse.Namespace) -> bool:
+    """Whether a run is one of a cell, with these settings."""
     same = row["settings"] == settings(arguments, cell)
-    return same and (row["method"], row["alpha"], row["seed"]) == (cell.method, cell.alpha, seed)
+    return same and (row["method"], row["alpha"]) == (cell.method, cell.alpha)
 
 
 if __name__ == "__main__":

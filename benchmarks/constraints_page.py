@@ -5,15 +5,16 @@ Its rows are those of constraints.jsonl: a run's method, alpha, seed, settings a
 what was measured of each held-out pair.
 """
 
+from collections.abc import Callable
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from common import RESULTS, machine, table, write_page
 
-from fpocli.comparison.statistics import compare_means
+from fpocli.comparison.statistics import Difference, compare_means, compare_shares
 from fpocli.display.charts import figure
 
 LR = "2e-5"
@@ -33,15 +34,15 @@ class Cell(NamedTuple):
     lr: str = LR
 
     @property
-    def constant(self) -> str:
+    def variant(self) -> str:
         """What it differs in from others of its method, such as "α 2" or "lr 5e-6"."""
         if self.lr != LR:
             return f"lr {self.lr}"
         return "" if self.alpha is None else f"α {self.alpha:g}"
 
 
-# The runs of each cell.
-Groups = dict[Cell, list[dict[str, Any]]]
+# Of runs, by seed: what was measured of each pair, [N], by name.
+Runs = dict[int, dict[str, np.ndarray]]
 
 # Name of a value of pairs, heading, digits.
 COLUMNS = (
@@ -54,7 +55,6 @@ COLUMNS = (
     ("distance_rejected", "D rejected", 4),
     ("distance_chosen", "D chosen", 4),
 )
-
 
 # Nats per token at which methods are compared, and which with which: what a constraint buys over
 # smaller steps, one constraint over the other, and the normalisation with and without a constraint.
@@ -69,33 +69,37 @@ MATCHED = (
 )
 
 
-def report(groups: Groups) -> None:
-    """The page, and a figure beside it."""
-    draw(groups, RESULTS / "constraints.png")
+def report(rows: dict[Cell, list[dict[str, Any]]]) -> None:
+    """The page of each cell's rows, and a figure beside it."""
+    cells = {
+        cell: {
+            row["seed"]: {
+                name: scale(name) * np.array(values) for name, values in row["pairs"].items()
+            }
+            for row in own
+        }
+        for cell, own in rows.items()
+    }
+    draw(cells, RESULTS / "constraints.png")
     methods = [
-        [cell.method, cell.constant, str(len(rows)),
-         *(mean_and_deviation(rows, name, digits) for name, _, digits in COLUMNS)]
-        for cell, rows in groups.items()
+        [cell.method, cell.variant, str(len(runs)),
+         *(mean_and_deviation(runs, name, digits) for name, _, digits in COLUMNS)]
+        for cell, runs in cells.items()
     ]  # fmt: skip
     to_plain = [
-        [
-            cell.method,
-            cell.constant,
-            plain.method,
-            *differences(by_seed(rows), by_seed(groups[plain])),
-        ]
-        for cell, rows in groups.items()
-        if (plain := Cell(PLAIN.get(cell.method, cell.method), None)) in groups and plain != cell
+        [cell.method, cell.variant, plain.method, *differences(runs, cells[plain], compare_shares)]
+        for cell, runs in cells.items()
+        if (plain := Cell(PLAIN.get(cell.method, cell.method), None)) in cells and plain != cell
     ]
-    at_equal_kl = [
-        [f"{level:g}", one, other, *found]
-        for level in LEVELS
-        for one, other in MATCHED
-        if (found := differences(at_kl(groups, one, level), at_kl(groups, other, level)))
-    ]
+    at_equal_kl = []
+    for level, (one, other) in product(LEVELS, MATCHED):
+        own, others = (at_kl(cells, name, level) for name in (one, other))
+        # Interpolated shares are no counts, which McNemar's test would need.
+        if found := differences(own, others, compare_means):
+            at_equal_kl.append([f"{level:g}", one, other, *found])
     titles = [title for _, title, _ in COLUMNS]
     intervals = len(COLUMNS) * (len(to_plain) + len(at_equal_kl))
-    first = next(iter(groups.values()))[0]
+    first = next(iter(rows.values()))[0]
     write_page(
         "constraints",
         f"""# What each constraint buys, {datetime.now(UTC):%Y-%m-%d}
@@ -135,32 +139,23 @@ tdpo2, fpo and dpo+features go over alpha from 0, those of dpo and dpo_norm over
     )
 
 
-def line_of(groups: Groups, method: str) -> list[Cell]:
-    """The cells of a method from alpha = 0 on, or from the highest learning rate."""
+def line_of(cells: dict[Cell, Runs], method: str) -> list[Runs]:
+    """The runs of a method from alpha = 0 on, or from the highest learning rate."""
     start = [Cell(PLAIN[method], None)] if method in PLAIN else []
-    return [cell for cell in groups if cell in start or cell.method == method]
+    return [runs for cell, runs in cells.items() if cell in start or cell.method == method]
 
 
-def by_seed(rows: list[dict[str, Any]]) -> dict[int, dict[str, np.ndarray]]:
-    """What was measured of each pair, by the seed of the run."""
-    return {
-        row["seed"]: {name: np.array(values) for name, values in row["pairs"].items()}
-        for row in rows
-    }
-
-
-def at_kl(groups: Groups, method: str, level: float) -> dict[int, dict[str, np.ndarray]]:
-    """Like `by_seed`, interpolated to a mean KL per token; without seeds that do not reach it."""
-    found = {}
-    runs = [(seed, run) for cell in line_of(groups, method)
-            for seed, run in by_seed(groups[cell]).items()]  # fmt: skip
-    for seed in {seed for seed, _ in runs}:
-        own = sorted((run["kl_per_token"].mean(), index) for index, (of, run) in enumerate(runs)
-                     if of == seed)  # fmt: skip
-        for (low, below), (high, above) in pairwise(own):
+def at_kl(cells: dict[Cell, Runs], method: str, level: float) -> Runs:
+    """A method's values, interpolated to a mean KL per token, of the seeds that reach it."""
+    line = line_of(cells, method)
+    found: Runs = {}
+    for seed in set().union(*line):
+        own = [runs[seed] for runs in line if seed in runs]
+        own.sort(key=lambda run: run["kl_per_token"].mean())
+        for one, other in pairwise(own):
+            low, high = (run["kl_per_token"].mean() for run in (one, other))
             if low <= level <= high:
                 share = (level - low) / (high - low)
-                one, other = runs[below][1], runs[above][1]
                 found[seed] = {name: (1 - share) * one[name] + share * other[name] for name in one}
     return found
 
@@ -170,29 +165,33 @@ def scale(name: str) -> int:
     return 100 if "accuracy" in name else 1
 
 
-def mean_and_deviation(rows: list[dict[str, Any]], name: str, digits: int) -> str:
+def mean_and_deviation(runs: Runs, name: str, digits: int) -> str:
     """Over seeds."""
-    means = scale(name) * np.array([np.mean(row["pairs"][name]) for row in rows])
+    means = np.array([run[name].mean() for run in runs.values()])
     spread = f" ± {means.std(ddof=1):.{digits}f}" if len(means) > 1 else ""
     return f"{means.mean():.{digits}f}{spread}"
 
 
 def differences(
-    one: dict[int, dict[str, np.ndarray]], other: dict[int, dict[str, np.ndarray]]
+    one: Runs, other: Runs, compare: Callable[[np.ndarray, np.ndarray], Difference]
 ) -> list[str]:
-    """The paired difference of each column with its interval; empty without common seeds."""
+    """The paired difference of each column with its interval; empty without common seeds.
+
+    Args:
+        one, other: the runs.
+        compare: how shares are compared.
+    """
     seeds = sorted(one.keys() & other.keys())
     texts = []
     for name, _, digits in COLUMNS if seeds else ():
-        parts = [scale(name) * np.stack([runs[seed][name] for seed in seeds])
-                 for runs in (one, other)]  # fmt: skip
-        found = compare_means(*parts)
+        parts = [np.stack([runs[seed][name] for seed in seeds]) for runs in (one, other)]
+        found = (compare if scale(name) > 1 else compare_means)(*parts)
         text = f"{found.mean:+.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
         texts.append(f"**{text}**" if found.beyond_noise else text)
     return texts
 
 
-def draw(groups: Groups, file: Path) -> None:
+def draw(cells: dict[Cell, Runs], file: Path) -> None:
     """Reward accuracy against the KL and against D of the rejected responses, and D against the KL:
     a small point for each run, and for each method a line over its alphas, from 0, or a dashed one
     over its learning rates. Bars are standard errors over pairs."""
@@ -206,25 +205,24 @@ def draw(groups: Groups, file: Path) -> None:
         ("distance_rejected", "reward_accuracy"),
         ("kl_per_token", "distance_rejected"),
     )
-    # Name -> by cell the values of pairs, [S, N].
-    values = {
-        name: {
-            cell: scale(name) * np.array([row["pairs"][name] for row in rows])
-            for cell, rows in groups.items()
-        }
-        for name in titles
-    }
     with figure(file, len(panels)) as axes:
         for axis, (x, y) in zip(axes, panels, strict=True):
             for method, colour in COLOURS.items():
-                own = [cell for cell in groups if cell.method == method]
+                own = [
+                    run for cell in cells if cell.method == method for run in cells[cell].values()
+                ]
                 if not own:
                     continue
-                single = [np.concatenate([values[name][cell].mean(1) for cell in own])
-                          for name in (x, y)]  # fmt: skip
+                single = [[run[name].mean() for run in own] for name in (x, y)]
                 axis.scatter(*single, s=8, alpha=0.4, color=colour)
-                by_pair = [[values[name][cell].mean(0) for cell in line_of(groups, method)]
-                           for name in (x, y)]  # fmt: skip
+                # Means over seeds: of each of the line's cells and each pair.
+                by_pair = [
+                    [
+                        np.mean([run[name] for run in runs.values()], axis=0)
+                        for runs in line_of(cells, method)
+                    ]
+                    for name in (x, y)
+                ]
                 mean_x, mean_y = (np.mean(pairs, axis=1) for pairs in by_pair)
                 error = np.std(by_pair[1], axis=1, ddof=1) / np.sqrt(len(by_pair[1][0]))
                 style = "o-" if method in PLAIN else "o--"

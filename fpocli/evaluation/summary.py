@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fpocli.scoring.accuracy import wins
+from fpocli.scoring.accuracy import Wins, wins
 
 
 def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -22,14 +22,11 @@ def summarise(values: dict[str, np.ndarray]) -> dict[str, Any]:
         JSON-ready results; docs/evaluation.md defines each.
     """
     tokens, logp = values["tokens"], values["logp"]
-    average, ratio = logp / tokens, logp - values["ref_logp"]
-    size = np.abs(logp) + np.abs(values["ref_logp"])
+    ratio = logp - values["ref_logp"]
     result: dict[str, Any] = {
         "pairs": len(logp),
-        "accuracy": _accuracy(average, np.abs(average)),
-        "reward_accuracy": _accuracy(ratio, size),
-        "reward_accuracy_per_token": _accuracy(ratio / tokens, size / tokens),
-        "margin_per_token": _gap(average),
+        **{name: _accuracy(found) for name, found in _accuracies(values).items()},
+        "margin_per_token": _gap(logp / tokens),
         "reward_margin": _gap(ratio),
         "reward_margin_per_token": _gap(ratio / tokens),
         "perplexity": _sides(np.exp(-logp.sum(0) / tokens.sum(0))),
@@ -73,19 +70,9 @@ def per_pair(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         reward_margin_per_token, nats; and where they were measured chosen, rejected and margin of
         distance (the mean over sites) and kl.
     """
-    tokens, logp = values["tokens"], values["logp"]
-    average, ratio = logp / tokens, logp - values["ref_logp"]
-    size = np.abs(logp) + np.abs(values["ref_logp"])
-    compared = {
-        "accuracy": (average, np.abs(average)),
-        "reward_accuracy": (ratio, size),
-        "reward_accuracy_per_token": (ratio / tokens, size / tokens),
-    }
-    found = {
-        name: wins(score[:, 0], score[:, 1], magnitude.sum(1)).value
-        for name, (score, magnitude) in compared.items()
-    }
-    found["reward_margin_per_token"] = (ratio / tokens)[:, 0] - (ratio / tokens)[:, 1]
+    reward = (values["logp"] - values["ref_logp"]) / values["tokens"]
+    found = {name: found.value for name, found in _accuracies(values).items()}
+    found["reward_margin_per_token"] = reward[:, 0] - reward[:, 1]
     sites = measured_sites(values)
     kl = best_kl(values)
     both = {"kl": kl}
@@ -123,10 +110,26 @@ def consistency(one: np.ndarray, other: np.ndarray) -> dict[str, dict[str, float
     }
 
 
-def _accuracy(values: np.ndarray, size: np.ndarray) -> dict[str, float | None]:
+def _accuracies(values: dict[str, np.ndarray]) -> dict[str, Wins]:
+    """Which pairs' chosen response is higher, by each of the scores that accuracy is defined by."""
+    tokens, logp = values["tokens"], values["logp"]
+    average, ratio = logp / tokens, logp - values["ref_logp"]
+    size = np.abs(logp) + np.abs(values["ref_logp"])
+    # A score, and the magnitude of what it is made of, [N, 2] each.
+    scores = {
+        "accuracy": (average, np.abs(average)),
+        "reward_accuracy": (ratio, size),
+        "reward_accuracy_per_token": (ratio / tokens, size / tokens),
+    }
+    return {
+        name: wins(score[:, 0], score[:, 1], magnitude.sum(1))
+        for name, (score, magnitude) in scores.items()
+    }
+
+
+def _accuracy(found: Wins) -> dict[str, float | None]:
     """Share of pairs whose chosen response is higher, a tie counting one half, its standard error,
-    and the share of ties. `size` [N, 2] is the magnitude of what the values are made of."""
-    found = wins(values[:, 0], values[:, 1], size.sum(1))
+    and the share of ties."""
     return _mean(found.value, "share") | {"ties": float(found.tie.mean())}
 
 
