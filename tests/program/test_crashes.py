@@ -5,10 +5,11 @@ import random
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import Command, flags
+from processes import Command, die_at, flags
 from runs import MEASURED
 from stores import assert_equal, cache_config, write_pairs
 
@@ -131,7 +132,7 @@ def die_everywhere(job, same, folder: Path, numbers) -> None:
         reached = False
         for before in (True, False):
             out = folder / f"{number}{before}"
-            reached |= end_of(words(out), die_at=number, before=before) != 0
+            reached |= end_of(words(out), prepare=partial(die_at, number, before)) != 0
             assert end_of(words(out)) == 0
             same(out, whole)
             if out.exists():

@@ -3,11 +3,13 @@
 import itertools
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -29,8 +31,7 @@ class Command:
 
     Args:
         words: of the command line.
-        die_at: the process kills itself at this change of the file system, counted from 0.
-        before: before the change, or else right after it.
+        prepare: called in the process before `fpo` starts.
         columns: stderr is a terminal of so many columns; None for a file.
         environment: added to the process's own.
     """
@@ -38,8 +39,7 @@ class Command:
     def __init__(
         self,
         *words: str,
-        die_at: int | None = None,
-        before: bool = True,
+        prepare: Callable[[], object] | None = None,
         columns: int | None = None,
         **environment: str,
     ) -> None:
@@ -49,7 +49,7 @@ class Command:
         if columns:
             self._terminal = terminal.Terminal(Path(files[1]), columns)
             files[1] = self._terminal.name
-        arguments = (words, die_at, before, os.environ | environment, Path.cwd(), files)
+        arguments = (words, prepare, os.environ | environment, Path.cwd(), files)
         self._process = _CONTEXT.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -108,8 +108,7 @@ def together(words: list[str], processes: int) -> list[Command]:
 
 def _run(
     words: tuple[str, ...],
-    die_at: int | None,
-    before: bool,
+    prepare: Callable[[], object] | None,
     environment: dict[str, str],
     folder: Path,
     files: list[str],
@@ -123,13 +122,14 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["fpo", *words]
-    if die_at is not None:
-        _die_at(die_at, before)
+    if prepare:
+        prepare()
     program.main()
 
 
-def _die_at(number: int, before: bool) -> None:
-    """Kill this process at the n-th time that a file appears, moves or is deleted."""
+def die_at(number: int, before: bool) -> None:
+    """Let this process kill itself at the n-th time, from 0, that a file appears, moves or is
+    deleted: before that, or else right after it."""
     count = itertools.count()
 
     def change(real, *arguments, **settings):
@@ -144,6 +144,11 @@ def _die_at(number: int, before: bool) -> None:
 
     for name in ("mkdir", "rename", "replace", "link", "unlink", "rmdir"):
         setattr(os, name, partial(change, getattr(os, name)))
+
+
+def limit_files(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
