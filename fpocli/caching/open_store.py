@@ -142,7 +142,7 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
     pairs, block = about["pairs"], about["block"]
     dropped = "".join(f"; dropped {count:,}: {why}" for why, count in pairs["dropped"].items())
     about = about | {"tokens": len(tokens.ids)}
-    sites = "no features, as no --layer is named: for all methods but fpo"
+    sites = "no features, as no --layer is named: for all constraints but features"
     if about["sites"]:
         sites = f"sites {', '.join(about['sites'])}"
     if distributions := Distributions.of(about):

@@ -85,8 +85,9 @@ class CacheConfig:
             metavar="N",
             help="Store the reference's N likeliest next tokens at every scored position, or all: "
             "what tdpo1, tdpo2, simpo_kl, any --constraint kl, --measure-kl and fpo eval's KL read "
-            "in place of the reference. 64 is a good number: 516 bytes for each token of a "
-            "response, before compression; a million pairs of 2 x 300 take 310 GB.",
+            "in place of the reference, for a lower bound of the KL. 64 is a good number: 516 "
+            "bytes for each token of a response, before compression; a million pairs of 2 x 300 "
+            "take 310 GB. docs/caching.md says which method needs what.",
         ),
     ] = "0"
     distribution_dtype: Annotated[

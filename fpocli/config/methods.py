@@ -41,12 +41,17 @@ def parts_of(method: str) -> tuple[Reward, Constraint]:
 def override(general: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Settings with more specific ones over them: a file's with flags, a grid's with a run's.
 
-    A method names a reward and a constraint, so it replaces those of the general settings, and
-    either of them replaces its method.
+    A method names a reward and a constraint, so it replaces both of the general settings. A reward
+    alone keeps the constraint of their method, which sft has none of, and a constraint alone its
+    reward.
     """
-    replaced: set[str] = set()
+    parts = ("reward", "constraint")
     if "method" in own:
-        replaced = {"reward", "constraint"}
-    elif own.keys() & {"reward", "constraint"}:
-        replaced = {"method"}
-    return {name: value for name, value in general.items() if name not in replaced} | own
+        general = {name: value for name, value in general.items() if name not in parts}
+    elif own.keys() & {*parts} and isinstance(method := general.get("method"), str):
+        reward, constraint = parts_of(method)
+        if own.get("reward") == "sft":
+            constraint = "none"
+        general = general | {"reward": reward, "constraint": constraint}
+        del general["method"]
+    return general | own

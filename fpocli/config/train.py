@@ -38,25 +38,26 @@ class TrainConfig:
         Option(
             help="Of a response: dpo (log-probability against the reference), dpo_norm (the same "
             "per token), simpo (per token, without a reference, with --gamma); sft is not "
-            "pairwise. Default: that of --method."
+            "pairwise. Default: that of --method, or else of fpo."
         ),
     ] = None  # type: ignore[assignment]
     constraint: Annotated[
         Constraint,
         Option(
             help="What keeps the policy near the reference: none, features (the distance of SAE "
-            "features), kl (the sequential KL, per token if the reward is), tdpo1 (the same "
-            "without --alpha and stop-gradient). Default: that of --method."
+            "features), kl (the sequential KL, per token if the reward is), tdpo1 (as kl, with an "
+            "alpha of 1 and the gradient of both responses). Default: that of --method, or else "
+            "of fpo."
         ),
     ] = None  # type: ignore[assignment]
     alpha: Annotated[float, Option(min=0, help="Weight of the constraint (features, kl).")] = 0.5
     hold: Annotated[
         float | None,
         Option(
-            min=0,
-            help="Adapt alpha in every step so that the mean distance or KL of the rejected "
-            "responses does not stay above this value: D as it is logged, or nats per response "
-            "(reward dpo) or per token (others). --alpha is then where it starts.",
+            help="Adapt alpha in every step so that the mean distance (constraint features) or KL "
+            "(constraint kl) of the rejected responses does not stay above this value: the "
+            "distance as distance_rejected in metrics.jsonl has it, the KL in nats per response "
+            "(reward dpo) or per token (others). --alpha is then only where it starts.",
         ),
     ] = None
     # None until __post_init__ knows the reward.
@@ -68,13 +69,18 @@ class TrainConfig:
         float,
         Option(
             min=0,
-            help="Weight of an added SFT loss on the chosen response, per token, which keeps it "
-            "from becoming less likely.",
+            help="Weight of an added SFT loss on the chosen response, per token, against chosen "
+            "responses that become less likely; such as 0.1.",
         ),
     ] = 0.0
     label_smoothing: Annotated[
         float,
-        Option(min=0, max=0.5, help="Probability that a pair's preference is the wrong way round."),
+        Option(
+            min=0,
+            max=0.5,
+            help="Probability that a pair's preference is the wrong way round; such as 0.1 in "
+            "conservative DPO.",
+        ),
     ] = 0.0
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
     at: Annotated[

@@ -35,7 +35,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
              f"{about['d_sae']:,} features, the largest {about['k']} stored{_kept(about)}")
             for number, (site, about) in enumerate(shown["sites"].items())
         ),
-        *([] if shown["sites"] else [("sites", "no features: for all methods but fpo")]),
+        *([] if shown["sites"] else [("sites", "no features: for all constraints but features")]),
         *(("next tokens", _next_tokens(stored)) for stored in [shown["distributions"]] if stored),
         ("fingerprint", shown["fingerprint"][:16]),
     ):  # fmt: skip

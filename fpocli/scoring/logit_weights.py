@@ -19,17 +19,19 @@ _TOKENS = 2**20
 
 
 def token_counts(store: Store, vocabulary: int) -> Tensor:
-    """How often each token occurs in the store's first blocks, up to a million tokens: int64 [V].
+    """How often each token occurs among the store's first million: int64 [V].
 
     Args:
         store: the store.
         vocabulary: V.
     """
     counts = torch.zeros(vocabulary, dtype=torch.int64)
+    left = _TOKENS
     for block in range(store.blocks):
-        ids = torch.from_numpy(store.tokens(block).ids.astype("int64"))
+        ids = torch.from_numpy(store.tokens(block).ids[:left].astype("int64"))
         counts += torch.bincount(ids, minlength=vocabulary)
-        if counts.sum() >= _TOKENS:
+        left -= len(ids)
+        if not left:
             break
     return counts
 

@@ -35,7 +35,8 @@ def check_store_serves(store: Store, settings: TrainConfig) -> None:
     if not store.sites:
         raise UserError(
             f"{settings.method} compares features, and {store.path} has none",
-            "cache again with --layer and another --out, or train with --constraint none",
+            "cache again with --layer and another --out, or train without features, such as with "
+            "--method dpo_norm",
         )
     check_k(store, sites_of(store, settings.at), settings.k)
 

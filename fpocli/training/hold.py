@@ -12,7 +12,6 @@ X in u is limited; alpha is then also soon back when X is.
 """
 
 import math
-from collections import deque
 
 from fpocli.system.console import warn
 
@@ -20,7 +19,7 @@ from fpocli.system.console import warn
 _RATE = 0.1
 # The largest alpha beta X, of either response: this much in u outweighs the rewards.
 _MOST = 10.0
-# Steps that are averaged for the warning at the end, and how far X may then be above V.
+# The most steps that are averaged for the warning at the end, and how far X may be above V there.
 _STEPS, _ABOVE = 50, 1.25
 
 
@@ -37,14 +36,19 @@ class HeldAlpha:
         self.alpha = alpha
         self._value = value
         self._beta = beta
-        self._recent: deque[float] = deque(maxlen=_STEPS)
+        self._seen: list[float] = []
+
+    def watch(self, line: dict[str, float]) -> None:
+        """See the metrics of a step of an earlier command, whose alpha is known."""
+        if self._value is not None:
+            self._seen.append(line["held"])
 
     def update(self, line: dict[str, float]) -> None:
         """Adapt alpha after a step, from the step's metrics: `held` is the mean of X, and
         `held_chosen` that of the chosen responses."""
         if self._value is None:
             return
-        self._recent.append(line["held"])
+        self.watch(line)
         scaled = math.log1p(self.alpha * self._value)
         scaled += _RATE * min(line["held"] / self._value - 1, 1.0)
         most = _MOST / (self._beta * max(line["held"], line["held_chosen"], self._value))
@@ -52,13 +56,15 @@ class HeldAlpha:
 
     def warn_if_missed(self) -> None:
         """Say so if X ended above the value."""
-        if self._value is None or not self._recent:
+        if self._value is None or not self._seen:
             return
-        mean = sum(self._recent) / len(self._recent)
+        # X is 0 at the start, so of a short run the second half counts.
+        last = self._seen[-min(_STEPS, -(-len(self._seen) // 2)) :]
+        mean = sum(last) / len(last)
         if mean > _ABOVE * self._value:
             warn(
                 f"warning: --hold {self._value:g} was not reached: over the last "
-                f"{len(self._recent)} steps the value is {mean:.3g} on average, and alpha ended at "
+                f"{len(last)} steps the value is {mean:.3g} on average, and alpha ended at "
                 f"{self.alpha:.3g}. More steps or a lower --lr may reach it; see `held` and "
                 "`alpha` in metrics.jsonl"
             )

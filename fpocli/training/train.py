@@ -138,6 +138,7 @@ def _train(
     chosen_fall = ChosenFall(from_reference=settings.model is None)
     for line in run.resume_at(done):
         chosen_fall.watch(line)
+        held_alpha.watch(line)
     say(
         f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
         f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of "

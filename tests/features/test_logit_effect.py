@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import cache_config
 
-from fpocli import cache
+from fpocli import Store, cache
 from fpocli.features.logit_effect import logit_effect
 from fpocli.features.pretrained import load_decoder
 from fpocli.model.final_norm import final_norm
@@ -91,6 +91,14 @@ def test_a_layer_norm_has_a_gain_and_a_bias():
     del network.transformer.ln_f
     with pytest.raises(UserError, match="has no final norm"):
         final_norm(network)
+
+
+@pytest.mark.parametrize("most", [1, 100, 10**9])
+def test_a_stores_first_tokens_are_counted(store_path, monkeypatch, most):
+    monkeypatch.setattr("fpocli.scoring.logit_weights._TOKENS", most)
+    store = Store.open(store_path)
+    ids = store.read_array("tokens")[:most]
+    assert torch.equal(token_counts(store, 300), torch.from_numpy(np.bincount(ids, minlength=300)))
 
 
 def test_the_weights_of_a_store(material, tmp_path):

@@ -196,17 +196,22 @@ def test_flags_win_over_file(resolve):
     assert resolve(f"train {flags} --config c.yaml", file) == expected
 
 
-def test_a_flag_replaces_the_method_of_a_saved_config(resolve):
-    """A run's config.yaml has the method and what it is made of."""
-    file = dataclasses.asdict(TrainConfig(cache="s", method="tdpo2"))
-    for flags, reward, constraint in (
+@pytest.mark.parametrize(
+    ("flags", "reward", "constraint"),
+    [
         ("--method simpo", "simpo", "none"),
         ("--reward dpo_norm", "dpo_norm", "kl"),
+        ("--reward sft", "sft", "none"),
         ("--constraint features", "dpo", "features"),
         ("--reward dpo_norm --constraint features", "dpo_norm", "features"),
-    ):
-        found = resolve(f"train --config c.yaml {flags}", file)
-        assert found == TrainConfig(cache="s", reward=reward, constraint=constraint, beta=0.1)
+    ],
+)
+def test_a_flag_replaces_its_part_of_a_configs_method(resolve, flags, reward, constraint):
+    """Whether the file has the method alone, or, as a run's config.yaml, what it is made of."""
+    expected = TrainConfig(cache="s", reward=reward, constraint=constraint, beta=0.1)
+    saved = dataclasses.asdict(TrainConfig(cache="s", method="tdpo2"))
+    for file in (saved, {"cache": "s", "method": "tdpo2", "beta": 0.1}):
+        assert resolve(f"train --config c.yaml {flags}", file) == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)

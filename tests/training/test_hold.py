@@ -113,11 +113,25 @@ def test_the_loss_holds_a_divergence_that_the_reward_drives_up(value, beta, caps
 
 def test_a_value_that_is_not_reached_is_told(capsys):
     held = HeldAlpha(0.5, 0.02, 0.1)
-    for _ in range(60):
+    for _ in range(120):
         held.update(measured(0.5))
     held.warn_if_missed()
     told = capsys.readouterr().err
     assert "--hold 0.02 was not reached: over the last 50 steps the value is 0.5" in told
+
+
+def test_a_short_run_is_judged_by_its_second_half(capsys):
+    """X is 0 at the start. A run that was resumed is judged by all of its steps."""
+    resumed = HeldAlpha(0.5, 1.0, 0.1)
+    for step in range(20):
+        (resumed.watch if step < 19 else resumed.update)(measured(0.12 * step))
+    resumed.warn_if_missed()
+    assert "over the last 10 steps the value is 1.74" in capsys.readouterr().err
+    near = HeldAlpha(0.5, 1.0, 0.1)
+    for step in range(40):
+        near.update(measured(9.0 if step < 20 else 1.2))
+    near.warn_if_missed()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_fall_of_chosen_responses_is_warned_of_once(capsys):

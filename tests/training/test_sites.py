@@ -113,7 +113,7 @@ def test_fpo_on_a_store_without_saes_says_what_to_do(material, stores, tmp_path)
     done = finish(words)
     assert done.returncode == 2
     assert "fpo compares features, and" in done.stderr and "has none" in done.stderr
-    assert "--layer" in done.stderr and "--constraint none" in done.stderr
+    assert "--layer" in done.stderr and "--method dpo_norm" in done.stderr
 
 
 def test_a_store_without_saes_is_inspected_verified_and_repaired(material, tmp_path, capsys):
