@@ -1,5 +1,5 @@
 """The page of constraints.py: each method's figures, differences to the same reward without a
-constraint, and differences of methods at equal KL.
+constraint, and differences of methods that are equally far from the reference, by KL and by D.
 
 Its rows are those of constraints.jsonl: a run's method, alpha, seed, settings and, under "pairs",
 what was measured of each held-out pair.
@@ -56,9 +56,10 @@ COLUMNS = (
     ("distance_chosen", "D chosen", 4),
 )
 
-# Nats per token at which methods are compared, and which with which: what a constraint buys over
-# smaller steps, one constraint over the other, and the normalisation with and without a constraint.
-LEVELS = (0.2, 0.1, 0.05, 0.02)
+# Distances from the reference at which methods are compared, and which with which: what a
+# constraint buys over smaller steps, one constraint over the other, and the normalisation with and
+# without a constraint.
+LEVELS = {"kl_per_token": (0.2, 0.1, 0.05), "distance_rejected": (2, 1, 0.5)}
 MATCHED = (
     ("tdpo2", "dpo"),
     ("dpo+features", "dpo"),
@@ -91,14 +92,15 @@ def report(rows: dict[Cell, list[dict[str, Any]]]) -> None:
         for cell, runs in cells.items()
         if (plain := Cell(PLAIN.get(cell.method, cell.method), None)) in cells and plain != cell
     ]
-    at_equal_kl = []
-    for level, (one, other) in product(LEVELS, MATCHED):
-        own, others = (at_kl(cells, name, level) for name in (one, other))
-        # Interpolated shares are no counts, which McNemar's test would need.
-        if found := differences(own, others, compare_means):
-            at_equal_kl.append([f"{level:g}", one, other, *found])
+    matched: dict[str, list[list[str]]] = {}
+    for name, levels in LEVELS.items():
+        for level, (one, other) in product(levels, MATCHED):
+            own, others = (at_level(cells, method, name, level) for method in (one, other))
+            # Interpolated shares are no counts, which McNemar's test would need.
+            if found := differences(own, others, compare_means):
+                matched.setdefault(name, []).append([f"{level:g}", one, other, *found])
     titles = [title for _, title, _ in COLUMNS]
-    intervals = len(COLUMNS) * (len(to_plain) + len(at_equal_kl))
+    intervals = len(COLUMNS) * (len(to_plain) + sum(map(len, matched.values())))
     first = next(iter(rows.values()))[0]
     write_page(
         "constraints",
@@ -134,7 +136,13 @@ Between the two runs of a method and seed whose mean KL per token is next to the
 pair's values are interpolated linearly, so that the mean KL per token is the given one. The runs of
 tdpo2, fpo and dpo+features go over alpha from 0, those of dpo and dpo_norm over the learning rate.
 
-{table(["nats per token", "method", "to", *titles], at_equal_kl)}
+{table(["nats per token", "method", "to", *titles], matched.get("kl_per_token", []))}
+
+## Differences at equal D
+
+The same, with a given mean D of the rejected responses.
+
+{table(["D rejected", "method", "to", *titles], matched.get("distance_rejected", []))}
 """,
     )
 
@@ -145,18 +153,19 @@ def line_of(cells: dict[Cell, Runs], method: str) -> list[Runs]:
     return [runs for cell, runs in cells.items() if cell in start or cell.method == method]
 
 
-def at_kl(cells: dict[Cell, Runs], method: str, level: float) -> Runs:
-    """A method's values, interpolated to a mean KL per token, of the seeds that reach it."""
+def at_level(cells: dict[Cell, Runs], method: str, name: str, level: float) -> Runs:
+    """A method's values, interpolated to where the mean of one of them is `level`, of the seeds
+    whose runs enclose it."""
     line = line_of(cells, method)
     found: Runs = {}
     for seed in set().union(*line):
         own = [runs[seed] for runs in line if seed in runs]
-        own.sort(key=lambda run: run["kl_per_token"].mean())
+        own.sort(key=lambda run: run[name].mean())
         for one, other in pairwise(own):
-            low, high = (run["kl_per_token"].mean() for run in (one, other))
+            low, high = (run[name].mean() for run in (one, other))
             if low <= level <= high:
                 share = (level - low) / (high - low)
-                found[seed] = {name: (1 - share) * one[name] + share * other[name] for name in one}
+                found[seed] = {key: (1 - share) * one[key] + share * other[key] for key in one}
     return found
 
 
