@@ -92,13 +92,13 @@ def report(rows: dict[Cell, list[dict[str, Any]]]) -> None:
         for cell, runs in cells.items()
         if (plain := Cell(PLAIN.get(cell.method, cell.method), None)) in cells and plain != cell
     ]
-    matched: dict[str, list[list[str]]] = {}
+    matched: dict[str, list[list[str]]] = {name: [] for name in LEVELS}
     for name, levels in LEVELS.items():
         for level, (one, other) in product(levels, MATCHED):
             own, others = (at_level(cells, method, name, level) for method in (one, other))
             # Interpolated shares are no counts, which McNemar's test would need.
             if found := differences(own, others, compare_means):
-                matched.setdefault(name, []).append([f"{level:g}", one, other, *found])
+                matched[name].append([f"{level:g}", one, other, *found])
     titles = [title for _, title, _ in COLUMNS]
     intervals = len(COLUMNS) * (len(to_plain) + sum(map(len, matched.values())))
     first = next(iter(rows.values()))[0]
@@ -136,13 +136,13 @@ Between the two runs of a method and seed whose mean KL per token is next to the
 pair's values are interpolated linearly, so that the mean KL per token is the given one. The runs of
 tdpo2, fpo and dpo+features go over alpha from 0, those of dpo and dpo_norm over the learning rate.
 
-{table(["nats per token", "method", "to", *titles], matched.get("kl_per_token", []))}
+{table(["nats per token", "method", "to", *titles], matched["kl_per_token"])}
 
 ## Differences at equal D
 
 The same, with a given mean D of the rejected responses.
 
-{table(["D rejected", "method", "to", *titles], matched.get("distance_rejected", []))}
+{table(["D rejected", "method", "to", *titles], matched["distance_rejected"])}
 """,
     )
 

@@ -38,20 +38,34 @@ def parts_of(method: str) -> tuple[Reward, Constraint]:
     return known[method]
 
 
+def complete(
+    method: str, reward: Reward | None, constraint: Constraint | None
+) -> tuple[Reward, Constraint]:
+    """Reward and constraint; those that are None are the method's. In the place of another reward
+    sft takes none of its constraint.
+
+    Raises:
+        UserError: the method is unknown.
+    """
+    named = parts_of(method)
+    reward = reward or named[0]
+    default = "none" if reward == "sft" and named[0] != "sft" else named[1]
+    return reward, constraint or default
+
+
 def override(general: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Settings with more specific ones over them: a file's with flags, a grid's with a run's.
 
     A method names a reward and a constraint, so it replaces both of the general settings. A reward
-    alone keeps the constraint of their method, which sft has none of, and a constraint alone its
-    reward.
+    or a constraint alone replaces that part of their method.
     """
-    parts = ("reward", "constraint")
+    parts = {"reward", "constraint"}
     if "method" in own:
-        general = {name: value for name, value in general.items() if name not in parts}
-    elif own.keys() & {*parts} and isinstance(method := general.get("method"), str):
-        reward, constraint = parts_of(method)
-        if own.get("reward") == "sft":
-            constraint = "none"
-        general = general | {"reward": reward, "constraint": constraint}
-        del general["method"]
-    return general | own
+        replaced = parts
+    elif own.keys() & parts and isinstance(method := general.get("method"), str):
+        replaced = {"method"}
+        reward, constraint = complete(method, own.get("reward"), own.get("constraint"))
+        own = own | {"reward": reward, "constraint": constraint}
+    else:
+        replaced = set()
+    return {name: value for name, value in general.items() if name not in replaced} | own

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.methods import METHODS, Constraint, Reward, parts_of
+from fpocli.config.methods import METHODS, Constraint, Reward, complete, parts_of
 from fpocli.config.shared import LOGITS, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
@@ -260,12 +260,8 @@ class TrainConfig:
         Raises:
             UserError: the method is unknown, or is not made of this reward and constraint.
         """
-        named = parts_of(self.method) if self.method else METHODS["fpo"]
-        reward = self.reward or named[0]
-        # sft has no constraint; every other reward goes with every one.
-        alone = reward == "sft" and not self.method
-        constraint = self.constraint or ("none" if alone else named[1])
-        if self.method and (reward, constraint) != named:
+        reward, constraint = complete(self.method or "fpo", self.reward, self.constraint)
+        if self.method and (reward, constraint) != (named := parts_of(self.method)):
             raise UserError(
                 f"--method {self.method} is the reward {named[0]} with the constraint {named[1]}, "
                 f"and {reward} with {constraint} is asked for",

@@ -5,7 +5,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from processes import Command, limit_files
-from runs import command, finish, read, run, same
+from processes import Command, limit_files, together
+from runs import command, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, write_pairs
 
@@ -60,11 +59,17 @@ def stop(words: list[str], number: int, moment: Callable[[], object]) -> None:
     process = Command(*words)
     wait_for(lambda: hears_sigterm(process.pid) and moment(), process.running)
     process.kill(number)
-    code, messages = process.wait(), process.messages()
-    process.close()
+    code, messages = end_of(process)
     assert code == 128 + number, messages[-3000:]
     assert "Traceback" not in messages
     assert printed(messages) == ["fpo", *words]
+
+
+def end_of(process: Command, seconds: float | None = None) -> tuple[int | None, str]:
+    """Exit code and messages of a command that ends by itself."""
+    code, messages = process.wait(seconds), process.messages()
+    process.close()
+    return code, messages
 
 
 def printed(messages: str) -> list[str]:
@@ -81,9 +86,7 @@ def hears_sigterm(pid: int) -> bool:
 
 
 def fails(words: list[str], limit: int, sentence: str) -> None:
-    process = Command(*words, prepare=partial(limit_files, limit))
-    code, messages = process.wait(), process.messages()
-    process.close()
+    code, messages = end_of(Command(*words, prepare=partial(limit_files, limit)))
     assert code == 2, messages[-3000:]
     assert sentence in messages and "Traceback" not in messages
 
@@ -113,8 +116,7 @@ def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
 ):
     out = tmp_path / "run"
     held, checkpoints = tmp_path / "run.writers", out / "checkpoints"
-    whole_command = command(material, out, "--no-bf16", **SETTINGS)
-    words = whole_command[whole_command.index("train") :]
+    _, _, _, *words = command(material, out, "--no-bf16", **SETTINGS)
 
     # The run folder is locked and the model is being loaded.
     stop(words, signal.SIGTERM, (out / "run.json").exists)
@@ -140,7 +142,7 @@ def test_a_run_interrupted_in_every_way_resumes_to_the_same_weights(
     stop(words, signal.SIGINT, writes)
     fails(rare, 100_000, "final.partial cannot be written: ")
     assert not (out / "final").exists() and not held.exists()
-    assert finish(whole_command).returncode == 0
+    assert end_of(Command(*words))[0] == 0
     equal(out, unbroken, 2e-5)
 
 
@@ -197,44 +199,28 @@ def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
 ):
     """Without torchrun, which would end the others itself."""
     out = tmp_path / "run"
-    words = command(material, out, "--no-bf16", **SETTINGS)
-    words = words[words.index("train") :]
+    _, _, _, *words = command(material, out, "--no-bf16", **SETTINGS)
 
     def lose(victim: int, step: int, number: int | None) -> list[str]:
         """Start two processes of which one hangs at a step and gets a signal, or, without one,
         cannot save; returns what they print."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-        harm = cannot_save if number is None else partial(hang, step)
-        processes = [
-            Command(
-                *words,
-                prepare=harm if rank == victim else often,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                **place,
-            )
-            for rank in range(2)
-        ]
+        prepare = [often, often]
+        prepare[victim] = cannot_save if number is None else partial(hang, step)
+        processes = together(words, 2, prepare)
         lost, other = processes[victim], processes[1 - victim]
         # Before it saves, if it cannot.
         begun = "metrics.jsonl" if number is None else f"checkpoints/step-{step - 1}"
         wait_for((out / begun).exists, other.running)
         if number is not None:
             lost.kill(number)
-        code, messages = other.wait(60), other.messages()
+        code, messages = end_of(other, 60)
         assert code == 1, messages[-3000:]
         if number is not None:
             lost.kill()
-        lost.wait()
-        told = [messages, lost.messages()]
-        assert "Traceback" not in "".join(told)
+        _, reason = end_of(lost)
+        assert "Traceback" not in messages + reason
         assert printed(messages) == ["fpo", *words]
-        for process in processes:
-            process.close()
-        return told
+        return [messages, reason]
 
     message, reason = lose(1, 0, None)
     assert "another process of this run was lost" in message
@@ -257,8 +243,7 @@ def test_interrupted_caching_resumes_also_after_a_full_disk(material, tmp_path):
     process = Command(*words)
     wait_for((store / "zarr.json").exists, process.running)
     process.kill(signal.SIGINT)
-    code, messages = process.wait(), process.messages()
-    process.close()
+    code, messages = end_of(process)
     assert code == 130 and f"removing overwrite from {config}" in messages
     assert printed(messages) == ["fpo", *words]
     config.write_text("{}")
@@ -266,12 +251,12 @@ def test_interrupted_caching_resumes_also_after_a_full_disk(material, tmp_path):
     stop(words, signal.SIGTERM, begun.exists)
     done = set(begun.parent.iterdir())
     assert 0 < len(Store.open(store).unscored_blocks()) < 30
+    # Its messages, which are a file here, are shorter.
     fails(words, 700, "cannot be written: File too large")
     assert not store.with_name("ref.zarr.writers").exists()
     before = {file: file.stat().st_mtime_ns for file in done}
-    process = Command(*words)
-    assert process.wait() == 0, process.messages()
-    process.close()
+    code, messages = end_of(Command(*words))
+    assert code == 0, messages
     assert before == {file: file.stat().st_mtime_ns for file in done}, "scored again"
     settings = {"block": 1, "data": str(tmp_path / "pairs.jsonl"), "top_k": "1000"}
     cache(cache_config(material, tmp_path / "whole.zarr", **settings))

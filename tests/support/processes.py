@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -96,14 +96,25 @@ class Command:
         shutil.rmtree(self._folder)
 
 
-def together(words: list[str], processes: int) -> list[Command]:
-    """The processes of one run, as torchrun starts them but without its agent."""
+def together(
+    words: list[str], processes: int, prepare: Sequence[Callable[[], object]] = ()
+) -> list[Command]:
+    """The processes of one run, as torchrun starts them but without its agent.
+
+    Args:
+        words: of the command line.
+        processes: how many.
+        prepare: of each process; see Command.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-    return [Command(*words, **common, **rank) for rank in ranks]
+    return [
+        Command(*words, prepare=own, **common, **rank)
+        for rank, own in zip(ranks, prepare or [None] * processes, strict=True)
+    ]
 
 
 def _run(
