@@ -1,13 +1,10 @@
 """Several processes that write one store: they share blocks, and none disturbs the others."""
 
-import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from processes import Command, flags
+from processes import Command, flags, results
 from stores import assert_equal, cache_config, write_pairs
 
 from fpocli import cache
@@ -133,14 +130,16 @@ def test_any_number_of_processes_resumes_what_any_other_number_began(start, many
 
 
 def test_torchrun_starts_processes_of_one_run(material, many, tmp_path):
+    """With what torchrun sets."""
     path = tmp_path / "ref.zarr"
-    config = cache_config(material, path, data=many[0], distributions="8")
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*words, "-m", "fpocli", "cache", *flags(config)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall("is complete", done.stderr)) == 1, "reported once"
+    words = ["cache", *flags(cache_config(material, path, data=many[0], distributions="8"))]
+    agent = {"TORCHELASTIC_RUN_ID": "of both", "GROUP_WORLD_SIZE": "1", "WORLD_SIZE": "2"}
+    agent |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [agent | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    processes = results(*(Command(*words, **environment) for environment in ranks))
+    assert [done.returncode for done in processes] == [0, 0], processes
+    messages = "".join(done.stderr for done in processes)
+    assert messages.count("is complete") == 1, "reported once"
     assert_equal(path, many[1])
 
 

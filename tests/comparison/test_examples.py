@@ -1,10 +1,12 @@
 """The configurations of examples/ mean what they should; the SFT script scores what it should."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import tiny
 import torch
 import yaml
 from hub_cache import snapshot
+from processes import Command, results, use_hub
 from scripts import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,21 +87,19 @@ def offline(tmp_path_factory):
     return hub
 
 
+def show_plans(grids):
+    """What `fpo compare GRID --plan` prints of each grid."""
+    for grid in grids:
+        compare(CompareConfig(config_file=str(grid), plan=True))
+        for stream in (sys.stdout, sys.stderr):
+            print("=====", file=stream, flush=True)
+
+
 def plans(hub, *grids):
-    """What `fpo compare GRID --plan` prints of each grid, all in one process."""
-    program = (
-        "import sys, fpocli\n"
-        "for grid in sys.argv[1:]:\n"
-        "    fpocli.compare(fpocli.CompareConfig(config_file=grid, plan=True))\n"
-        "    print('=====', flush=True); print('=====', file=sys.stderr, flush=True)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *map(str, grids)],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """That of each grid, from one process with this hub cache."""
+    with contextlib.chdir(ROOT):
+        process = Command(prepare=partial(use_hub, hub), main=partial(show_plans, grids))
+    (done,) = results(process)
     assert done.returncode == 0, done.stderr
     printed, messages = (text.split("=====\n")[:-1] for text in (done.stdout, done.stderr))
     return list(zip(printed, messages, strict=True))
@@ -194,7 +195,7 @@ def test_conversations_keep_their_messages_alone(sft, tmp_path):
     assert found[0]["messages"] == TALK
 
 
-@pytest.mark.parametrize("deepspeed", [None, "zero3.json"])
+@pytest.mark.parametrize("deepspeed", [pytest.param(None, marks=pytest.mark.long), "zero3.json"])
 def test_the_sft_script_trains_on_two_processes_and_leaves_whole_weights(
     material, tmp_path, deepspeed
 ):

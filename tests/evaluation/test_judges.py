@@ -1,13 +1,14 @@
 """The judges' questions and answer files: AlpacaEval, Arena-Hard and MT-Bench."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hub_cache import snapshot
+from processes import Command, results, use_hub
 
 from fpocli import EvalConfig, Store, UserError, evaluate
 from fpocli.config import JUDGES
@@ -64,13 +65,9 @@ def hub(tmp_path_factory):
 
 
 def fpo(words, hub):
-    """A command with a hub cache, whose place huggingface_hub reads when it is imported."""
-    return subprocess.run(
-        [sys.executable, "-m", "fpocli", *words],
-        env=os.environ | {"HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    """A command with a hub cache."""
+    (done,) = results(Command(*words, prepare=partial(use_hub, hub)))
+    return done
 
 
 def test_the_judges_questions_are_found_by_name(material, store_path, hub, tmp_path):

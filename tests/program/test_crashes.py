@@ -18,7 +18,7 @@ from fpocli.store.reader import Store
 from fpocli.store.verify import find_damage
 
 # Some of these hit while the model is loaded, most during the work.
-KILLS = 5
+KILLS = 3
 LONG = 110
 
 
@@ -151,7 +151,7 @@ def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(training,
 
 
 def test_caching_killed_at_a_file_operation_resumes_to_the_same_store(caching, tmp_path):
-    die_everywhere(caching, same_store, tmp_path, random.sample(range(120), 3))
+    die_everywhere(caching, same_store, tmp_path, random.sample(range(120), 2))
 
 
 def test_training_killed_at_a_file_operation_resumes_to_the_same_weights(training, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -19,10 +20,11 @@ import torch
 import yaml
 from hub_cache import COMMIT, snapshot, write_scope
 from limits import memory
+from processes import Command, results
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fpocli import UserError
+from fpocli import UserError, train
 from fpocli.cli import app
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS
@@ -75,49 +77,39 @@ def refusal(call, *arguments, **named) -> UserError:
 # -- nothing is run --------------------------------------------------------------------------------
 
 
-# In one process, since each takes seconds to start.
-CHECKPOINTS = """
-import json, pickle, shutil, sys
-from pathlib import Path
-import torch
-from fpocli import TrainConfig, UserError, train
-
-class Bomb:
-    def __reduce__(self):
-        return Path.touch, (Path("mark"),)
-
-messages = []
-for zero, bf16 in ((0, True), (1, False), (2, True), (3, False)):
-    out = Path(f"run{zero}")
-    settings = TrainConfig(cache=sys.argv[1], out=str(out), zero=zero, bf16=bf16, batch_size=8,
-                           save_every=2, device="cpu", allow=["dtype"], lr=1e-3)
-    train(settings)
-    log = out / "metrics.jsonl"
-    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    shutil.rmtree(out / "final")
-    for file in sorted(out.glob("checkpoints/*/*.pt")):
-        whole = file.read_bytes()
-        state = torch.load(file, weights_only=False)
-        torch.save(state | {"more": Bomb()}, file)
-        try:
-            train(settings)
-        except UserError as error:
-            messages.append(error.message)
-        assert not Path("mark").exists()
-        file.write_bytes(whole)
-    train(settings)
-    assert losses == [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-pickle.loads(pickle.dumps(Bomb()))
-assert Path("mark").exists()
-print(json.dumps(messages))
-"""
+def train_with_bombs(store: Path) -> None:
+    """Train at every ZeRO stage, resume with a pickle that runs code in each file of the
+    checkpoint, then without; print what the refusals say."""
+    messages = []
+    for zero, bf16 in ((0, True), (1, False), (2, True), (3, False)):
+        out = Path(f"run{zero}")
+        settings = TrainConfig(
+            cache=str(store), out=str(out), zero=zero, bf16=bf16, batch_size=8, save_every=2,
+            device="cpu", allow=["dtype"], lr=1e-3,
+        )  # fmt: skip
+        train(settings)
+        log = out / "metrics.jsonl"
+        losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+        shutil.rmtree(out / "final")
+        for file in sorted(out.glob("checkpoints/*/*.pt")):
+            whole = file.read_bytes()
+            state = torch.load(file, weights_only=False)
+            torch.save(state | {"more": Bomb(Path("mark"))}, file)
+            messages.append(refusal(train, settings).message)
+            assert not Path("mark").exists()
+            file.write_bytes(whole)
+        train(settings)
+        assert losses == [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    pickle.loads(pickle.dumps(Bomb(Path("mark"))))
+    assert Path("mark").exists()
+    print(json.dumps(messages))
 
 
-def test_a_checkpoint_is_data(store_path, tmp_path):
+def test_a_checkpoint_is_data(store_path, tmp_path, monkeypatch):
     """At every ZeRO stage a run resumes from its own checkpoint; with a pickle that runs code
     in any of its files it is refused, and the code does not run."""
-    words = [sys.executable, "-W", "ignore", "-c", CHECKPOINTS, str(store_path)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    monkeypatch.chdir(tmp_path)
+    (done,) = results(Command(main=partial(train_with_bombs, store_path)))
     assert done.returncode == 0, done.stderr[-3000:]
     messages = json.loads(done.stdout.splitlines()[-1])
     # One file of a checkpoint without ZeRO, two with it.

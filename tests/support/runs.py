@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import Command, together
+from processes import Command, results, together
 
 # Wall-clock and memory of a step are not part of its result.
 MEASURED = ("seconds", "tokens_per_second", "data_wait", "memory_gb", "peak_memory_gb")
@@ -39,23 +40,30 @@ def command(material: Path, out: Path, *flags: object, processes: int = 1, **set
 
 def run(*arguments, processes: int = 1, **settings) -> list[dict]:
     """Train and return the lines of metrics.jsonl."""
-    _, _, _, *words = command(*arguments, **settings)
-    started = together(words, processes) if processes > 1 else [Command(*words)]
-    for process in started:
-        assert process.wait(300) == 0, process.printed()[-3000:]
-        assert process.data() == ""
-        process.close()
+    for done in finish_all(command(*arguments, **settings), processes):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout == ""
     return read(arguments[1])
 
 
+def start(words: list[str], **settings: object) -> Command:
+    """Start `python -m fpocli ...` in a process that is forked."""
+    return Command(*words[3:], **settings)
+
+
 def finish(words: list[str]) -> subprocess.CompletedProcess:
-    """Run a command in one process, as subprocess.run does."""
-    _, _, _, *rest = words
-    process = Command(*rest)
-    code = process.wait(300)
-    done = subprocess.CompletedProcess(words, code, process.data(), process.messages())
-    process.close()
+    """Run such a command in one process, as subprocess.run does."""
+    (done,) = finish_all(words, 1)
     return done
+
+
+def finish_all(
+    words: list[str], processes: int, prepare: Callable[[], object] | None = None
+) -> list[subprocess.CompletedProcess]:
+    """Run such a command in several processes; `prepare` is called in each, see Command."""
+    if processes == 1:
+        return results(start(words, prepare=prepare))
+    return results(*together(words[3:], processes, [prepare] * processes))
 
 
 def read(out: Path) -> list[dict]:

@@ -1,10 +1,12 @@
 """Hub names with the real loading code, offline: a hub cache made here replaces the hub."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import tiny
 import torch
 from hub_cache import COMMIT, snapshot, write_scope, write_scope_2
+from processes import Command, results, use_hub
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from transformers import AutoModelForCausalLM
 
@@ -51,14 +54,10 @@ def folder(tmp_path_factory):
 
 def fpo(folder, command, hub="hub"):
     """Run a command offline, in `folder`, with the hub's cache there."""
-    places = {"HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / hub)}
-    return subprocess.run(
-        [sys.executable, "-m", "fpocli", *command.split()],
-        cwd=folder,
-        env=os.environ | places | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    with contextlib.chdir(folder):
+        process = Command(*command.split(), prepare=partial(use_hub, folder / hub))
+    (done,) = results(process)
+    return done
 
 
 def scope_sae(npz):
@@ -104,9 +103,15 @@ def is_close(given, expected):
 
 
 def test_gemma_by_its_short_name(folder):
-    done = fpo(
-        folder,
-        "cache --model gemma-2-2b --layer 25 --data pairs.jsonl --dtype float32 --device cpu",
+    words = "cache --model gemma-2-2b --layer 25 --data pairs.jsonl --dtype float32 --device cpu"
+    # As a user starts it, with the place of the cache in the environment.
+    places = {"HF_HOME": str(folder / "home"), "HF_HUB_CACHE": str(folder / "hub")}
+    done = subprocess.run(
+        [sys.executable, "-m", "fpocli", *words.split()],
+        cwd=folder,
+        env=os.environ | places,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

@@ -1,17 +1,20 @@
 """Training with the reference in memory: methods that need its distribution, and its sharding."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny
 import torch
+from packed import random_pairs
+from processes import results, together
 from runs import read, run, same
 from stores import contents, make_loader
 
+from fpocli.config import TrainConfig
+from fpocli.features.site import Site
+from fpocli.model.language_model import FrozenReference
+from fpocli.model.packing import pack
 from fpocli.store.reader import Store
+from fpocli.training.engine import deepspeed_config, shard, start_processes
 
 
 def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):
@@ -85,41 +88,28 @@ def test_measured_kl_of_a_method_that_does_not_need_it(baseline, material, tmp_p
     same(train, [line for line in read(baseline) if line["split"] == "train"], 1e-6)
 
 
-SHARDED = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import tiny
-from packed import random_pairs
-from fpocli.model.packing import pack
-from fpocli.config import TrainConfig
-from fpocli.training.engine import deepspeed_config, shard, start_processes
-from fpocli.model.language_model import FrozenReference, Site
-
-rank, world = start_processes(torch.device("cpu"))
-batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
-whole = FrozenReference(tiny.network("gemma2"), [site])
-config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
-# DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
-config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
-for _ in range(3):
-    one, other = whole(batch), engine(batch)
-    assert torch.equal(one.final, other.final)
-    assert torch.equal(one.states[str(site)], other.states[str(site)])
-own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
-held = sum(p.numel() for p in engine.module.parameters())
-total = sum(p.numel() for p in whole.parameters())
-assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
-print(f"rank {rank} of {world} holds {own} of {total}", file=sys.stderr)
-"""
+def compare_sharded() -> None:
+    """In each process of two: the same batches through a whole and a sharded reference."""
+    start_processes(torch.device("cpu"))
+    batch, site = pack(random_pairs(4)), Site(1, "mlp_out")
+    whole = FrozenReference(tiny.network("gemma2"), [site])
+    config = deepspeed_config(TrainConfig(cache="unused", zero=3, bf16=False))
+    # DeepSpeed keeps small parameters whole once they were gathered, and these all are small.
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    engine = shard(FrozenReference(tiny.network("gemma2"), [site]), config)
+    for _ in range(3):
+        one, other = whole(batch), engine(batch)
+        assert torch.equal(one.final, other.final)
+        assert torch.equal(one.states[str(site)], other.states[str(site)])
+    own = sum(p.ds_tensor.numel() for p in engine.module.parameters())
+    held = sum(p.numel() for p in engine.module.parameters())
+    total = sum(p.numel() for p in whole.parameters())
+    assert held < 0.1 * total and own < 0.6 * total, (held, own, total)
+    print("compared")
 
 
-def test_each_rank_holds_its_part_of_a_sharded_reference(tmp_path):
+def test_each_rank_holds_its_part_of_a_sharded_reference():
     """Its gathered hidden states equal those of an unsharded model, bit for bit."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [sys.executable, *launch, str(script), str(Path(__file__).parents[1] / "support")]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "rank 0 of 2 holds" in done.stderr and "rank 1 of 2 holds" in done.stderr
+    for done in results(*together([], 2, main=compare_sharded)):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.endswith("compared\n")

@@ -1,28 +1,21 @@
 """Non-finite values: no step is taken with them, at any ZeRO stage and in either dtype."""
 
-import os
-import socket
-import subprocess
-import sys
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from processes import results, together
 from runs import read
 
-from fpocli.training.checkpoints import newest_checkpoint
-
-SCRIPT = """
-import sys, torch
-from collections.abc import Iterable
-from pathlib import Path
 from fpocli import TrainConfig, UserError, train
 from fpocli.training import train as training
-
-out, store, stages, spoiled = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-make_engine, take_step, backward = training.make_engine, training.take_step, training.backward
+from fpocli.training.checkpoints import newest_checkpoint
 
 
-def tensors(value):
+def tensors(value: object) -> list[torch.Tensor]:
+    """Copies of all tensors inside."""
     if torch.is_tensor(value):
         return [value.detach().clone()]
     if isinstance(value, dict):
@@ -31,56 +24,80 @@ def tensors(value):
     return [tensor for item in inside for tensor in tensors(item)]
 
 
-def everything(engine):
-    # Weights and the optimiser's state, float32 master weights included.
+def everything(engine) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and the optimiser's state, float32 master weights included."""
     weights = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
     return tensors(weights), tensors(engine.optimizer.state_dict())
 
 
-def same(one, other):
-    return all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in zip(one, other))
+def same(one, other) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(len(a) == len(b) and all(map(torch.equal, a, b)) for a, b in pairs)
 
 
-def broken(model, settings, config):
-    engine = make_engine(model, settings, config)
+class Spoiled:
+    """Training with a non-finite value in one process: in the third step's gradient or activation,
+    or in the held-out pairs at the end; or with a loss of zero. Use it once, in a process of its
+    own."""
 
-    def spoil(module, inputs, output):
-        if torch.distributed.get_rank() != spoiled:
-            return
-        third, last = engine.global_steps == 2, engine.global_steps == 5
+    def __init__(self, case: str, rank: int) -> None:
+        self.case, self.rank = case, rank
+        self.engines, self.states = [], {}
+        self._make_engine, self._take_step = training.make_engine, training.take_step
+        self._backward = training.backward
+
+    def __enter__(self) -> "Spoiled":
+        training.make_engine, training.take_step = self.make_engine, self.take_step
+        training.backward = self.backward
+        return self
+
+    def __exit__(self, *error) -> None:
+        training.make_engine, training.take_step = self._make_engine, self._take_step
+        training.backward = self._backward
+
+    def make_engine(self, model, settings, config):
+        engine = self._make_engine(model, settings, config)
+        self.engines.append(engine)
+        model.network.model.layers[2].mlp.register_forward_hook(self.spoil)
+        return engine
+
+    def spoil(self, module, inputs, output):
+        if torch.distributed.get_rank() != self.rank:
+            return None
+        third, last = (self.engines[0].global_steps == steps for steps in (2, 5))
         # Where layers are recomputed, both times.
-        if (third and case == "activation") or (last and case == "held-out"):
+        if (third and self.case == "activation") or (last and self.case == "held-out"):
             return output * torch.inf
-        if third and case == "gradient" and output.requires_grad:
+        if third and self.case == "gradient" and output.requires_grad:
             output.register_hook(lambda gradient: gradient * torch.nan)
+        return None
 
-    model.network.model.layers[2].mlp.register_forward_hook(spoil)
-    engines.append(engine)
-    return engine
+    def take_step(self, engine, lr, step):
+        self.states[step] = everything(engine)
+        norm = self._take_step(engine, lr, step)
+        self.states[step + 1] = everything(engine)
+        return norm
 
-
-def watched(engine, lr, step):
-    states[step] = everything(engine)
-    norm = take_step(engine, lr, step)
-    states[step + 1] = everything(engine)
-    return norm
-
-
-def flat(engine, loss, last):
-    backward(engine, loss * (case != "zero"), last)
+    def backward(self, engine, loss, last):
+        self._backward(engine, loss * (self.case != "zero"), last)
 
 
-training.make_engine, training.take_step, training.backward = broken, watched, flat
-for zero in map(int, stages):
-    for dtype in ("float32", "bfloat16"):
-        for case in ("gradient", "activation", "held-out", "zero")[: 3 if zero else 4]:
-            engines, states = [], {}
-            name = f"{zero}-{dtype}-{case}"
-            settings = TrainConfig(
-                cache=store, out=str(out / name), batch_size=4, packed_length=300, lr=1e-3,
-                warmup=0, eval_fraction=0.2, device="cpu", zero=zero, bf16=dtype == "bfloat16",
-                allow=["dtype"], save_every=1,
-            )
+def train_spoiled(out: Path, store: Path, stages: str, rank: int) -> None:
+    """Train at each stage in each dtype with each case; print how each training ended."""
+    cases = [
+        (zero, dtype, case)
+        for zero in map(int, stages)
+        for dtype in ("float32", "bfloat16")
+        for case in ("gradient", "activation", "held-out", "zero")[: 3 if zero else 4]
+    ]
+    for zero, dtype, case in cases:
+        name = f"{zero}-{dtype}-{case}"
+        settings = TrainConfig(
+            cache=str(store), out=str(out / name), batch_size=4, packed_length=300, lr=1e-3,
+            warmup=0, eval_fraction=0.2, device="cpu", zero=zero, bf16=dtype == "bfloat16",
+            allow=["dtype"], save_every=1,
+        )  # fmt: skip
+        with Spoiled(case, rank) as spoiled:
             try:
                 train(settings)
                 said = "the end"
@@ -88,39 +105,26 @@ for zero in map(int, stages):
                 said = str(error)
             except SystemExit as error:
                 said = f"exit {error}"
-            if case == "held-out":
-                assert len(states) == 6
-            elif case == "zero":
-                weights = [(state[0],) for state in states.values()]
-                assert len(weights) == 6 and all(same(weights[0], other) for other in weights)
-            else:
-                assert list(states) == [1, 2, 3] and not same(states[1], states[2])
-                assert same(everything(engines[0]), states[3]), "the third step changed something"
-            print(f"{name}: {said}", flush=True)
-"""
+        states = spoiled.states
+        if case == "held-out":
+            assert len(states) == 6
+        elif case == "zero":
+            weights = [(state[0],) for state in states.values()]
+            assert len(weights) == 6 and all(same(weights[0], other) for other in weights)
+        else:
+            assert list(states) == [1, 2, 3] and not same(states[1], states[2])
+            unchanged = same(everything(spoiled.engines[0]), states[3])
+            assert unchanged, "the third step changed something"
+        print(f"{name}: {said}", flush=True)
 
 
 def spoil(out: Path, store: Path, stages: str, world: int = 1) -> list[list[str]]:
     """What the processes print; the last process has a non-finite value."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
-    words = [sys.executable, "-c", SCRIPT, str(out), str(store), stages, str(world - 1)]
-    started = [
-        subprocess.Popen(
-            words,
-            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    outputs = [process.communicate() for process in started]
-    for process, (_, stderr) in zip(started, outputs, strict=True):
-        assert process.returncode == 0, stderr[-3000:]
-    return [stdout.splitlines() for stdout, _ in outputs]
+    main = partial(train_spoiled, out, store, stages, world - 1)
+    processes = results(*together([], world, main=main))
+    for done in processes:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return [done.stdout.splitlines() for done in processes]
 
 
 def check(out: Path, lines: list[str]) -> None:

@@ -2,13 +2,11 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import time
 
 import torch
 import yaml
-from runs import command, finish, read, run, same
+from runs import command, finish, finish_all, read, run, same, start
 from safetensors.torch import load_file
 
 from fpocli.training.run_folder import read_run
@@ -18,13 +16,12 @@ def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path
     """SIGKILL after a checkpoint: the curve and the weights are those of an uninterrupted run."""
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", save_every=2)
-    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    process = start(words)
     deadline = time.monotonic() + 120
     while not list(out.glob("checkpoints/step-*")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.running() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.close()
     assert not (out / "final").exists()
     stale = {"step": 99, "split": "train", "loss": 0}
     with (out / "metrics.jsonl").open("a") as metrics:
@@ -38,36 +35,31 @@ def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path
 def test_another_run_in_the_folder_is_refused(baseline, material, tmp_path):
     out = shutil.copytree(baseline, tmp_path / "run")
     shutil.rmtree(out / "final")
-    done = subprocess.run(
-        command(material, out, "--no-bf16", lr=2e-3, processes=2), capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert (
-        f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
-        in done.stderr
-    )
-    assert done.stderr.count("error: ") == 1, "reported once, not by every process"
+    first, second = finish_all(command(material, out, "--no-bf16", lr=2e-3), 2)
+    assert first.returncode == second.returncode == 2
+    sentence = f"error: {out} holds a run with other settings: lr is 0.001 there, 0.002 here"
+    assert sentence in first.stderr
+    assert "error: " not in second.stderr, "reported once, not by every process"
 
 
 def test_a_run_is_not_resumed_with_another_number_of_processes(material, store_path, tmp_path):
     out = tmp_path / "run"
     run(material, out, "--no-bf16", save_every=2)
     shutil.rmtree(out / "final")
-    words = command(material, out, "--no-bf16", save_every=2, processes=2)
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "cannot be loaded" in done.stderr
-    assert "as many processes as saved it" in done.stderr
+    first, _ = finish_all(command(material, out, "--no-bf16", save_every=2), 2)
+    assert first.returncode != 0
+    assert "cannot be loaded" in first.stderr
+    assert "as many processes as saved it" in first.stderr
 
 
 def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, store_path, tmp_path):
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", epochs=50)
-    first = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    first = start(words)
     try:
         deadline = time.monotonic() + 120
         while not (out / "metrics.jsonl").is_file():
-            assert first.poll() is None and time.monotonic() < deadline
+            assert first.running() and time.monotonic() < deadline
             time.sleep(0.01)
         for flags in ((), ("--overwrite",)):
             again = command(material, out, "--no-bf16", *flags, epochs=50)
@@ -75,8 +67,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, st
             assert done.returncode == 2
             assert f"another process is writing {out}: process {first.pid}" in done.stderr
     finally:
-        first.kill()
-        first.wait()
+        first.close()
 
 
 def test_the_requested_number_of_checkpoints_is_kept(material, store_path, tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from runs import command, finish, read, run, same
+from runs import command, finish, finish_all, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, make_loader, set_attributes
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fpocli import cache
 from fpocli.store.metadata import attributes
 from fpocli.store.reader import Store
+from fpocli.training import engine
 
 SITE = "layer_3.resid_post"
 STEPS = 5
@@ -109,6 +110,11 @@ def test_same_curve_for_every_zero_stage_and_number_of_processes(
         assert torch.allclose(one[name], other[name], atol=2e-5), name
 
 
+def grouped() -> None:
+    """Let this process update its parameters in many groups."""
+    engine._GROUP_SIZE = 2000
+
+
 @pytest.mark.parametrize(
     ("zero", "processes"),
     [(2, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in [(0, 1), (1, 1), (3, 2)])],
@@ -117,17 +123,10 @@ def test_parameters_in_many_groups_train_in_the_same_way(
     baseline, material, tmp_path, zero, processes
 ):
     """Real models have more parameters than the optimiser updates at once; here that is 2,000."""
-    out, script = tmp_path / "run", tmp_path / "grouped.py"
-    script.write_text(
-        "import fpocli.cli, fpocli.training.engine\n"
-        "fpocli.training.engine._GROUP_SIZE = 2000\n"
-        "fpocli.cli.main()\n"
-    )
-    words = command(material, out, "--no-bf16", processes=processes, zero=zero)
-    place = words.index("fpocli")
-    words[place - 1 : place + 1] = [str(script)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", zero=zero)
+    for done in finish_all(words, processes, grouped):
+        assert done.returncode == 0, done.stderr[-3000:]
     same(read(out), read(baseline), 2e-5)
     one, other = (load_file(folder / "final/model.safetensors") for folder in (out, baseline))
     for name in one:
