@@ -16,6 +16,7 @@ from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import load_reference
 from fpocli.scoring.score import score
+from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
 from fpocli.store.writer import StoreWriter
@@ -90,7 +91,7 @@ def serve_blocks(line: Any, store: Store, model: str) -> None:
     tokens = TokenPairs(*(store.read_array(name) for name in ("tokens", "spans", "source_row")))
     dtype = getattr(torch, store.meta["model"]["dtype"])
     with tempfile.TemporaryDirectory() as folder:
-        out = StoreWriter.create(Path(folder) / "ref.zarr", dict(store.meta), tokens)
+        out = StoreWriter.create(Folder(Path(folder) / "ref.zarr"), dict(store.meta), tokens)
         sites = [Site.parse(name) for name in store.sites]
         network = load_model(find_model(model), sites, dtype, device).eval()
         encoders = load_encoders(store, device)

@@ -22,6 +22,7 @@ import torch
 from common import forget_peak, machine, memory, write_page
 
 from fpocli.features.top_features import TopFeatures
+from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.writer import StoreWriter
@@ -63,7 +64,7 @@ def make(path: Path, pairs: int) -> float:
     tokens = make_tokens(rng, pairs)
     pool = [make_block(rng) for _ in range(POOL)]
     began = time.perf_counter()
-    store = StoreWriter.create(path, attributes(pairs), tokens)
+    store = StoreWriter.create(Folder(path), attributes(pairs), tokens)
     for block in range(store.blocks):
         reference, totals = pool[block % POOL]
         store.write_block(block, first(reference, store.block_length(block)), {SITE: totals})

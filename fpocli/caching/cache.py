@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fpocli.caching.claims import BlockClaims, launch_name
+from fpocli.caching.claims import BlockClaims, OwnBlocks, launch_name
 from fpocli.caching.identity import check_distributions, describe_origin, identify
-from fpocli.caching.open_store import dropped_file, open_or_create
+from fpocli.caching.open_store import DROPPED, open_or_create
 from fpocli.caching.score_block import ScoredBlock, score_block
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
@@ -26,6 +26,9 @@ from fpocli.model.network import choose_device, read_config
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
+from fpocli.store.bucket import Bucket
+from fpocli.store.owner import Owner
+from fpocli.store.place import Folder, Place, place_of
 from fpocli.store.reader import Store
 from fpocli.store.records import ReferenceValues
 from fpocli.store.writer import StoreWriter
@@ -49,7 +52,10 @@ def cache(config: CacheConfig) -> Store:
         UserError: the model, SAE, data or store cannot be used; see its hint.
     """
     # -- flags, data and configurations, before anything large is read ---------------------------
-    config = replace(config, out=str(resolve_last_part(config.out)))
+    place = place_of(config.out)
+    if isinstance(place, Folder):
+        place = Folder(resolve_last_part(config.out))
+    config = replace(config, out=str(place.name))
     several = config.join or int(os.environ.get("WORLD_SIZE", "1")) > 1
     starts_over = config.overwrite or config.repair
     if several and starts_over:
@@ -72,11 +78,26 @@ def cache(config: CacheConfig) -> Store:
         config = replace(config, sae=choose_default_saes(folder, model_config, sites))
     folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
     if not several:
-        StoreWriter.require_replaceable(Path(config.out))
+        StoreWriter.require_replaceable(place)
     # A process that removes blocks holds this name before others can join.
     first = "tokens" if starts_over else None
-    with WriterLock(Path(config.out), launch_name(), join=config.join, first=first) as lock:
+    with _writing(place, several, launch_name(), join=config.join, first=first) as lock:
         return _cache(config, device, folder, model_config, sites, source, lock)
+
+
+def _writing(place: Place, several: bool, run: str | None, **settings: Any) -> WriterLock | Owner:
+    """The context in which this process may write a place.
+
+    Raises:
+        UserError: it is a bucket, which one process writes, and there are several.
+    """
+    if not isinstance(place, Bucket):
+        return WriterLock(Path(place.name), run, **settings)
+    if several:
+        raise UserError(
+            f"one process at a time writes {place.name}", "run the command without torchrun"
+        )
+    return Owner(place)
 
 
 def _cache(
@@ -86,10 +107,10 @@ def _cache(
     model_config: Any,
     sites: list[Site],
     source: Source,
-    lock: WriterLock,
+    lock: WriterLock | Owner,
 ) -> Store:
     """The stage itself, while this process is one of the store's writers."""
-    path = Path(config.out)
+    place = place_of(config.out)
     # -- tokeniser, SAEs, and what the store is made from -----------------------------------------
     tokenizer = PairTokenizer(
         folder,
@@ -117,17 +138,22 @@ def _cache(
             f"sequences of {_packed_length(config, device):,} tokens on {device}; {kernels}; "
             f"within {found.nats:.1g} nats per token of transformers' eager attention"
         )
-        _score_blocks(config, store, model, encoders, device, BlockClaims(lock, store))
+        claims: BlockClaims | OwnBlocks
+        claims = OwnBlocks(lock, store) if isinstance(lock, Owner) else BlockClaims(lock, store)
+        _score_blocks(config, store, model, encoders, device, claims)
 
     # -- every block read back, and the store marked complete --------------------------------------
     with lock.exclusive("finish"):
-        store = StoreWriter.open(path)
+        store = StoreWriter.open(place)
         if store.meta["state"] != "complete":
             store.finish()
         rows = store.read_array("source_row")[store.non_finite].tolist()
-        list_non_finite(dropped_file(path), rows)
-    say(f"{path} is complete: {store.scored:,} pairs. See what is in it: fpo inspect {path}")
-    return Store.open(path)
+        listed = place.read_beside(DROPPED)
+        if (now := list_non_finite(listed, rows)) != listed:
+            place.write_beside(DROPPED, now)
+    name = place.name
+    say(f"{name} is complete: {store.scored:,} pairs. See what is in it: fpo inspect {name}")
+    return Store.open(place)
 
 
 def _score_blocks(
@@ -136,7 +162,7 @@ def _score_blocks(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
     device: torch.device,
-    claims: BlockClaims,
+    claims: BlockClaims | OwnBlocks,
 ) -> None:
     """Score blocks until none is left, sharing the work with other processes.
 

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 
+from fpocli.store.owner import Owner
 from fpocli.store.writer import StoreWriter
 from fpocli.system.errors import UserError
 from fpocli.system.lock import WriterLock
@@ -84,6 +85,36 @@ class BlockClaims:
                 "run the same command again; it scores them",
             )
         time.sleep(_LOOK_EVERY)
+
+
+class OwnBlocks:
+    """The blocks of a store in a bucket, which one process scores.
+
+    Args:
+        owner: of the store, this process.
+        store: the store.
+    """
+
+    def __init__(self, owner: Owner, store: StoreWriter) -> None:
+        self._owner, self._store = owner, store
+
+    def free(self) -> list[int]:
+        """The blocks that are not scored."""
+        return self._store.unscored_blocks()
+
+    def claim(self, block: int) -> bool:
+        """See BlockClaims: nobody else claims any."""
+        return True
+
+    def check_claim(self, block: int) -> None:
+        """See BlockClaims."""
+        self._owner.check()
+
+    def release(self, block: int) -> None:
+        """See BlockClaims."""
+
+    def wait(self) -> None:
+        """See BlockClaims: there is nobody to wait for."""
 
 
 def _name(block: int) -> str:

@@ -14,6 +14,7 @@ from fpocli.features.encoder import SparseEncoder
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
 from fpocli.store.distribution_rows import Distributions
+from fpocli.store.place import place_of
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences
 from fpocli.system.model_folder import ModelFolder
@@ -80,14 +81,20 @@ def local_paths(config: CacheConfig) -> dict[str, dict[str, str]]:
     """Where local files are that the store is made from: absolute, and relative to the store.
 
     Returns:
-        by name (model, data, and the sites for their SAEs); hub ids are left out.
+        by name (model, data, and the sites for their SAEs); hub ids are left out. To a bucket
+        nothing is relative, so both are absolute.
     """
     names = [f"layer_{layer}.{kind}" for layer, kind in config.sites]
     sources = {"model": config.model, "data": config.data}
     sources |= dict(zip(names, config.sae, strict=True))
-    store = Path(config.out).resolve()
+    store = place_of(config.out).name
     return {
-        name: {"absolute": str(path), "relative": os.path.relpath(path, store)}
+        name: {
+            "absolute": str(path),
+            "relative": os.path.relpath(path, store.resolve())
+            if isinstance(store, Path)
+            else str(path),
+        }
         for name, source in sources.items()
         if Path(source).exists()
         for path in [Path(source).resolve()]

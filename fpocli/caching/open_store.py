@@ -1,7 +1,5 @@
 """The store that fpo cache writes: opened to resume, repaired, or created with all token ids."""
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from fpocli.store.distribution_rows import (
     largest_block,
     lay_out,
 )
+from fpocli.store.place import Place, place_of
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
 from fpocli.store.schema import array_bytes, fingerprint
@@ -26,6 +25,9 @@ from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say, warn
 from fpocli.system.errors import UserError
+
+# The list of the rows that are not in the store is beside it, under its name with this.
+DROPPED = ".dropped.jsonl"
 
 
 def open_or_create(
@@ -41,27 +43,26 @@ def open_or_create(
     Raises:
         UserError: --out holds something else, or no pair is left after tokenising.
     """
-    path = Path(config.out)
-    StoreWriter.require_replaceable(path)
-    if path.exists() and not (config.overwrite or StoreWriter.unfinished(path)):
+    place = place_of(config.out)
+    StoreWriter.require_replaceable(place)
+    if place.exists() and not (config.overwrite or StoreWriter.unfinished(place)):
         if config.repair:
             return _repair(config, identity, origin, tokenizer, source)
-        store = StoreWriter.open(path)
+        store = StoreWriter.open(place)
         check_same_settings(config, store, identity)
         store.record_allowed(identity["model"])
         done = store.blocks - len(store.unscored_blocks())
         if done:
-            say(f"resuming {path}: {done} of {store.blocks} blocks are scored")
+            say(f"resuming {place.name}: {done} of {store.blocks} blocks are scored")
         return store
     pairs, tokens = _tokenise(config, tokenizer, source)
     about = identity | origin | {"pairs": pairs}
-    _print_size(path, about, tokens)
-    listed = dropped_file(path)
-    tokenizer.dropped.write(listed)
+    _print_size(place, about, tokens)
+    place.write_beside(DROPPED, tokenizer.dropped.listed())
     if tokenizer.dropped.counts:
-        say(f"dropped rows are listed in {listed}", any_rank=True)
-    StoreWriter.remove(path)
-    return StoreWriter.create(path, about, tokens)
+        say(f"dropped rows are listed in {place.beside(DROPPED)}", any_rank=True)
+    StoreWriter.remove(place)
+    return StoreWriter.create(place, about, tokens)
 
 
 def _repair(
@@ -72,45 +73,40 @@ def _repair(
     source: Source,
 ) -> StoreWriter:
     """The store without its damaged blocks; metadata and token ids are written again."""
-    path = Path(config.out)
+    place = place_of(config.out)
     about = identity | origin
     try:
-        store = Store.open(path)
+        store = Store.open(place)
     except UserError as error:
         warn(str(error))
         # The root's metadata may be lost, and with it what the blocks were made from.
-        if StoreWriter.fingerprint_of_blocks(path) != fingerprint(identity):
+        if StoreWriter.fingerprint_of_blocks(place) != fingerprint(identity):
             raise UserError(
-                f"{path} is too damaged to check which settings it was made with, or they differ "
-                "from these",
+                f"{place.name} is too damaged to check which settings it was made with, or they "
+                "differ from these",
                 "use the flags it was made with, or write it again with --overwrite",
             ) from error
     else:
         check_same_settings(config, store, identity)
         if not store.has_totals:
             raise UserError(
-                f"{path} was written by an earlier version of fpo, which stored too little to "
-                "repair it",
+                f"{place.name} was written by an earlier version of fpo, which stored too little "
+                "to repair it",
                 "write it again with --overwrite",
             )
         if not find_damage(store):
-            say(f"no damage found in {path}")
-            return StoreWriter.open(path)
+            say(f"no damage found in {place.name}")
+            return StoreWriter.open(place)
         kept = (*identity, *origin, "created", "allowed")
         about = {name: store.meta[name] for name in kept if name in store.meta}
     pairs, tokens = _tokenise(config, tokenizer, source)
-    store = StoreWriter.rewrite_metadata(path, about | {"pairs": pairs}, tokens)
+    store = StoreWriter.rewrite_metadata(place, about | {"pairs": pairs}, tokens)
     for block, message in find_damage(store):
         warn(message)
         if block is not None:
             store.mark_unscored(block)
     say(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")
     return store
-
-
-def dropped_file(path: Path) -> Path:
-    """The file that lists the rows which are not in the store."""
-    return path.with_name(path.name + ".dropped.jsonl")
 
 
 def _tokenise(
@@ -133,7 +129,7 @@ def _tokenise(
     return counts, TokenPairs.of(kept)
 
 
-def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
+def _print_size(place: Place, about: dict[str, Any], tokens: TokenPairs) -> None:
     """Print the pairs and bytes of the store to be written.
 
     Raises:
@@ -155,18 +151,17 @@ def _print_size(path: Path, about: dict[str, Any], tokens: TokenPairs) -> None:
         share = sum(size for name, size in sizes.items() if name.startswith("ref/top/"))
         part = f", {decimal(share)} of it {distributions.words}"
         smaller = "--distributions, --top-k"
-    parent = path.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    free = place.free_bytes()
+    left = f"; {decimal(free)} are free" if free is not None else ""
     say(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
         f"{len(tokens.ids):,} tokens; {sites}\n"
-        f"{path} will take at most {decimal(size)}{part}; {decimal(free)} are free",
+        f"{place.name} will take at most {decimal(size)}{part}{left}",
         any_rank=True,
     )
-    if size > free:
+    if free is not None and size > free:
         raise UserError(
-            f"{path} may take {decimal(size)}, and only {decimal(free)} are free",
+            f"{place.name} may take {decimal(size)}, and only {decimal(free)} are free",
             f"choose --out on another disk, a smaller {smaller}, or a --limit",
         )
 

@@ -138,7 +138,9 @@ class CacheConfig:
     repair: Annotated[
         bool, Option("--repair", help="Find damage in the store and score those blocks again.")
     ] = False
-    out: Annotated[str, Option(help="The store to write.")] = "ref.zarr"
+    out: Annotated[
+        str, Option(help="The store to write: a folder, or a URL such as s3://BUCKET/NAME.")
+    ] = "ref.zarr"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing store.")] = False
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ class TrainConfig:
     processes: torchrun --nproc-per-node N -m fpocli train ...
     """
 
-    cache: Annotated[str, Option(help="The store that fpo cache wrote.")]
+    cache: Annotated[str, Option(help="The store that fpo cache wrote: a folder or a URL.")]
     # This and the next two are None until __post_init__ knows the others.
     method: Annotated[
         str,

@@ -2,10 +2,8 @@
 
 import json
 from collections import Counter
-from pathlib import Path
 
 from fpocli.system.errors import UserError
-from fpocli.system.files import replace_text
 
 # Rows listed for each reason.
 _LISTED = 1000
@@ -59,30 +57,23 @@ class DroppedRows:
             self._first_hint or "check the data, --max-length and --max-prompt-length",
         )
 
-    def write(self, file: Path) -> None:
-        """List the dropped rows as JSON lines, at most 1,000 per reason; no file if there are
-        none."""
-        if self._listed:
-            lines = (json.dumps(row, ensure_ascii=True) + "\n" for row in self._listed)
-            replace_text(file, "".join(lines))
-        else:
-            file.unlink(missing_ok=True)
+    def listed(self) -> str:
+        """The dropped rows as JSON lines, at most 1,000 per reason."""
+        return "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in self._listed)
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
 
 
-def list_non_finite(file: Path, rows: list[int]) -> None:
-    """Add the rows with non-finite scores to the list of dropped rows.
+def list_non_finite(before: str, rows: list[int]) -> str:
+    """The list of dropped rows with those that have non-finite scores.
 
     Args:
-        file: as `DroppedRows.write` wrote it, or missing.
+        before: the list, as `DroppedRows.listed` or this function made it.
         rows: their numbers in the source.
     """
-    before = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    lines = [line for line in before if f'"reason": "{_NON_FINITE}"' not in line]
+    lines = [line for line in before.splitlines() if f'"reason": "{_NON_FINITE}"' not in line]
     for row in rows[:_LISTED]:
         about = {"row": row, "place": f"row {row}", "reason": _NON_FINITE, "detail": ""}
         lines.append(json.dumps(about))
-    if lines != before:
-        replace_text(file, "".join(line + "\n" for line in lines))
+    return "".join(line + "\n" for line in lines)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from fpocli.caching.open_store import dropped_file
+from fpocli.caching.open_store import DROPPED
 from fpocli.config import ContrastConfig, InspectConfig
 from fpocli.data.pairs import SIDES
 from fpocli.display.page import write_page
@@ -47,7 +47,7 @@ def describe_for_page(store: Store, config: InspectConfig) -> dict[str, Any]:
     tokenizer = find_tokenizer(store, config.model)
     shown = describe(store) | {
         "non_finite": len(store.non_finite),
-        "dropped_rows": _dropped_rows(dropped_file(store.path)),
+        "dropped_rows": _dropped_rows(store.place.read_beside(DROPPED)),
         "length_histogram": _length_histogram(store),
         "frequencies": {site: _frequencies(store, site) for site in _complete_sites(store)},
         "contrast": _contrasts(store, tokenizer),
@@ -64,11 +64,10 @@ def _complete_sites(store: Store) -> list[str]:
     return list(store.sites) if store.meta["state"] == "complete" else []
 
 
-def _dropped_rows(file: Path) -> list[dict[str, Any]]:
+def _dropped_rows(listed: str) -> list[dict[str, Any]]:
     """By reason the first rows of the list beside the store; [] without a list."""
     by_reason: dict[str, list[dict[str, Any]]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for line in lines:
+    for line in listed.splitlines():
         try:
             row = json.loads(line)
             shown = {name: row[name] for name in ("row", "place", "detail")}

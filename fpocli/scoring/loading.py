@@ -116,7 +116,8 @@ def find_local(store: Store, name: str, source: str, flag: str, *, was_local: bo
         return source
     places = [Path(source)]
     if known:
-        relative = Path(os.path.normpath(store.path.resolve() / known["relative"]))
+        folder = store.path.resolve() if isinstance(store.path, Path) else Path()
+        relative = Path(os.path.normpath(folder / known["relative"]))
         places = [Path(known["absolute"]), relative, *places]
     for place in places:
         if place.exists():

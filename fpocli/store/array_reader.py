@@ -10,6 +10,7 @@ import numpy as np
 import zarr
 
 from fpocli.store.metadata import REPAIR, attributes
+from fpocli.store.place import Place, cannot_reach
 from fpocli.store.schema import array_bytes, kept_features
 from fpocli.system.errors import UserError
 
@@ -21,20 +22,25 @@ class ArrayReader:
     """Reads arrays by blocks of pairs, and knows which blocks are scored.
 
     Args:
-        path: of the store.
+        place: of the store.
         meta: its attributes, checked.
     """
 
     _mode: Literal["r", "r+"] = "r"
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
-        self.path, self.meta = path, meta
-        self._group: Any = zarr.open_group(path, mode=self._mode, zarr_format=3)
+    def __init__(self, place: Place, meta: dict[str, Any]) -> None:
+        self.place, self.meta = place, meta
+        self._group: Any = zarr.open_group(place.for_zarr(), mode=self._mode, zarr_format=3)
         self._arrays: dict[str, Any] = {}
         self._done: set[int] = set()
         self.block_size: int = meta["block"]
         self.pairs: int = meta["pairs"]["kept"]
         self.sites: dict[str, dict[str, Any]] = meta["sites"]
+
+    @property
+    def path(self) -> Path | str:
+        """Where the store is, as it was typed."""
+        return self.place.name
 
     @property
     def widths(self) -> dict[str, int]:
@@ -83,7 +89,7 @@ class ArrayReader:
         Raises:
             UserError: the store was replaced or removed since it was opened.
         """
-        about = attributes(self.path)
+        about = attributes(self.place)
         if about.get("fingerprint") != self.meta["fingerprint"]:
             raise UserError(
                 f"{self.path} was replaced or removed in the meantime", "run the command again"
@@ -123,6 +129,8 @@ class ArrayReader:
                 self._require_file(name, file, block)
         try:
             return np.asarray(array[rows])
+        except self.place.unreachable as error:
+            raise cannot_reach(self.place.name, error) from error
         except BROKEN as error:
             raise self._damaged(name, block, str(error)) from error
 
@@ -136,13 +144,13 @@ class ArrayReader:
             raise self._damaged(name, block, f"chunk {file} is missing")
 
     def _is_there(self, name: str, file: int) -> bool:
-        return self._file(name, file).is_file()
+        return self.place.exists(self._key(name, file))
 
-    def _file(self, name: str, file: int) -> Path:
-        """Where a chunk or shard is, by its number along the first axis."""
+    def _key(self, name: str, file: int) -> str:
+        """Of a chunk or shard, by its number along the first axis."""
         array = self._array(name)
         key = array.metadata.encode_chunk_key((file, *[0] * (array.ndim - 1)))
-        return self.path / name / key
+        return f"{name}/{key}"
 
     def _damaged(self, name: str, block: int | None, why: str) -> UserError:
         rows = self.pairs_in(block) if block is not None else None

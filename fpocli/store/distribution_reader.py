@@ -5,7 +5,6 @@ Shapes: b pairs of a block, M scored positions, n tokens.
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from fpocli.data.top_tokens import TopTokens
 from fpocli.store.array_reader import ArrayReader
 from fpocli.store.digest import digest_of_distributions
 from fpocli.store.distribution_rows import LARGEST_BLOCK, Distributions
+from fpocli.store.place import Place
 from fpocli.system.errors import UserError
 
 # Blocks of which it is remembered where the rows of their pairs are.
@@ -23,8 +23,8 @@ _REMEMBERED = 64
 class DistributionReader(ArrayReader):
     """Reads distributions; see `top_tokens`."""
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
-        super().__init__(path, meta)
+    def __init__(self, place: Place, meta: dict[str, Any]) -> None:
+        super().__init__(place, meta)
         self.distributions = Distributions.of(meta)
         self._remembered = lru_cache(_REMEMBERED)(self._places_and_digests)
 

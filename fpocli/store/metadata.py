@@ -6,10 +6,9 @@ every other one, and of itself with zeros in the place of that sum.
 
 import hashlib
 import json
-import secrets
-from pathlib import Path
 from typing import Any
 
+from fpocli.store.place import Place
 from fpocli.store.schema import FORMAT, TOKENS_PER_CHUNK, array_schema
 from fpocli.system.errors import UserError
 
@@ -18,23 +17,20 @@ REPAIR = "run the original `fpo cache` command with --repair added; undamaged bl
 _NO_SUM = "0" * 64
 
 
-def write_root(path: Path, meta: dict[str, Any]) -> None:
+def write_root(place: Place, meta: dict[str, Any]) -> None:
     """Write the root group's metadata, atomically, with its sum as `checksum`."""
     about = {name: value for name, value in meta.items() if name != "checksum"}
     attributes = {"fpo": about | {"checksum": _NO_SUM}}
     document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     text = json.dumps(document, indent=2)
-    # Several processes may do this at once.
-    partial = path / f"{DOCUMENT}.{secrets.token_hex(4)}.partial"
-    partial.write_text(text.replace(_NO_SUM, _sum(text.encode())), encoding="utf-8")
-    partial.replace(path / DOCUMENT)
+    place.write(DOCUMENT, text.replace(_NO_SUM, _sum(text.encode())).encode())
 
 
-def read_root(path: Path) -> tuple[dict[str, Any], bool]:
+def read_root(place: Place) -> tuple[dict[str, Any], bool]:
     """The attributes under `fpo` of a folder's group, {} if there are none; and whether its
     metadata matches its checksum."""
     try:
-        document = (path / DOCUMENT).read_bytes()
+        document = place.read(DOCUMENT)
         about = json.loads(document)["attributes"]["fpo"]
     # Brackets nested too deeply raise RecursionError.
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -49,9 +45,9 @@ def read_root(path: Path) -> tuple[dict[str, Any], bool]:
     return about, whole
 
 
-def attributes(path: Path) -> dict[str, Any]:
+def attributes(place: Place) -> dict[str, Any]:
     """The attributes under `fpo` of a folder's group, unchecked; {} if there are none."""
-    return read_root(path)[0]
+    return read_root(place)[0]
 
 
 def is_begun(meta: dict[str, Any]) -> bool:
@@ -59,54 +55,55 @@ def is_begun(meta: dict[str, Any]) -> bool:
     return meta.get("format") == FORMAT and meta.keys() <= {"format", "checksum"}
 
 
-def document_sums(path: Path) -> dict[str, str]:
+def document_sums(place: Place) -> dict[str, str]:
     """The sha256 of every metadata file except the root's, by the name of its group or array."""
-    files = sorted(path.glob(f"*/**/{DOCUMENT}"))
-    return {file.parent.relative_to(path).as_posix(): _sum(file.read_bytes()) for file in files}
+    end = f"/{DOCUMENT}"
+    keys = [key for key in place.files() if key.endswith(end)]
+    return {key.removesuffix(end): _sum(place.read(key)) for key in sorted(keys)}
 
 
-def array_document(path: Path, name: str) -> dict[str, Any]:
+def array_document(place: Place, name: str) -> dict[str, Any]:
     """The metadata of a group or array, unchecked; {} if there is none."""
     try:
-        document = json.loads((path / name / DOCUMENT).read_text(encoding="utf-8"))
+        document = json.loads(place.read(f"{name}/{DOCUMENT}"))
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
-def check_documents(path: Path, meta: dict[str, Any]) -> None:
+def check_documents(place: Place, meta: dict[str, Any]) -> None:
     """Refuse metadata that does not match its checksum, links out of the folder, and shapes with
     far more chunks than there are files.
 
     Args:
-        path: of the store.
+        place: of the store.
         meta: its attributes, checked.
 
     Raises:
         UserError: it names the document or array.
     """
-    whole = path.resolve()
     sums = meta.get("documents", {})
     for name in {*array_schema(meta), *sums}:
-        for inside in (path / name / DOCUMENT, path / name / "c"):
-            if not inside.resolve().is_relative_to(whole):
-                raise UserError(f"{inside} leads out of the store", "write the store again")
+        for key in (f"{name}/{DOCUMENT}", f"{name}/c"):
+            if place.leads_out(key):
+                raise UserError(f"{place.name}/{key} leads out of the store", "write it again")
     for name, expected in sums.items():
-        file = path / name / DOCUMENT
-        if not file.is_file():
-            raise UserError(f"{file} is missing", REPAIR)
-        if _sum(file.read_bytes()) != expected:
-            raise UserError(f"{file} is damaged or was edited", REPAIR)
+        key = f"{name}/{DOCUMENT}"
+        try:
+            found = _sum(place.read(key))
+        except OSError as error:
+            raise UserError(f"{place.name}/{key} is missing", REPAIR) from error
+        if found != expected:
+            raise UserError(f"{place.name}/{key} is damaged or was edited", REPAIR)
     # Memory is allocated by these numbers, and the metadata may be made up.
     for name, chunks in (
         ("spans", -(-meta["pairs"]["kept"] // meta["block"])),
         ("tokens", -(-meta["tokens"] // TOKENS_PER_CHUNK)),
     ):
-        folder = path / name / "c"
-        there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+        there = sum(1 for _ in place.files(f"{name}/c/"))
         if chunks > 2 * there + 16:
             raise UserError(
-                f"the array {name} of {path} has {there:,} of {chunks:,} chunks", REPAIR
+                f"the array {name} of {place.name} has {there:,} of {chunks:,} chunks", REPAIR
             )
 
 

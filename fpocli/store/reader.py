@@ -22,6 +22,7 @@ from fpocli.store.metadata import (
     is_begun,
     read_root,
 )
+from fpocli.store.place import Place, cannot_reach, place_of
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.schema import (
     FORMAT,
@@ -42,16 +43,20 @@ class Store(DistributionReader):
     """A store opened for reading; see `open`."""
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str | Place) -> Self:
         """Open a store and check its metadata.
+
+        Args:
+            path: of a folder, or the URL of a prefix in a bucket.
 
         Raises:
             UserError: there is none, its version is another, or metadata is missing or wrong.
         """
-        path = Path(path)
-        meta, whole = read_root(path)
-        if not (path / DOCUMENT).is_file():
-            what = f"has no {DOCUMENT}" if path.exists() else "does not exist"
+        place = place_of(path)
+        path = place.name
+        meta, whole = read_root(place)
+        if not place.exists(DOCUMENT):
+            what = f"has no {DOCUMENT}" if place.exists() else "does not exist"
             raise UserError(f"{path} {what}", "write a store with `fpo cache --out`")
         if meta.get("format") != FORMAT:
             raise UserError(
@@ -72,14 +77,16 @@ class Store(DistributionReader):
         # Version 1.0 has no checksums and does not record T.
         early = version == "1.0" and "checksum" not in meta
         if early:
-            meta["tokens"] = array_document(path, "tokens").get("shape", [None])[0]
+            meta["tokens"] = array_document(place, "tokens").get("shape", [None])[0]
         elif not whole:
-            raise UserError(f"{path / DOCUMENT} is damaged or was edited", REPAIR)
+            raise UserError(f"{path}/{DOCUMENT} is damaged or was edited", REPAIR)
         if wrong := wrong_attribute(meta):
             raise UserError(f"the metadata of {path} is invalid: {wrong}", REPAIR)
-        check_documents(path, meta)
+        check_documents(place, meta)
         try:
-            store = cls(path, meta)
+            store = cls(place, meta)
+        except place.unreachable as error:
+            raise cannot_reach(place.name, error) from error
         except BROKEN as error:
             raise UserError(f"{path} cannot be opened: {error}", REPAIR) from error
         store._check_arrays()

@@ -3,6 +3,7 @@
 The order of writing is in docs/format.md. Shapes: N pairs, b pairs of one block.
 """
 
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,13 +21,20 @@ from fpocli.store.digest import (
     digest_of_totals,
 )
 from fpocli.store.distribution_rows import Distributions, lay_out
-from fpocli.store.metadata import array_document, attributes, document_sums, is_begun, write_root
+from fpocli.store.metadata import (
+    DOCUMENT,
+    array_document,
+    attributes,
+    document_sums,
+    is_begun,
+    write_root,
+)
+from fpocli.store.place import Folder, Place
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint, kept_features
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
-from fpocli.system.files import is_empty, remove_folder
 
 
 class StoreWriter(Store):
@@ -35,19 +43,18 @@ class StoreWriter(Store):
     _mode: Literal["r", "r+"] = "r+"
 
     @classmethod
-    def create(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
+    def create(cls, place: Place, about: dict[str, Any], tokens: TokenPairs) -> Self:
         """Write the token ids, and create all other arrays filled with missing values.
 
         Args:
-            path: a folder that is empty or does not exist.
+            place: an empty one.
             about: the attributes of docs/format.md except those made here (format, version, state,
                 tokens, distribution_rows, fingerprint, documents, checksum, and created if it is
                 missing).
             tokens: all pairs; spans are offsets from the first token of the store.
         """
-        path.mkdir(parents=True, exist_ok=True)
         # A store with no other attributes was interrupted here and starts over.
-        write_root(path, {"format": FORMAT})
+        write_root(place, {"format": FORMAT})
         meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
         meta |= {
             "format": FORMAT,
@@ -59,7 +66,7 @@ class StoreWriter(Store):
         if distributions := Distributions.of(meta):
             sizes, places = lay_out(tokens.counts, meta["block"], distributions)
             meta["distribution_rows"] = sizes
-        store = cls(path, meta)
+        store = cls(place, meta)
         # Stored here too, so that blocks can be identified if the root's metadata is lost.
         store._group.create_group("blocks", attributes={"fingerprint": meta["fingerprint"]})
         for name, array in array_schema(meta).items():
@@ -74,13 +81,13 @@ class StoreWriter(Store):
         store._array("source_row")[:] = tokens.source_row
         if distributions:
             store._array("ref/top/rows")[:] = places
-        meta["documents"] = document_sums(path)
+        meta["documents"] = document_sums(place)
         # Written last.
-        write_root(path, meta)
+        write_root(place, meta)
         return store
 
     @classmethod
-    def open(cls, path: Path | str) -> Self:
+    def open(cls, path: Path | str | Place) -> Self:
         """Open a store to continue writing it.
 
         Raises:
@@ -89,7 +96,7 @@ class StoreWriter(Store):
         store = super().open(path)
         if not store.has_totals and store.meta["state"] != "complete":
             raise UserError(
-                f"{path} was begun by an earlier version of fpo",
+                f"{store.path} was begun by an earlier version of fpo",
                 "complete it with that version, or use --overwrite",
             )
         return store
@@ -173,10 +180,10 @@ class StoreWriter(Store):
             for first in range(0, len(values), shard):
                 part = values[first : first + shard]
                 padding = [(0, shard - len(part)), *[(0, 0)] * (part.ndim - 1)]
-                place = begin + first
+                start = begin + first
                 # Zarr reads a shard before it writes it, which fails if it is damaged.
-                self._file(f"ref/top/{name}", place // shard).unlink(missing_ok=True)
-                array[place : place + shard] = np.pad(
+                self.place.delete(self._key(f"ref/top/{name}", start // shard))
+                array[start : start + shard] = np.pad(
                     part, padding, constant_values=array.fill_value
                 )
         digests = np.zeros(len(places), np.uint64)
@@ -200,7 +207,7 @@ class StoreWriter(Store):
                 noted[name] = [*known[1:], model[name]]
         if noted != self.meta.get("allowed", {}) and self.unscored_blocks():
             self.meta["allowed"] = noted
-            write_root(self.path, self.meta)
+            write_root(self.place, self.meta)
 
     def mark_unscored(self, block: int) -> None:
         """Remove a block's digest, so that it is scored again."""
@@ -230,57 +237,55 @@ class StoreWriter(Store):
             self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
-        # Parts of chunks that crashes left; no other process writes any more.
-        for left in self.path.rglob("*.partial"):
-            left.unlink()
+        # No other process writes any more.
+        self.place.clear_partial()
 
     def _set_state(self, state: str) -> None:
         self.meta["state"] = state
-        write_root(self.path, self.meta)
+        write_root(self.place, self.meta)
 
     @classmethod
-    def rewrite_metadata(cls, path: Path, about: dict[str, Any], tokens: TokenPairs) -> Self:
+    def rewrite_metadata(cls, place: Place, about: dict[str, Any], tokens: TokenPairs) -> Self:
         """Write a store's metadata and token ids again and keep the blocks, whether they match or
         not. The state is then partial.
 
         Args:
-            path: of the store.
+            place: of the store.
             about, tokens: as `create` takes them.
         """
-        fresh = path.with_name(f".{path.name}.fpo-repair")
-        remove_folder(fresh)
-        meta = cls.create(fresh, about, tokens).meta
-        # The root's metadata last.
-        for file in sorted(file for file in fresh.rglob("*") if file.is_file()):
-            there = path / file.relative_to(fresh)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(there)
-        remove_folder(fresh)
-        store = cls(path, meta)
+        with tempfile.TemporaryDirectory() as folder:
+            fresh = Folder(Path(folder) / "fresh")
+            meta = cls.create(fresh, about, tokens).meta
+            # The root's metadata last.
+            for key in sorted(fresh.files(), key=lambda key: key == DOCUMENT):
+                place.write(key, fresh.read(key))
+        store = cls(place, meta)
         store._set_state("partial")
         return store
 
     @staticmethod
-    def fingerprint_of_blocks(path: Path) -> str | None:
+    def fingerprint_of_blocks(place: Place) -> str | None:
         """The fingerprint that the blocks of a store carry, if the root's metadata is lost."""
-        return array_document(path, "blocks").get("attributes", {}).get("fingerprint")
+        return array_document(place, "blocks").get("attributes", {}).get("fingerprint")
 
-    # -- the folder, before it is opened ----------------------------------------------------
-
-    @staticmethod
-    def require_replaceable(path: Path) -> None:
-        """Refuse a path with anything other than a store, a begun store, or an empty folder."""
-        known = attributes(path).get("format") == FORMAT or StoreWriter.fingerprint_of_blocks(path)
-        if path.exists() and not (known or is_empty(path)):
-            raise UserError(f"{path} exists and is not an fpo store", "choose another --out")
+    # -- the place, before it is opened ----------------------------------------------------
 
     @staticmethod
-    def remove(path: Path) -> None:
+    def require_replaceable(place: Place) -> None:
+        """Refuse a place with anything other than a store, a begun store, or nothing."""
+        known = attributes(place).get("format") == FORMAT or StoreWriter.fingerprint_of_blocks(
+            place
+        )
+        if place.exists() and not (known or place.is_empty()):
+            raise UserError(f"{place.name} exists and is not an fpo store", "choose another --out")
+
+    @staticmethod
+    def remove(place: Place) -> None:
         """Delete a store, or the remains of an interrupted `create`; never anything else."""
-        StoreWriter.require_replaceable(path)
-        remove_folder(path)
+        StoreWriter.require_replaceable(place)
+        place.clear()
 
     @staticmethod
-    def unfinished(path: Path) -> bool:
-        """Whether `path` is an empty folder or the remains of an interrupted `create`."""
-        return is_empty(path) or is_begun(attributes(path))
+    def unfinished(place: Place) -> bool:
+        """Whether there is nothing, or the remains of an interrupted `create`."""
+        return place.is_empty() or is_begun(attributes(place))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from forked_launch import forked_launch
 from runs import finish
-from stores import set_attributes
+from stores import attributes, set_attributes
 
 from fpocli import CompareConfig
 from fpocli.comparison.columns import TABLES
@@ -18,7 +18,6 @@ from fpocli.comparison.compare import compare
 from fpocli.comparison.differences import BaselineDifferences
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS, make_table
-from fpocli.store.metadata import attributes
 from fpocli.system.errors import UserError
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from stores import cache_config, write_pairs
+from stores import attributes, cache_config, write_pairs, write_root
 
 from fpocli import InspectConfig, UserError, cache, inspect
 from fpocli.scoring.loading import find_reference, sites_of
 from fpocli.scoring.saes import load_encoders
-from fpocli.store.metadata import attributes, write_root
 from fpocli.store.reader import Store
 
 CPU = torch.device("cpu")

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Command
-from stores import assert_equal, cache_config, make_loader
+from stores import assert_equal, attributes, cache_config, make_loader, write_root
 
 from fpocli import UserError, cache
 from fpocli.caching import cache as caching_stage
 from fpocli.report.describe import describe
 from fpocli.store import distribution_rows
-from fpocli.store.metadata import DOCUMENT, attributes, document_sums, write_root
+from fpocli.store.metadata import DOCUMENT, document_sums
+from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.schema import fingerprint
 from fpocli.store.verify import find_damage
@@ -299,7 +300,7 @@ def made_up_metadata(path: Path, whole: list[tuple], data) -> None:
                 (path / name / DOCUMENT).write_text(json.dumps(document))
         with suppress(LookupError, TypeError):
             about["fingerprint"] = fingerprint(about)
-        about["documents"] = document_sums(path)
+        about["documents"] = document_sums(Folder(path))
         write_root(path, about)
         if not verify(path):
             assert train_on(path) in (whole, [("stopped",)])

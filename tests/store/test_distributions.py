@@ -14,13 +14,13 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import attributes_of, made_up, rows_of
-from stores import contents, set_attributes
+from stores import attributes, contents, set_attributes
 
 from fpocli.data.top_tokens import TopTokens
 from fpocli.model.coarse_kl import coarse_kl, top_tokens
 from fpocli.store import distribution_rows
 from fpocli.store.distribution_rows import Distributions, largest_block, lay_out
-from fpocli.store.metadata import attributes
+from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.schema import array_bytes
 from fpocli.store.verify import find_damage
@@ -68,7 +68,7 @@ def write(path, given: list[TopTokens[np.ndarray]], block: int, meta: dict, miss
     """A complete store with the distributions of each pair."""
     pairs = len(given)
     tokens, vectors = made_up(pairs, 1)
-    store = StoreWriter.create(path, attributes_of(pairs, block) | meta, tokens)
+    store = StoreWriter.create(Folder(path), attributes_of(pairs, block) | meta, tokens)
     for number in range(store.blocks):
         rows = store.pairs_in(number)
         reference, totals = rows_of(vectors, rows)
@@ -258,7 +258,7 @@ def test_unscored_blocks_and_other_stores_have_none(tmp_path, store_path):
     assert Store.open(store_path).distributions is None
     tokens, _ = made_up(5, 2)
     path = tmp_path / "s.zarr"
-    StoreWriter.create(path, attributes_of(5, 2) | about(), tokens)
+    StoreWriter.create(Folder(path), attributes_of(5, 2) | about(), tokens)
     with pytest.raises(UserError, match=r"pair 3 of .* has no reference values"):
         Store.open(path).top_tokens([3])
     assert find_damage(Store.open(path)) == []

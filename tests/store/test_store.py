@@ -10,9 +10,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import attributes_of, made_up, rows_of
-from stores import contents
+from stores import attributes, contents, write_root
 
-from fpocli.store.metadata import DOCUMENT, attributes, write_root
+from fpocli.store.metadata import DOCUMENT
+from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.schema import fingerprint, index_dtype
 from fpocli.store.verify import find_damage
@@ -184,7 +185,7 @@ def test_each_block_has_chunks_of_its_own(tmp_path):
         if path.exists():
             return
         tokens, vectors = made_up(pairs, seed)
-        store = StoreWriter.create(path, attributes_of(pairs, block), tokens)
+        store = StoreWriter.create(Folder(path), attributes_of(pairs, block), tokens)
         store._set_state("partial")
         owners: dict[Path, int] = {}
         before = stamps(path)
@@ -210,13 +211,13 @@ def test_remove_deletes_only_stores(store, tmp_path):
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
     with pytest.raises(UserError, match="not an fpo store"):
-        StoreWriter.remove(precious)
+        StoreWriter.remove(Folder(precious))
     assert (precious / "thesis.txt").exists()
     zarr.create_group(tmp_path / "other.zarr")
     zarr.open_group(tmp_path / "other.zarr", mode="r+").create_array("x", shape=(1,), dtype="i4")
     with pytest.raises(UserError, match="not an fpo store"):
-        StoreWriter.remove(tmp_path / "other.zarr")
-    StoreWriter.remove(store)
+        StoreWriter.remove(Folder(tmp_path / "other.zarr"))
+    StoreWriter.remove(Folder(store))
     assert not store.exists()
 
 
@@ -231,7 +232,7 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
     results = []
     for shuffled in (False, True):
         path = tmp_path_factory.mktemp("store") / "s.zarr"
-        store = StoreWriter.create(path, meta, tokens)
+        store = StoreWriter.create(Folder(path), meta, tokens)
         assert Store.open(path).meta["state"] == "tokenised"
         order = list(range(store.blocks))
         if shuffled:
@@ -256,7 +257,7 @@ def test_content_does_not_depend_on_order_or_interruption(tmp_path_factory, pair
 def test_a_store_with_missing_or_damaged_blocks_is_not_completed(tmp_path):
     tokens, vectors = made_up(5, 2)
     path = tmp_path / "s.zarr"
-    store = StoreWriter.create(path, attributes_of(5, 2), tokens)
+    store = StoreWriter.create(Folder(path), attributes_of(5, 2), tokens)
     for block in (0, 1):
         store.write_block(block, *rows_of(vectors, store.pairs_in(block)))
     with pytest.raises(UserError, match="ref/logp, block 2"):
@@ -287,7 +288,7 @@ def test_a_store_that_is_replaced_is_not_read_any_further(store, tmp_path):
 def test_missing_values_are_not_valid_numbers(tmp_path):
     tokens, _ = made_up(5, 2)
     meta = attributes_of(5, 2)
-    StoreWriter.create(tmp_path / "s.zarr", meta, tokens)
+    StoreWriter.create(Folder(tmp_path / "s.zarr"), meta, tokens)
     arrays = contents(tmp_path / "s.zarr")
     for name in ("ref/logp", "ref/margin", f"features/{SITE}/value", f"features/{SITE}/mean"):
         assert np.isnan(arrays[name]).all()

@@ -8,7 +8,8 @@ import numpy as np
 import tiny
 import zarr
 
-from fpocli.store.metadata import attributes, write_root
+from fpocli.store import metadata
+from fpocli.store.place import Folder
 from fpocli.store.schema import fingerprint
 
 _WORDS = [
@@ -65,6 +66,16 @@ def cache_config(material: Path, out: Path, **changes):
         "out": str(out),
     }
     return CacheConfig(**(settings | changes))
+
+
+def attributes(path: Path) -> dict:
+    """The attributes of a store under `fpo`."""
+    return metadata.attributes(Folder(path))
+
+
+def write_root(path: Path, about: dict) -> None:
+    """Write them, with their checksum."""
+    metadata.write_root(Folder(path), about)
 
 
 def set_attributes(path: Path, **values) -> None:

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 from runs import command, finish, read
-from stores import cache_config, set_attributes
+from stores import attributes, cache_config, set_attributes
 
 from fpocli import UserError, cache
 from fpocli.caching import score_block
 from fpocli.scoring.score import score
-from fpocli.store.metadata import attributes
 
 
 def train(material, out, *flags, **settings):

@@ -14,11 +14,10 @@ import torch
 import yaml
 from runs import command, finish, finish_all, read, run, same
 from safetensors.torch import load_file
-from stores import cache_config, contents, make_loader, set_attributes
+from stores import attributes, cache_config, contents, make_loader, set_attributes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fpocli import cache
-from fpocli.store.metadata import attributes
 from fpocli.store.reader import Store
 from fpocli.training import engine
 

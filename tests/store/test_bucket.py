@@ -1,0 +1,197 @@
+"""Stores in a bucket, on a real S3 server: the same content as in a folder, one writer, damage, and
+what is said about a place that does not answer."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+from buckets import s3_server
+from processes import Command, results
+from runs import command, run, same
+from stores import cache_config, contents
+
+from fpocli import EvalConfig, InspectConfig, Store, UserError, cache, evaluate, inspect
+from fpocli.store import owner
+from fpocli.store.bucket import Bucket
+from fpocli.store.owner import Owner
+from fpocli.store.place import Folder, place_of
+from fpocli.store.verify import find_damage
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def in_bucket(bucket, material, tmp_path_factory):
+    """A store in the bucket, with distributions, and the same one in a folder."""
+    settings = {"distributions": "4", "block": 8}
+    url = f"{bucket}/stores/ref.zarr"
+    (done,) = results(Command("cache", *words(cache_config(material, url, **settings))))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("folder") / "ref.zarr"
+    cache(cache_config(material, folder, **settings))
+    return url, folder
+
+
+def words(config):
+    from processes import flags
+
+    return flags(config)
+
+
+def keys(url):
+    return set(place_of(url).files())
+
+
+def test_the_content_is_that_of_a_folder(in_bucket):
+    url, folder = in_bucket
+    place, other = place_of(url), Folder(folder)
+    assert keys(url) == set(other.files())
+    different = [key for key in keys(url) if place.read(key) != other.read(key)]
+    # The time of making, and where files are from the store's place.
+    assert different == ["zarr.json"]
+    assert find_damage(Store.open(url)) == []
+    assert place.read_beside(".owner.json") == ""
+
+
+def test_a_run_on_it_is_that_on_a_folder(in_bucket, material, tmp_path):
+    url, folder = in_bucket
+    lines = [
+        run(material, tmp_path / name, "--no-bf16", cache=store, method="tdpo2")
+        for name, store in (("bucket", url), ("folder", folder))
+    ]
+    same(*lines, 0)
+    found = [
+        evaluate(
+            EvalConfig(
+                model=str(tmp_path / "bucket"), cache=str(store), out=str(tmp_path / name),
+                device="cpu",
+            )
+        )
+        for name, store in (("one", url), ("two", folder))
+    ]  # fmt: skip
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    assert inspect(InspectConfig(store=url))["path"] == url
+
+
+def test_it_is_resumed_and_repaired(in_bucket, material, bucket):
+    url, folder = in_bucket
+    place = place_of(url)
+    config = cache_config(material, url, distributions="4", block=8)
+    key = "ref/top/logp/c/0/0"
+    whole = place.read(key)
+    place.write(key, whole[:-3] + b"abc")
+    place.delete("features/layer_3.resid_post/value/c/1/0/0")
+    assert {one.block for one in find_damage(Store.open(url))} == {0, 1}
+    cache(cache_config(material, url, distributions="4", block=8, repair=True))
+    assert find_damage(Store.open(url)) == []
+    assert place.read(key) == whole
+    # As a killed process leaves it.
+    place.delete("blocks/digest/c/1")
+    about = json.loads(place.read("zarr.json"))["attributes"]["fpo"]
+    from fpocli.store.metadata import write_root
+
+    write_root(place, about | {"state": "partial"})
+    store = cache(config)
+    assert store.meta["state"] == "complete"
+    assert place.read("blocks/digest/c/1") == Folder(folder).read("blocks/digest/c/1")
+    again = cache(cache_config(material, url, distributions="4", block=8, overwrite=True))
+    assert np.array_equal(again.read_array("ref/margin"), contents(folder)["ref/margin"])
+
+
+def test_one_process_at_a_time_writes(bucket, monkeypatch):
+    monkeypatch.setattr(owner, "_REFRESH", 0.1)
+    monkeypatch.setattr(owner, "_LOST", 1.0)
+    place = Bucket(f"{bucket}/owned")
+    with Owner(place) as first:
+        with pytest.raises(UserError, match="another process is writing"), Owner(place):
+            pass
+        first.check()
+    assert place.read_beside(".owner.json") == ""
+
+
+def test_a_lost_owner_is_replaced_and_may_not_write_on(bucket, monkeypatch):
+    monkeypatch.setattr(owner, "_REFRESH", 0.2)
+    monkeypatch.setattr(owner, "_LOST", 1.0)
+    place = Bucket(f"{bucket}/lost")
+    paused, go_on = threading.Event(), threading.Event()
+    real = place.replace_beside
+
+    def pause(*arguments):
+        paused.set()
+        go_on.wait()
+        return real(*arguments)
+
+    monkeypatch.setattr(place, "replace_beside", pause)
+    lost = Owner(place)
+    lost.__enter__()
+    assert paused.wait(10)
+    with Owner(Bucket(f"{bucket}/lost")) as other:
+        go_on.set()
+        lost._thread.join()
+        with pytest.raises(UserError, match="another one writes"):
+            lost.check()
+        lost.__exit__(None, None, None)
+        other.check()
+        assert place.read_beside(".owner.json") != "", "it is the other's"
+
+
+def test_only_one_of_many_takes_over(bucket, monkeypatch):
+    monkeypatch.setattr(owner, "_REFRESH", 0.2)
+    monkeypatch.setattr(owner, "_LOST", 1.0)
+    place = Bucket(f"{bucket}/many")
+    place.write_beside(".owner.json", "{}")
+    inside, outside, leave = [], [], threading.Event()
+
+    def enter():
+        try:
+            with Owner(Bucket(f"{bucket}/many")):
+                inside.append(1)
+                leave.wait()
+        except UserError:
+            outside.append(1)
+        if len(outside) == 3:
+            leave.set()
+
+    threads = [threading.Thread(target=enter) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(inside) == 1 and len(outside) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3://bucket", "does not name a place for a store"),
+        ("ftp://bucket/ref.zarr", "does not name a place for a store"),
+        ("s3:///ref.zarr", "does not name a place for a store"),
+    ],
+)
+def test_other_urls_are_refused(url, said):
+    with pytest.raises(UserError, match=said):
+        Store.open(url)
+
+
+def test_nothing_there_is_told_as_of_a_folder(bucket):
+    with pytest.raises(UserError, match="s3://bucket/none does not exist"):
+        Store.open(f"{bucket}/none")
+
+
+def test_several_processes_are_refused(bucket, material):
+    (done,) = results(
+        Command("cache", *words(cache_config(material, f"{bucket}/two")), "--join")
+    )  # fmt: skip
+    assert done.returncode == 2 and "one process at a time writes" in done.stderr
+
+
+def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch, tmp_path, material):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    (done,) = results(Command(*command(material, tmp_path / "run", cache=f"{bucket}/x")[3:]))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "s3://bucket/x cannot be reached" in done.stderr and "hint: " in done.stderr
