@@ -28,7 +28,12 @@ def test_files(place):
     ):
         place.write(key, content)
         assert place.exists(key) and place.read(key) == content
-    assert place.exists() and not place.is_empty() and not place.exists("a/c/2/0") and not place.exists("a/c")
+    assert (
+        place.exists()
+        and not place.is_empty()
+        and not place.exists("a/c/2/0")
+        and not place.exists("a/c")
+    )
     assert sorted(place.files("a/c/")) == ["a/c/0/0", "a/c/1/0"]
     place.write("a/c/0/0", b"4")
     assert place.read("a/c/0/0") == b"4"
