@@ -11,6 +11,7 @@ The public API, which the command line uses as well:
     compare(CompareConfig)    runs a grid of methods, returns a record for each run
     inspect(InspectConfig)    describes a store, returns what it prints
     saes(SaesConfig)          lists the pre-trained SAEs of a model, returns the list
+    doctor(DoctorConfig)      checks this machine, returns what it prints
     report_runs(ReportConfig) writes an HTML page about runs, returns its numbers
     contrast(ContrastConfig)  which features separate chosen from rejected responses
     find(FindConfig)          the features of a kind of text, as a weights file
@@ -32,6 +33,7 @@ from fpocli.config import (
     CompareConfig,
     ContrastConfig,
     DiffConfig,
+    DoctorConfig,
     EvalConfig,
     FindConfig,
     InspectConfig,
@@ -46,6 +48,7 @@ from fpocli.system.errors import UserError
 if TYPE_CHECKING:
     from fpocli.caching.cache import cache
     from fpocli.comparison.compare import compare
+    from fpocli.diagnosis.doctor import doctor
     from fpocli.evaluation.evaluate import evaluate
     from fpocli.interpretation.contrast import contrast
     from fpocli.interpretation.diff import diff
@@ -71,6 +74,7 @@ _MODULES = {
     "show": "fpocli.interpretation.show",
     "diff": "fpocli.interpretation.diff",
     "steer": "fpocli.interpretation.steer",
+    "doctor": "fpocli.diagnosis.doctor",
     "Store": "fpocli.store.reader",
 }
 
@@ -79,6 +83,7 @@ __all__ = [
     "CompareConfig",
     "ContrastConfig",
     "DiffConfig",
+    "DoctorConfig",
     "EvalConfig",
     "FindConfig",
     "InspectConfig",
@@ -93,6 +98,7 @@ __all__ = [
     "compare",
     "contrast",
     "diff",
+    "doctor",
     "evaluate",
     "find",
     "inspect",

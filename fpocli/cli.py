@@ -20,6 +20,7 @@ from fpocli.config import (
     CompareConfig,
     ContrastConfig,
     DiffConfig,
+    DoctorConfig,
     EvalConfig,
     FindConfig,
     InspectConfig,
@@ -221,6 +222,7 @@ _command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
 _command("compare", "compare", CompareConfig, {})
 _command("inspect", "inspect", InspectConfig, {})
 _command("saes", "saes", SaesConfig, {})
+_command("doctor", "doctor", DoctorConfig, {})
 _command("report", "report_runs", ReportConfig, {})
 _command("contrast", "contrast", ContrastConfig, {}, features)
 _command("find", "find", FindConfig, {}, features)

@@ -7,6 +7,7 @@ nothing is listed twice. A field's type is what the flag accepts.
 from fpocli.config.cache import CacheConfig
 from fpocli.config.checks import MAY_DIFFER
 from fpocli.config.compare import CompareConfig
+from fpocli.config.doctor import DoctorConfig
 from fpocli.config.evaluate import EvalConfig
 from fpocli.config.features import (
     ContrastConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CompareConfig",
     "ContrastConfig",
     "DiffConfig",
+    "DoctorConfig",
     "EvalConfig",
     "FindConfig",
     "InspectConfig",

@@ -26,9 +26,15 @@ _CHUNK_BYTES, _CHUNK_BYTES_CPU = 256 * 2**20, 24 * 2**20
 def choose_head(network: Any) -> str:
     """How `logprobs` is computed: by Liger's fused kernel on a GPU if liger-kernel is installed,
     else chunk by chunk. Under ZeRO-3 no rank has the whole weight, so it is chunked there."""
+    return usable_heads(network)[0]
+
+
+def usable_heads(network: Any) -> list[str]:
+    """The heads that can compute `logprobs` for a network, the preferred one first."""
     head = network.get_output_embeddings()
     whole = head.bias is None and not hasattr(head.weight, "ds_id")
-    return LIGER if network.device.type == "cuda" and whole and _liger_serves() else CHUNKED
+    fused = network.device.type == "cuda" and whole and _liger_serves()
+    return [LIGER, CHUNKED] if fused else [CHUNKED]
 
 
 @cache
@@ -40,18 +46,19 @@ def _liger_serves() -> bool:
         return False
 
 
-def logprobs(network: Any, final: Tensor, targets: Tensor) -> Tensor:
+def logprobs(network: Any, final: Tensor, targets: Tensor, head: str | None = None) -> Tensor:
     """log pi(target) at every predicting position. Logits are recomputed in the backward pass.
 
     Args:
         network: transformers' model.
         final: [M, d] the head's input.
         targets: [M] token ids.
+        head: CHUNKED or LIGER; None for that of `choose_head`.
 
     Returns:
         float32 [M], nats.
     """
-    if choose_head(network) == LIGER:
+    if (head or choose_head(network)) == LIGER:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         weight = network.get_output_embeddings().weight

@@ -41,14 +41,16 @@ class LanguageModel(nn.Module):
         network: transformers' model with its head, on its device. Its attention implementation is
             replaced by one that follows the attention rule of packed sequences.
         sites: where hidden states are taken.
+        head: which head computes log-probabilities; None for that of `choose_head`.
 
     Raises:
         UserError: a layer is out of range, or the model cannot follow the rule.
     """
 
-    def __init__(self, network: Any, sites: list[Site]) -> None:
+    def __init__(self, network: Any, sites: list[Site], head: str | None = None) -> None:
         super().__init__()
         self.network = network
+        self.head = head
         self.config = network.config.get_text_config()
         self.sites = sites
         check_layers(self.config, sites)
@@ -80,7 +82,9 @@ class LanguageModel(nn.Module):
             logp, bound = logprobs_and_bound(*head, top)
         if distributions:
             logp, own = logprobs_and_top(*head, distributions)
-        return ModelOutput(logprobs(*head) if logp is None else logp, states, kl, bound, own)
+        if logp is None:
+            logp = logprobs(*head, self.head)
+        return ModelOutput(logp, states, kl, bound, own)
 
     def states(self, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the decoder without the head.
@@ -137,7 +141,7 @@ class LanguageModel(nn.Module):
     def kernels(self, *, distributions: bool) -> str:
         """Which attention kernel and which head are in use, for messages. Where next-token
         distributions are looked at, the head is always chunked."""
-        head = CHUNKED if distributions else choose_head(self.network)
+        head = CHUNKED if distributions else self.head or choose_head(self.network)
         return f"attention {self.config._attn_implementation}, head {head}"
 
     @contextmanager

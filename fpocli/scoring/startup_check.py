@@ -8,7 +8,7 @@ time by transformers' own eager attention and head. Both must agree.
 Shapes: M scored tokens, L tokens of the packed sequence, d model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -56,14 +56,22 @@ TOLERANCE = {
     torch.float16: Difference(nats=0.02, states=0.02),
     torch.bfloat16: Difference(nats=0.05, states=0.05),
 }
+# Of a parameter's gradient, ||a - b|| / ||b||.
+GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 # A response's log-probabilities must not depend on other responses at all, whatever the dtype.
 _INDEPENDENT = 1e-4
 # Of the MLP's output; the residual stream it is added to may be much larger, and so its rounding.
 _ADDITIVE = 0.3
 
 
-@torch.no_grad()
 def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Difference:
+    """`check_scores` at the start of a command, with progress."""
+    with progress("Checking the model against transformers", None):
+        return check_scores(model, tokens)
+
+
+@torch.no_grad()
+def check_scores(model: LanguageModel, tokens: TokenPairs) -> Difference:
     """Refuse a model whose packed log-probabilities or hidden states are not transformers' own.
 
     Args:
@@ -78,15 +86,14 @@ def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Diff
     """
     name = type(model.network).__name__
     most = TOLERANCE[model.network.dtype]
-    with progress("Checking the model against transformers", None):
-        try:
-            pair, neighbour, plain = _sample(model, tokens)
-            found = _difference(model, pair, neighbour, plain)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            raise UserError(f"{name} cannot run on packed sequences: {error}", SUPPORTED) from error
-        leak = _dependence(model, pair, neighbour)
+    try:
+        pair, neighbour, plain = _sample(model, tokens)
+        found = _difference(model, pair, neighbour, plain)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(f"{name} cannot run on packed sequences: {error}", SUPPORTED) from error
+    leak = _dependence(model, pair, neighbour)
     # Written so that nan is too large.
     if not (found.nats <= most.nats and found.states <= most.states):
         raise UserError(
@@ -109,6 +116,53 @@ def check_against_transformers(model: LanguageModel, tokens: TokenPairs) -> Diff
                 "use --site resid_post",
             )
     return found
+
+
+def check_gradients(model: LanguageModel, tokens: TokenPairs) -> float:
+    """Refuse a model whose packed backward pass is not transformers' own.
+
+    The gradient is that of the margin in nats per token, summed over the pairs, with respect to
+    every parameter. None of them may be zero, as that of a bias of the keys is.
+
+    Args:
+        model: on its device, in evaluation mode; float32 or bfloat16.
+        tokens: few pairs, packed into one sequence. A response has at most 256 tokens.
+
+    Returns:
+        ||a - b|| / ||b|| of the parameter where it is largest.
+
+    Raises:
+        UserError: it exceeds GRADIENT_TOLERANCE.
+    """
+    pairs = [tokens.pair(number) for number in range(len(tokens))]
+    batch = _packed(model, pairs)
+    ours = _gradient(model, _scores(model, batch)[0].split(batch.counts))
+    with _eager(model):
+        responses = ((pair.prompt, y) for pair in pairs for y in (pair.chosen, pair.rejected))
+        theirs = _gradient(model, [_plain_scores(model, x, y)[0] for x, y in responses])
+    apart = {
+        name: ((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs
+    }
+    # nan counts as largest.
+    worst = max(apart, key=lambda name: (apart[name] != apart[name], apart[name]))
+    most = GRADIENT_TOLERANCE[model.network.dtype]
+    if not apart[worst] <= most:
+        raise UserError(
+            f"the backward pass of {type(model.network).__name__} is not transformers' own: the "
+            f"gradient of {worst} differs by {apart[worst]:.3g} of its norm (tolerance {most:g})",
+            SUPPORTED,
+        )
+    return apart[worst]
+
+
+def _gradient(model: LanguageModel, responses: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Of the margins' sum, in float32, by parameter; `responses` are the log-probabilities of
+    chosen and rejected, pair after pair."""
+    means = torch.stack([logp.mean() for logp in responses])
+    margin = (means[::2] - means[1::2]).sum()
+    parameters = dict(model.network.named_parameters())
+    gradients = torch.autograd.grad(margin, list(parameters.values()))
+    return {name: one.float() for name, one in zip(parameters, gradients, strict=True)}
 
 
 def _difference(
@@ -153,7 +207,7 @@ def _packed(model: LanguageModel, pairs: list[TokenPair]) -> PackedSequence:
 def _scores(model: LanguageModel, batch: PackedSequence) -> Scores:
     """Log-probabilities, float32 [M] in nats, and hidden states of each site, [M, d]."""
     final, states = model.states(batch)
-    return logprobs(model.network, final, batch.targets), states
+    return logprobs(model.network, final, batch.targets, model.head), states
 
 
 def _plain_scores(model: LanguageModel, prompt: TokenIds, response: TokenIds) -> Scores:
