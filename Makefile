@@ -70,6 +70,7 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # docs/families.md, from tiny random models of each family.
 families: .venv/dev
