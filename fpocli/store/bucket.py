@@ -6,6 +6,7 @@ profiles, the instance's role. Requests that fail are repeated by obstore for th
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import Any
 
 from fpocli.store.place import cannot_reach
@@ -14,6 +15,8 @@ from fpocli.system.errors import UserError
 _KINDS = ("s3", "gs", "az")
 # An endpoint of one's own may be one without TLS; those of the clouds are https anyway.
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s", "allow_http": True}
+# After a tenth of a second, then twice as long each time, 15 seconds at most.
+_RETRIES = {"max_retries": 12, "retry_timeout": timedelta(minutes=3)}
 
 
 class Bucket:
@@ -45,8 +48,9 @@ class Bucket:
         self.unreachable: tuple[type[Exception], ...] = (obstore.exceptions.BaseError,)
         self._url, self._prefix = f"{kind}://{path}", prefix
         with self._told():
-            self._bucket: Any = from_url(f"{kind}://{bucket}", client_options=_CLIENT)  # type: ignore[call-overload]
-            self._inside: Any = from_url(self._url, client_options=_CLIENT)  # type: ignore[call-overload]
+            settings: Any = {"client_options": _CLIENT, "retry_config": _RETRIES}
+            self._bucket: Any = from_url(f"{kind}://{bucket}", **settings)
+            self._inside: Any = from_url(self._url, **settings)
 
     @property
     def name(self) -> str:

@@ -1,17 +1,19 @@
 """Stores in a bucket, on a real S3 server: the same content as in a folder, one writer, damage, and
 what is said about a place that does not answer."""
 
+import itertools
 import json
 import threading
 
 import numpy as np
 import pytest
-from buckets import s3_server
+from buckets import faults, s3_server
 from processes import Command, results
 from runs import command, run, same
 from stores import cache_config, contents
 
 from fpocli import EvalConfig, InspectConfig, Store, UserError, cache, evaluate, inspect
+from fpocli.store import bucket as bucket_module
 from fpocli.store import owner
 from fpocli.store.bucket import Bucket
 from fpocli.store.owner import Owner
@@ -195,3 +197,49 @@ def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch, tmp_pa
     (done,) = results(Command(*command(material, tmp_path / "run", cache=f"{bucket}/x")[3:]))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "s3://bucket/x cannot be reached" in done.stderr and "hint: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "fault", ["503", *(pytest.param(name, marks=pytest.mark.long) for name in ("500", "cut"))]
+)
+def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monkeypatch):
+    """Every seventh request fails; what is written and read is right all the same."""
+    monkeypatch.setattr(bucket_module, "_CLIENT", bucket_module._CLIENT | {"timeout": "1s"})
+    url, folder = in_bucket
+    count = itertools.count()
+    lock = threading.Lock()
+
+    def decide(method, path):
+        with lock:
+            return fault if next(count) % 7 == 1 else None
+
+    own = f"{url.rpartition('/')[0]}/{fault}.zarr"
+    with faults(decide) as injected:
+        cache(cache_config(material, own, distributions="4", block=8))
+        assert len(injected) > 20
+        before = len(injected)
+        assert find_damage(Store.open(own)) == []
+        assert len(injected) > before
+    one, other = place_of(own), Folder(folder)
+    assert keys(own) == set(other.files())
+    assert [key for key in keys(own) if one.read(key) != other.read(key)] == ["zarr.json"]
+
+
+def test_a_fault_that_stays_ends_in_a_sentence(in_bucket, material, monkeypatch):
+    monkeypatch.setattr(bucket_module, "_RETRIES", {"max_retries": 2})
+    url, _ = in_bucket
+    own = f"{url.rpartition('/')[0]}/stays.zarr"
+    config = cache_config(material, own, distributions="4", block=8)
+    broken = threading.Event()
+
+    def decide(method, path):
+        if method == "PUT" and "blocks/digest/c/1" in path:
+            broken.set()
+        return "503" if broken.is_set() else None
+
+    with faults(decide), pytest.raises(UserError, match="cannot be reached") as caught:
+        cache(config)
+    assert caught.value.hint.startswith("check the network")
+    assert 1 in Store.open(own).unscored_blocks()
+    place_of(own).write_beside(".owner.json", "")
+    assert find_damage(cache(config)) == []

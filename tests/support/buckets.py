@@ -1,12 +1,18 @@
-"""An S3 server on this machine, in a process of its own (moto)."""
+"""An S3 server on this machine, in a process of its own (moto), and a proxy before it that injects
+faults."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
 _SERVER = """
 import time
@@ -46,3 +52,66 @@ def s3_server() -> Iterator[str]:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+@contextmanager
+def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
+    """Put a proxy before the server that the environment names.
+
+    Args:
+        decide: given method and path, "500" or "503" for such an answer of the server, "cut" for
+            a connection that ends without one, or None.
+
+    Yields:
+        the faults that were injected, while they are.
+    """
+    server = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+    injected: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if fault := decide(self.command, self.path):
+                injected.append(fault)
+            if fault in ("500", "503"):
+                self.send_response(int(fault))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            if fault == "cut":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            connection = HTTPConnection(server)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("content-length", "connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            length = answer.getheader("Content-Length") if self.command == "HEAD" else len(content)
+            if answer.status != 304:
+                self.send_header("Content-Length", str(length or 0))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    proxy.daemon_threads = True
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        address = f"http://127.0.0.1:{proxy.server_address[1]}"
+        with patch.dict(os.environ, {"AWS_ENDPOINT_URL": address}):
+            yield injected
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
