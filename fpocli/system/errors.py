@@ -8,8 +8,8 @@ from typing import Any
 
 # errno of a write for which there is no space.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How torch and the Rust libraries report it, in errors other than OSError.
-_UNWRITTEN = ("inline_container", "(os error ")
+# How the Rust libraries report it, in errors other than OSError.
+_UNWRITTEN = "(os error "
 # Most characters of a message; some libraries quote a whole file.
 _LONGEST = 1000
 
@@ -42,7 +42,7 @@ def _readable(text: str) -> str:
 
 @contextmanager
 def report_write_errors(path: Path) -> Iterator[None]:
-    """Report a file that torch, safetensors or tokenizers cannot write.
+    """Report a file that safetensors or tokenizers cannot write.
 
     Raises:
         UserError: there was no space, or another error of the operating system.
@@ -50,7 +50,7 @@ def report_write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) or not any(part in str(error) for part in _UNWRITTEN):
+        if isinstance(error, OSError) or _UNWRITTEN not in str(error):
             raise
         raise UserError(
             f"{path} cannot be written: {error}", "free some space and run the same command again"

@@ -49,6 +49,18 @@ class Ranks:
         if failure[0] is not None:
             raise same_on_all_ranks(failure[0])
 
+    def on_each(self, work: Callable[[], Any]) -> Any:
+        """Do something on every rank; if it fails on one, all ranks raise. Returns this rank's."""
+        result, failure = None, None
+        try:
+            result = work()
+        except UserError as error:
+            failure = error
+        failure = self.of_first(next(filter(None, self.gather(failure)), None))
+        if failure is not None:
+            raise same_on_all_ranks(failure)
+        return result
+
     def of_first(self, value: Any) -> Any:
         """The value of rank 0, on all ranks."""
         if self.world == 1:

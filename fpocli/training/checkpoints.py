@@ -1,20 +1,26 @@
-"""The checkpoints of a run, written and read by DeepSpeed."""
+"""The checkpoints of a run: whole weights and moments by parameter name, for any number of ranks.
 
-import contextlib
-import os
-import pickle
+DeepSpeed holds them flat and in parts. Here they are put together, parameter by parameter, and
+taken apart again for the ranks that go on.
+"""
+
 import shutil
-import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fpocli.system.errors import UserError, report_write_errors
-from fpocli.system.heartbeat import is_of_a_lost_process
-
-_STEP, _ALPHA = "fpo_step", "fpo_alpha"
+from fpocli.system.errors import report_write_errors
+from fpocli.system.ranks import Ranks
+from fpocli.training.checkpoint_files import (
+    Checkpoint,
+    open_checkpoint,
+    write_document,
+    write_tensors,
+)
+from fpocli.training.engine import MOMENTS, optimizer_states
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: int) -> None:
@@ -30,22 +36,26 @@ def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: in
     Raises:
         UserError: the disk is full; older checkpoints are unchanged.
     """
-    tag = f"partial-{step}"
-    with contextlib.redirect_stdout(sys.stderr), report_write_errors(folder / tag):
-        state = {_STEP: step, _ALPHA: alpha}
-        engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
+    ranks = _ranks()
+    partial = folder / f"partial-{step}"
+    partial.mkdir(parents=True, exist_ok=True)
+    with report_write_errors(partial):
+        digests = write_tensors(partial, ranks.rank, _tensors_of_rank(engine, ranks))
+    # Rank 0 goes on when all ranks have written theirs.
+    gathered = ranks.gather(digests)
+    if ranks.rank == 0:
+        files = {name: digest for part in gathered for name, digest in part.items()}
+        write_document(partial, step, alpha, files)
         # A checkpoint gets its name when it is complete.
-        (folder / tag).rename(folder / f"step-{step}")
+        partial.rename(folder / f"step-{step}")
         for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The name of the newest complete checkpoint in a folder, or None."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in a folder, or None."""
     found = _checkpoints(folder)
-    return found[-1].name if found else None
+    return found[-1] if found else None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -54,8 +64,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
+@torch.no_grad()
 def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float]:
-    """Load the newest checkpoint.
+    """Load the newest checkpoint, whatever the number of ranks that wrote it.
 
     Args:
         engine: before the first step.
@@ -66,51 +77,116 @@ def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float
         the number of steps done, 0 without a checkpoint; alpha of the next step.
 
     Raises:
-        UserError: it cannot be loaded, or contains code, which is not run.
+        UserError: it is damaged, or of an earlier version. All ranks raise.
     """
-    tag = newest_checkpoint(folder)
-    if tag is None:
+    newest = newest_checkpoint(folder)
+    if newest is None:
         return 0, alpha
-    try:
-        with contextlib.redirect_stdout(sys.stderr), _data_only():
-            path, client_state = engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise FileNotFoundError(folder / tag)
-        # A checkpoint of 0.1 has no alpha, which was constant then.
-        return int(client_state[_STEP]), float(client_state.get(_ALPHA, alpha))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"the checkpoint {folder / tag} is damaged, or contains code, which is not run",
-            "delete it to resume from an older one, or start over with --overwrite",
-        ) from error
-    except Exception as error:  # DeepSpeed raises assertions and errors of many kinds
-        if is_of_a_lost_process(error):
-            raise
-        raise UserError(
-            f"the checkpoint {folder / tag} cannot be loaded: {error}",
-            "resume with as many processes as saved it, delete it to resume from an older one, or "
-            "start over with --overwrite",
-        ) from error
+    ranks = _ranks()
+    shapes = {state.name: state.shape for state in _states(engine)}
+    checkpoint: Checkpoint = ranks.on_each(
+        lambda: open_checkpoint(newest, ranks.rank, ranks.world, shapes)
+    )
+    for _, own in optimizer_states(engine):
+        own["step"].fill_(checkpoint.step)
+    for state in _states(engine):
+        state.set(checkpoint.tensor(state.name))
+    _round_weights(engine)
+    return checkpoint.step, checkpoint.alpha
 
 
-@contextlib.contextmanager
-def _data_only() -> Iterator[None]:
-    """Restrict torch.load to tensors, plain values and three classes of DeepSpeed's.
+def _ranks() -> Ranks:
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
-    DeepSpeed calls it without that restriction; the environment variable overrides the call.
+
+@dataclass(frozen=True)
+class _State:
+    """The float32 weights of a parameter, or a moment of them.
+
+    Args:
+        name: in the checkpoint.
+        number: of the parameter.
+        parameter: of the policy.
+        moment: its name, or None for the weights.
+        own: the tensor itself, if every rank has it whole: without ZeRO.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
+    name: str
+    number: int
+    parameter: Any
+    moment: str | None
+    own: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole, also if ZeRO-3 has partitioned the parameter."""
+        return tuple(getattr(self.parameter, "ds_shape", self.parameter.shape))
+
+    def gather(self) -> torch.Tensor:
+        """The whole, on all ranks, which must all call it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.own is not None:
+            return self.own.detach()
+        if self.moment:
+            return safe_get_full_optimizer_state(self.parameter, self.moment)
+        return safe_get_full_fp32_param(self.parameter)
+
+    def set(self, value: torch.Tensor) -> None:
+        """Take this rank's part from the whole."""
+        from deepspeed import utils
+
+        if self.own is not None:
+            self.own.copy_(value)
+        elif not hasattr(self.parameter, "ds_tensor"):
+            if self.moment:
+                utils.safe_set_full_optimizer_state(self.parameter, value, self.moment)
+            else:
+                utils.safe_set_full_fp32_param(self.parameter, value)
         else:
-            os.environ[name] = before
+            # ZeRO-3. DeepSpeed cannot set a whole that the number of ranks does not divide.
+            size = self.parameter.ds_tensor.numel()
+            start = size * torch.distributed.get_rank(self.parameter.ds_process_group)
+            part = value.flatten()[start : start + size]
+            part = torch.nn.functional.pad(part, (0, size - part.numel()))
+            if self.moment:
+                utils.safe_set_local_optimizer_state(self.parameter, part, self.moment)
+            else:
+                utils.safe_set_local_fp32_param(self.parameter, part)
+
+
+def _states(engine: Any) -> Iterator[_State]:
+    """The weights and moments of every parameter, once also if it is tied."""
+    moments = MOMENTS[type(engine.basic_optimizer)]
+    whole = optimizer_states(engine) if engine.zero_optimization_stage() == 0 else []
+    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+        name = name.removeprefix("network.")
+        own, own_moments = whole[number] if whole else (None, {})
+        yield _State(name, number, parameter, None, own)
+        for moment in moments:
+            yield _State(f"{name}.{moment}", number, parameter, moment, own_moments.get(moment))
+
+
+def _tensors_of_rank(engine: Any, ranks: Ranks) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that this rank writes. All ranks gather each of them, so all must use this up."""
+    for state in _states(engine):
+        whole = state.gather()
+        if state.number % ranks.world == ranks.rank:
+            yield state.name, whole.cpu()
+
+
+def _round_weights(engine: Any) -> None:
+    """Make the weights of the forward pass those of the optimiser, in the policy's dtype."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0:
+        updated = [tensor for tensor, _ in optimizer_states(engine)]
+        for parameter, tensor in zip(engine.module.parameters(), updated, strict=True):
+            parameter.copy_(tensor)
+    elif engine.zero_optimization_stage() < 3:
+        optimizer.update_lp_params()
+    else:
+        # Small parameters are whole on every rank, and are gathered again.
+        optimizer.checkpoint_event_prologue()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()

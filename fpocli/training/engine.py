@@ -21,6 +21,11 @@ from fpocli.system.ranks import same_on_all_ranks
 
 # Elements of a group of parameters, which the optimiser updates at once.
 _GROUP_SIZE = 2**25
+# What each optimiser keeps of every weight, beside the number of steps.
+MOMENTS = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.RMSprop: ("square_avg",),
+}
 
 
 def start_processes(device: torch.device) -> tuple[int, int]:
@@ -86,11 +91,34 @@ def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, A
         )
     for group in engine.optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay
-    if settings.bf16 and settings.zero == 0:
-        # That step would count as Adam's first and scale the next update by 0.744.
-        for state in engine.optimizer.optimizer.state.values():
-            state["step"].zero_()
+    _create_states(engine)
     return engine
+
+
+def _create_states(engine: Any) -> None:
+    """Create the optimiser's state, so that a checkpoint can be loaded into it.
+
+    DeepSpeed would tell parameters where their state is after the first group's first step, when
+    the other groups have none yet.
+    """
+    for tensor, state in optimizer_states(engine):
+        # A step of DeepSpeed's own would count as Adam's first and scale the next update by 0.744.
+        state["step"] = torch.tensor(0.0, device=tensor.device)
+        for moment in MOMENTS[type(engine.basic_optimizer)]:
+            state.setdefault(moment, torch.zeros_like(tensor))
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def optimizer_states(engine: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """What torch's optimiser updates on this rank, and its state of each: parts of the flattened
+    weights, or without ZeRO the float32 weights of each parameter, in the parameters' order."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        updated = optimizer.fp32_partitioned_groups_flat
+    else:
+        updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return [(tensor, optimizer.state[tensor]) for tensor in updated]
 
 
 def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
@@ -167,6 +195,12 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         changed.append("the ZeRO stage")
     if merged["zero_optimization"].get("compute_grad_norm") is False:
         changed.append("the gradient norm")
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
+        raise UserError(
+            f"{settings.deepspeed} offloads the optimiser's state where no checkpoint finds it",
+            'offload all of it to "device": "cpu"',
+        )
     if changed:
         raise UserError(
             f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
