@@ -34,6 +34,7 @@ from fpocli.config import (
 from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
 from fpocli.system.json_yaml import read_yaml
+from fpocli.system.launch import launch
 from fpocli.system.output import output, write_json
 from fpocli.system.signals import add_resume_note, suppress_stop_message
 
@@ -168,7 +169,10 @@ def _command(
             # tqdm's bars, of downloads for example.
             os.environ["TQDM_DISABLE"] = "1"
         try:
-            getattr(fpocli, function)(config(**settings))
+            made = config(**settings)
+            if gpus := getattr(made, "gpus", None):
+                launch(gpus, made.device)
+            getattr(fpocli, function)(made)
         except UserError as error:
             _fail(str(error), error.hint)
         except OSError as error:

@@ -20,8 +20,8 @@ class TrainConfig:
     constraint on the KL reads the store's distributions (fpo cache --distributions); if it has
     none, the reference is loaded as well.
 
-    Run the same command again to resume from the newest checkpoint in --out. For several
-    processes: torchrun --nproc-per-node N -m fpocli train ...
+    Run the same command again to resume from the newest checkpoint in --out, also with another
+    number of processes.
     """
 
     cache: Annotated[str, Option(help="The store that fpo cache wrote: a folder or a URL.")]
@@ -153,6 +153,15 @@ class TrainConfig:
         ),
     ] = None
     device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
+    gpus: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Start one process for each of so many GPUs of this machine, by torchrun; with "
+            "--device cpu, so many processes. Default: this process alone, or those of the "
+            "launcher that started it.",
+        ),
+    ] = None
     eval_fraction: Annotated[
         float,
         Option(

@@ -19,6 +19,8 @@ from typing import NoReturn
 from fpocli.system.output import output, write_json
 from fpocli.system.ranks import is_first_rank
 
+# The command that resumes, in the environment of processes that `--gpus` has started.
+RESUME = "FPO_RESUME"
 # Seconds that releasing locks and printing may take.
 _PATIENCE = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -117,6 +119,8 @@ def _print(why: str) -> None:
 
 def resume_command() -> str:
     """The command line as it was typed, without --overwrite, which would start over."""
+    if RESUME in os.environ:
+        return os.environ[RESUME]
     words = [word for word in sys.argv[1:] if word != "--overwrite"]
     script = sys.argv[0]
     if "TORCHELASTIC_RUN_ID" in os.environ:

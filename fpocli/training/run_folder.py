@@ -180,7 +180,7 @@ _NEW_NAMES = {"tokens_per_row": "packed_length"}
 # Where things are and how often they are saved: a resumed run may change these.
 _NOT_IDENTITY = (
     "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
-    "keep_checkpoints", "deepspeed", "trust_remote_code",
+    "keep_checkpoints", "deepspeed", "trust_remote_code", "gpus",
 )  # fmt: skip
 
 

@@ -73,6 +73,11 @@ def train(settings: TrainConfig) -> Path:
     check_store_serves(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
+    if settings.gpus and settings.gpus != world:
+        raise UserError(
+            f"gpus is {settings.gpus}, but the number of processes is {world}",
+            "use the command fpo train --gpus, which starts them; from Python, use torchrun",
+        )
     with heartbeat(rank, world), locked_run_folder(Path(settings.out)):
         return _train(settings, store, device, rank, world)
 

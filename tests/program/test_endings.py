@@ -168,6 +168,22 @@ def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path,
     equal(out, unbroken, 0)
 
 
+def test_gpus_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
+    """fpo train --gpus 2 goes on as what it started in its place."""
+    out = tmp_path / "run"
+    _, _, _, *words = command(material, out, "--no-bf16", gpus=2, **SETTINGS)
+    process = start(["fpo", *words])
+    wait_for(lambda: list(out.glob("checkpoints/step-*")), lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    _, messages = process.communicate()
+    assert process.returncode != 0
+    assert printed(messages) == ["fpo", *words]
+    again = start(["fpo", *words])
+    _, messages = again.communicate()
+    assert again.returncode == 0, messages[-3000:]
+    equal(out, unbroken, 0)
+
+
 def often() -> None:
     """Let this process send two heartbeats a second."""
     heartbeat._BEAT = 0.5

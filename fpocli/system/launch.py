@@ -1,0 +1,40 @@
+"""Starting the processes of `fpo train --gpus N`: this process becomes torchrun's."""
+
+import os
+import sys
+
+from fpocli.system.errors import UserError
+from fpocli.system.signals import RESUME, resume_command
+
+
+def launch(number: int, device: str | None) -> None:
+    """Replace this process by a launcher that runs the same command in several processes, unless
+    this is one of them.
+
+    Args:
+        number: of processes, each with a GPU of its own.
+        device: "cpu" for processes without a GPU.
+
+    Raises:
+        UserError: another launcher has started this process, or there are fewer GPUs.
+    """
+    if RESUME in os.environ:
+        return
+    if "RANK" in os.environ:
+        raise UserError(
+            "--gpus starts the processes itself, and a launcher has started this one",
+            "leave out --gpus, or start fpo train by itself",
+        )
+    if device != "cpu":
+        import torch
+
+        found = torch.cuda.device_count()
+        if found < number:
+            raise UserError(
+                f"--gpus {number} asks for more GPUs than this machine has: {found}",
+                "ask for fewer, or add --device cpu",
+            )
+    os.environ[RESUME] = resume_command()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    command = [sys.executable, *launcher, "-m", "fpocli", *sys.argv[1:]]
+    os.execv(sys.executable, command)
