@@ -408,6 +408,8 @@ def invoke(words):
     with pytest.MonkeyPatch.context() as patch, limited():
         for name in ("cache", "train", "evaluate"):
             patch.setattr(f"fpocli.{name}", taken.append)
+        # It would replace this process.
+        patch.setattr("fpocli.cli.launch", lambda number, device: None)
         result = CliRunner().invoke(app, words)
     assert result.exit_code in (0, 2), (result.exception, result.output)
     assert result.exception is None or isinstance(result.exception, SystemExit)

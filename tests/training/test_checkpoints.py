@@ -95,8 +95,8 @@ def exactly_as_saved(saved: Path, again: Path, processes: int) -> None:
                 (2, (1, 3), ()),
                 (3, (1, 3), ()),
                 (2, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
-                (3, (3, 1), ("--optimizer", "rmsprop")),
-                (0, (3, 1), ("--optimizer", "rmsprop")),
+                (3, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
+                (0, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
             ]
         ),
     ],
