@@ -3,6 +3,8 @@
 Shapes: N pairs, B blocks, b pairs of one block.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +32,10 @@ class ArrayReader:
 
     def __init__(self, place: Place, meta: dict[str, Any]) -> None:
         self.place, self.meta = place, meta
-        self._group: Any = zarr.open_group(place.for_zarr(), mode=self._mode, zarr_format=3)
+        there = place.for_zarr()
+        self._group: Any = self._repeat(
+            lambda: zarr.open_group(there, mode=self._mode, zarr_format=3)
+        )
         self._arrays: dict[str, Any] = {}
         self._done: set[int] = set()
         self.block_size: int = meta["block"]
@@ -117,7 +122,8 @@ class ArrayReader:
         if name not in self._arrays:
             # Chunks equal to the fill value are written as well: a missing file then always means
             # missing values.
-            self._arrays[name] = self._group[name].with_config({"write_empty_chunks": True})
+            array = self._repeat(lambda: self._group[name])
+            self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
     def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
@@ -128,11 +134,18 @@ class ArrayReader:
             for file in range(rows.start // length, -(-rows.stop // length)):
                 self._require_file(name, file, block)
         try:
-            return np.asarray(array[rows])
+            return np.asarray(self._repeat(lambda: array[rows]))
         except self.place.unreachable as error:
             raise cannot_reach(self.place.name, error) from error
         except BROKEN as error:
             raise self._damaged(name, block, str(error)) from error
+
+    def _repeat(self, read: Callable[[], Any]) -> Any:
+        """What is read, again where what came is damaged and the place may be to blame."""
+        for _ in range(self.place.attempts - 1):
+            with suppress(*BROKEN):
+                return read()
+        return read()
 
     def _record(self, block: int) -> np.uint64:
         """The digest of a block as it was written; 0 if it is not scored."""

@@ -1,11 +1,14 @@
 """A store in a bucket: s3://, gs:// or az://. The only file that imports obstore.
 
 Credentials and endpoints come from where each cloud's own tools have them: environment variables,
-profiles, the instance's role. Requests that fail are repeated by obstore for three minutes.
+profiles, the instance's role. obstore repeats requests that the server refuses to answer for now;
+here those are repeated too whose answer was cut off or did not come in time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +20,8 @@ _KINDS = ("s3", "gs", "az")
 _CLIENT = {"connect_timeout": "10s", "timeout": "60s", "allow_http": True}
 # After a tenth of a second, then twice as long each time, 15 seconds at most.
 _RETRIES = {"max_retries": 12, "retry_timeout": timedelta(minutes=3)}
+# Of a request whose answer was cut off or did not come; seconds before the next attempt.
+_ATTEMPTS, _PAUSE = 4, 0.5
 
 
 class Bucket:
@@ -28,6 +33,9 @@ class Bucket:
     Raises:
         UserError: the URL names no prefix, is of another kind, or obstore is not installed.
     """
+
+    # An answer may be shorter than the object.
+    attempts = 3
 
     def __init__(self, url: str) -> None:
         kind, _, path = url.rstrip("/").partition("://")
@@ -44,13 +52,17 @@ class Bucket:
             raise UserError(
                 f"{url} needs the package obstore", 'pip install "fpocli[cloud]"'
             ) from error
-        self._obstore = obstore
-        self.unreachable: tuple[type[Exception], ...] = (obstore.exceptions.BaseError,)
+        self._obstore, errors = obstore, obstore.exceptions
+        self.unreachable: tuple[type[Exception], ...] = (errors.BaseError,)
+        # Asking again would not change these.
+        self._definite = (
+            errors.AlreadyExistsError, errors.InvalidPathError, errors.NotSupportedError,
+            errors.PermissionDeniedError, errors.PreconditionError, errors.UnauthenticatedError,
+        )  # fmt: skip
         self._url, self._prefix = f"{kind}://{path}", prefix
-        with self._told():
-            settings: Any = {"client_options": _CLIENT, "retry_config": _RETRIES}
-            self._bucket: Any = from_url(f"{kind}://{bucket}", **settings)
-            self._inside: Any = from_url(self._url, **settings)
+        settings: Any = {"client_options": _CLIENT, "retry_config": _RETRIES}
+        self._bucket: Any = self._ask(from_url, f"{kind}://{bucket}", **settings)
+        self._inside: Any = self._ask(from_url, self._url, **settings)
 
     @property
     def name(self) -> str:
@@ -61,11 +73,10 @@ class Bucket:
         """See Place."""
         if not key:
             return next(self.files(), None) is not None
-        with self._told():
-            try:
-                self._obstore.head(self._inside, key)
-            except FileNotFoundError:
-                return False
+        try:
+            self._ask(self._obstore.head, self._inside, key)
+        except FileNotFoundError:
+            return False
         return True
 
     def is_empty(self) -> bool:
@@ -74,32 +85,27 @@ class Bucket:
 
     def read(self, key: str) -> bytes:
         """See Place."""
-        with self._told():
-            return bytes(self._obstore.get(self._inside, key).bytes())
+        return self._ask(lambda: bytes(self._obstore.get(self._inside, key).bytes()))
 
     def write(self, key: str, content: bytes) -> None:
         """See Place."""
-        with self._told():
-            self._obstore.put(self._inside, key, content)
+        self._ask(self._obstore.put, self._inside, key, content)
 
     def delete(self, key: str) -> None:
         """See Place."""
-        with self._told(), suppress(FileNotFoundError):
-            self._obstore.delete(self._inside, key)
+        with suppress(FileNotFoundError):
+            self._ask(self._obstore.delete, self._inside, key)
 
     def files(self, prefix: str = "") -> Iterator[str]:
         """See Place."""
-        with self._told():
-            for part in self._obstore.list(self._inside, prefix=prefix or None):
-                yield from (about["path"] for about in part)
+        parts = self._ask(lambda: list(self._obstore.list(self._inside, prefix=prefix or None)))
+        yield from (about["path"] for part in parts for about in part)
 
     def clear(self) -> None:
         """See Place. The root's metadata go first, so that the rest is no store."""
         self.delete("zarr.json")
-        keys = list(self.files())
-        with self._told():
-            if keys:
-                self._obstore.delete(self._inside, keys)
+        if keys := list(self.files()):
+            self._ask(self._obstore.delete, self._inside, keys)
 
     def clear_partial(self) -> None:
         """See Place. A bucket has no partial files."""
@@ -110,20 +116,17 @@ class Bucket:
 
     def read_beside(self, suffix: str) -> str:
         """See Place."""
-        with self._told():
-            try:
-                found = self._obstore.get(self._bucket, self._prefix + suffix)
-            except FileNotFoundError:
-                return ""
-            return bytes(found.bytes()).decode()
+        found = self.read_tagged_beside(suffix)
+        return found[0] if found else ""
 
     def write_beside(self, suffix: str, text: str) -> None:
         """See Place."""
-        with self._told(), suppress(FileNotFoundError):
-            if text:
-                self._obstore.put(self._bucket, self._prefix + suffix, text.encode())
-            else:
-                self._obstore.delete(self._bucket, self._prefix + suffix)
+        key = self._prefix + suffix
+        if text:
+            self._ask(self._obstore.put, self._bucket, key, text.encode())
+        else:
+            with suppress(FileNotFoundError):
+                self._ask(self._obstore.delete, self._bucket, key)
 
     def beside(self, suffix: str) -> str:
         """See Place."""
@@ -137,12 +140,29 @@ class Bucket:
         """See Place."""
         from zarr.storage import ObjectStore
 
-        return ObjectStore(self._inside)
+        again = self._again
+
+        class Patient(ObjectStore):
+            async def get(self, *arguments: Any, **named: Any) -> Any:
+                return await again(super().get, *arguments, **named)
+
+            async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+                return await again(super().get_partial_values, prototype, list(key_ranges))
+
+            async def set(self, *arguments: Any) -> None:
+                await again(super().set, *arguments)
+
+        return Patient(self._inside)
 
     # -- documents of which one process is the owner ----------------------------------------------
 
     def create_beside(self, suffix: str, text: str) -> str | None:
-        """Write the file beside the store if there is none; its tag, None if there is one."""
+        """Write the file beside the store if there is none; its tag, None if there is one.
+
+        Args:
+            suffix: of the file.
+            text: unlike any that another process writes.
+        """
         return self._put(suffix, text, "create")
 
     def replace_beside(self, suffix: str, text: str, tag: str) -> str | None:
@@ -151,32 +171,51 @@ class Bucket:
 
     def read_tagged_beside(self, suffix: str) -> tuple[str, str] | None:
         """Text and tag of that file; None if there is none."""
-        with self._told():
-            try:
-                found = self._obstore.get(self._bucket, self._prefix + suffix)
-            except FileNotFoundError:
-                return None
+
+        def read() -> tuple[str, str]:
+            found = self._obstore.get(self._bucket, self._prefix + suffix)
             return bytes(found.bytes()).decode(), str(found.meta["e_tag"])
 
-    def _put(self, suffix: str, text: str, mode: Any) -> str | None:
-        errors = self._obstore.exceptions
-        with self._told():
-            try:
-                put = self._obstore.put(
-                    self._bucket, self._prefix + suffix, text.encode(), mode=mode
-                )
-            except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
-                return None
-            return put["e_tag"]
+        try:
+            return self._ask(read)
+        except FileNotFoundError:
+            return None
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Report what obstore raises in a sentence.
+    def _put(self, suffix: str, text: str, mode: Any) -> str | None:
+        errors, key = self._obstore.exceptions, self._prefix + suffix
+        try:
+            put = self._ask(self._obstore.put, self._bucket, key, text.encode(), mode=mode)
+            return str(put["e_tag"])
+        except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
+            # Perhaps by an attempt of this process whose answer was lost.
+            found = self.read_tagged_beside(suffix)
+            return found[1] if found and found[0] == text else None
+
+    def _ask(self, request: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The answer to a request.
 
         Raises:
             UserError: the bucket cannot be reached, or refuses.
         """
-        try:
-            yield
-        except self.unreachable as error:
-            raise cannot_reach(self.name, error) from error
+        errors = self._obstore.exceptions
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return request(*arguments, **named)
+            except (errors.AlreadyExistsError, errors.PreconditionError):
+                raise
+            except self.unreachable as error:
+                if attempt == _ATTEMPTS or isinstance(error, self._definite):
+                    raise cannot_reach(self.name, error) from error
+                time.sleep(_PAUSE)
+        raise AssertionError
+
+    async def _again(self, request: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The same for zarr, which gets obstore's own error in the end."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return await request(*arguments, **named)
+            except self._definite:
+                raise
+            except self.unreachable:
+                await asyncio.sleep(_PAUSE)
+        return await request(*arguments, **named)

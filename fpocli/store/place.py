@@ -24,6 +24,8 @@ class Place(Protocol):
 
     # What zarr raises if the place cannot be reached, in contrast to damaged data.
     unreachable: tuple[type[Exception], ...]
+    # How often something is read that does not match its checksum, before it counts as damaged.
+    attempts: int
 
     @property
     def name(self) -> Path | str:
@@ -97,6 +99,7 @@ class Folder:
     """A folder on a disk."""
 
     unreachable: tuple[type[Exception], ...] = ()
+    attempts = 1
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -55,6 +55,9 @@ class StoreWriter(Store):
         """
         # A store with no other attributes was interrupted here and starts over.
         write_root(place, {"format": FORMAT})
+        if not isinstance(place, Folder):
+            # Elsewhere what is read back for the sums might be cut off.
+            return cls(place, cls._copy_new(place, about, tokens))
         meta = {"created": datetime.now(UTC).isoformat(timespec="seconds")} | about
         meta |= {
             "format": FORMAT,
@@ -253,15 +256,20 @@ class StoreWriter(Store):
             place: of the store.
             about, tokens: as `create` takes them.
         """
+        store = cls(place, cls._copy_new(place, about, tokens))
+        store._set_state("partial")
+        return store
+
+    @classmethod
+    def _copy_new(cls, place: Place, about: dict[str, Any], tokens: TokenPairs) -> dict[str, Any]:
+        """Create a store in a folder of its own and copy its files, the root's metadata last; its
+        attributes."""
         with tempfile.TemporaryDirectory() as folder:
             fresh = Folder(Path(folder) / "fresh")
             meta = cls.create(fresh, about, tokens).meta
-            # The root's metadata last.
             for key in sorted(fresh.files(), key=lambda key: key == DOCUMENT):
                 place.write(key, fresh.read(key))
-        store = cls(place, meta)
-        store._set_state("partial")
-        return store
+        return meta
 
     @staticmethod
     def fingerprint_of_blocks(place: Place) -> str | None:

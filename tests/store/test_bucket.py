@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from buckets import faults, s3_server
+from buckets import FAULTS, faults, s3_server
 from processes import Command, results
 from runs import command, run, same
 from stores import cache_config, contents
@@ -200,11 +200,12 @@ def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "fault", ["503", *(pytest.param(name, marks=pytest.mark.long) for name in ("500", "cut"))]
+    "fault", ["503", *(pytest.param(name, marks=pytest.mark.long) for name in FAULTS[1:])]
 )
 def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monkeypatch):
     """Every seventh request fails; what is written and read is right all the same."""
     monkeypatch.setattr(bucket_module, "_CLIENT", bucket_module._CLIENT | {"timeout": "1s"})
+    monkeypatch.setattr(bucket_module, "_PAUSE", 0.05)
     url, folder = in_bucket
     count = itertools.count()
     lock = threading.Lock()
@@ -227,6 +228,7 @@ def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monk
 
 def test_a_fault_that_stays_ends_in_a_sentence(in_bucket, material, monkeypatch):
     monkeypatch.setattr(bucket_module, "_RETRIES", {"max_retries": 2})
+    monkeypatch.setattr(bucket_module, "_PAUSE", 0.05)
     url, _ = in_bucket
     own = f"{url.rpartition('/')[0]}/stays.zarr"
     config = cache_config(material, own, distributions="4", block=8)

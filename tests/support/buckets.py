@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,13 +55,18 @@ def s3_server() -> Iterator[str]:
         process.stdout.close()
 
 
+# What a proxy does with a request: an answer of the server instead (500, 503), the connection cut
+# before the server sees it, after that (lost), or in the middle of the body (half), a body without
+# its last bytes (short), no answer for three seconds (hang).
+FAULTS = ("503", "500", "cut", "lost", "half", "short", "hang")
+
+
 @contextmanager
 def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
     """Put a proxy before the server that the environment names.
 
     Args:
-        decide: given method and path, "500" or "503" for such an answer of the server, "cut" for
-            a connection that ends without one, or None.
+        decide: given method and path, one of FAULTS, or None.
 
     Yields:
         the faults that were injected, while they are.
@@ -80,15 +86,20 @@ def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            if fault == "cut":
-                self.close_connection = True
-                self.connection.shutdown(socket.SHUT_RDWR)
+            if fault in ("cut", "hang"):
+                time.sleep(3 if fault == "hang" else 0)
+                self.cut()
                 return
             connection = HTTPConnection(server)
             connection.request(self.command, self.path, body, dict(self.headers))
             answer = connection.getresponse()
             content = answer.read()
             connection.close()
+            if fault == "lost":
+                self.cut()
+                return
+            if fault == "short":
+                content = content[:-7]
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("content-length", "connection", "transfer-encoding"):
@@ -97,10 +108,18 @@ def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
             if answer.status != 304:
                 self.send_header("Content-Length", str(length or 0))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            if self.command == "HEAD":
+                return
+            self.wfile.write(content[: len(content) // 2] if fault == "half" else content)
+            if fault == "half":
+                self.cut()
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_any
+
+        def cut(self) -> None:
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
