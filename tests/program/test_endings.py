@@ -38,9 +38,11 @@ def unbroken(material, store_path, tmp_path_factory) -> Path:
 def start(words: list[str]) -> subprocess.Popen:
     """Start a command as a user does, imports included."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    # Where another test has trained in this process, it has a rank.
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     return subprocess.Popen(
         words,
-        env=os.environ | {"PATH": path},
+        env=environment | {"PATH": path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

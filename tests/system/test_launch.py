@@ -17,7 +17,9 @@ from fpocli.system.signals import RESUME
 def started(monkeypatch) -> list[list[str]]:
     """The commands that replaced this process."""
     commands = []
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    # Where another test has trained in this process, it has a rank.
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["/bin/fpo", "train", "--gpus", "4", "--overwrite"])

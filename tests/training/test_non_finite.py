@@ -140,7 +140,7 @@ def check(out: Path, lines: list[str]) -> None:
             continue
         assert lines[-1]["step"] == 2, "no line of the third step"
         newest = newest_checkpoint(out / name / "checkpoints")
-        assert newest == "step-2" and not (out / name / "final").exists()
+        assert newest.name == "step-2" and not (out / name / "final").exists()
         if name.endswith("gradient"):
             assert said.startswith("step 3: the gradient is non-finite")
         else:
