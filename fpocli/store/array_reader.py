@@ -12,7 +12,7 @@ import numpy as np
 import zarr
 
 from fpocli.store.metadata import REPAIR, attributes
-from fpocli.store.place import Place, cannot_reach
+from fpocli.store.place import Place
 from fpocli.store.schema import array_bytes, kept_features
 from fpocli.system.errors import UserError
 
@@ -135,8 +135,6 @@ class ArrayReader:
                 self._require_file(name, file, block)
         try:
             return np.asarray(self._repeat(lambda: array[rows]))
-        except self.place.unreachable as error:
-            raise cannot_reach(self.place.name, error) from error
         except BROKEN as error:
             raise self._damaged(name, block, str(error)) from error
 

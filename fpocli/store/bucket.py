@@ -53,7 +53,7 @@ class Bucket:
                 f"{url} needs the package obstore", 'pip install "fpocli[cloud]"'
             ) from error
         self._obstore, errors = obstore, obstore.exceptions
-        self.unreachable: tuple[type[Exception], ...] = (errors.BaseError,)
+        self._unreachable = errors.BaseError
         # Asking again would not change these.
         self._definite = (
             errors.AlreadyExistsError, errors.InvalidPathError, errors.NotSupportedError,
@@ -203,19 +203,19 @@ class Bucket:
                 return request(*arguments, **named)
             except (errors.AlreadyExistsError, errors.PreconditionError):
                 raise
-            except self.unreachable as error:
+            except self._unreachable as error:
                 if attempt == _ATTEMPTS or isinstance(error, self._definite):
                     raise cannot_reach(self.name, error) from error
                 time.sleep(_PAUSE)
         raise AssertionError
 
     async def _again(self, request: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        """The same for zarr, which gets obstore's own error in the end."""
-        for _ in range(_ATTEMPTS - 1):
+        """The same for a request of zarr's."""
+        for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await request(*arguments, **named)
-            except self._definite:
-                raise
-            except self.unreachable:
+            except self._unreachable as error:
+                if attempt == _ATTEMPTS or isinstance(error, self._definite):
+                    raise cannot_reach(self.name, error) from error
                 await asyncio.sleep(_PAUSE)
-        return await request(*arguments, **named)
+        raise AssertionError

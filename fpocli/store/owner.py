@@ -12,13 +12,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from types import TracebackType
 
 from fpocli.store.bucket import Bucket
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
+from fpocli.system.signals import run_if_stopped
 
 _SUFFIX = ".owner.json"
 # Seconds between two refreshes, and without a change after which the owner counts as lost.
@@ -49,6 +50,8 @@ class Owner:
         self._tag = self._bucket.create_beside(_SUFFIX, self._text()) or self._take_over()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
         self._thread.start()
+        self._signals = run_if_stopped(self._leave)
+        self._signals.__enter__()
         return self
 
     def __exit__(
@@ -57,10 +60,16 @@ class Owner:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._signals.__exit__(kind, error, trace)
+        self._leave()
+
+    def _leave(self) -> None:
         self._ended.set()
         self._thread.join()
-        if self._tag:
-            self._bucket.write_beside(_SUFFIX, "")
+        # The document may be another's by now. If it cannot be reached, it counts as lost later.
+        with suppress(UserError):
+            if self._tag and self._bucket.replace_beside(_SUFFIX, self._text(), self._tag):
+                self._bucket.write_beside(_SUFFIX, "")
 
     @contextmanager
     def exclusive(self, name: str) -> Iterator[None]:

@@ -22,8 +22,6 @@ class Place(Protocol):
         UserError: of every method, if the place cannot be reached.
     """
 
-    # What zarr raises if the place cannot be reached, in contrast to damaged data.
-    unreachable: tuple[type[Exception], ...]
     # How often something is read that does not match its checksum, before it counts as damaged.
     attempts: int
 
@@ -98,7 +96,6 @@ def place_of(name: str | Path | Place) -> Place:
 class Folder:
     """A folder on a disk."""
 
-    unreachable: tuple[type[Exception], ...] = ()
     attempts = 1
 
     def __init__(self, path: Path) -> None:

@@ -22,7 +22,7 @@ from fpocli.store.metadata import (
     is_begun,
     read_root,
 )
-from fpocli.store.place import Place, cannot_reach, place_of
+from fpocli.store.place import Place, place_of
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.store.schema import (
     FORMAT,
@@ -85,8 +85,6 @@ class Store(DistributionReader):
         check_documents(place, meta)
         try:
             store = cls(place, meta)
-        except place.unreachable as error:
-            raise cannot_reach(place.name, error) from error
         except BROKEN as error:
             raise UserError(f"{path} cannot be opened: {error}", REPAIR) from error
         store._check_arrays()

@@ -153,6 +153,7 @@ def files(checkpoints: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in checkpoints.glob("step-*/*")}
 
 
+@pytest.mark.long
 def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", processes=2, **SETTINGS)

@@ -3,13 +3,15 @@ what is said about a place that does not answer."""
 
 import itertools
 import json
+import signal
 import threading
+from datetime import timedelta
 
 import numpy as np
 import pytest
 from buckets import FAULTS, faults, s3_server
 from processes import Command, results
-from runs import command, run, same
+from runs import run, same
 from stores import cache_config, contents
 
 from fpocli import EvalConfig, InspectConfig, Store, UserError, cache, evaluate, inspect
@@ -167,6 +169,36 @@ def test_only_one_of_many_takes_over(bucket, monkeypatch):
     assert len(inside) == 1 and len(outside) == 3
 
 
+def test_a_stopped_process_is_no_owner_any_more(bucket, material):
+    """So the same command resumes at once."""
+    url = f"{bucket}/stopped.zarr"
+    command = Command("cache", *words(cache_config(material, url, block=1)))
+    place = place_of(url)
+    while not place.exists("blocks/digest/c/2"):
+        assert command.running()
+    command.kill(signal.SIGINT)
+    (done,) = results(command)
+    assert done.returncode == 130 and "resume from what was last saved" in done.stderr
+    assert place.read_beside(".owner.json") == ""
+    assert 0 < len(Store.open(url).unscored_blocks()) < 21
+    (done,) = results(Command("cache", *words(cache_config(material, url, block=1))))
+    assert done.returncode == 0 and find_damage(Store.open(url)) == []
+
+
+def test_a_killed_process_is_waited_for_and_its_store_completed(bucket, material, monkeypatch):
+    url = f"{bucket}/killed.zarr"
+    config = cache_config(material, url, block=1)
+    command = Command("cache", *words(config))
+    while not place_of(url).exists("blocks/digest/c/2"):
+        assert command.running()
+    command.close()
+    assert place_of(url).read_beside(".owner.json") != ""
+    monkeypatch.setattr(owner, "_LOST", 1.0)
+    assert cache(config).meta["state"] == "complete"
+    assert find_damage(Store.open(url)) == []
+    assert place_of(url).read_beside(".owner.json") == ""
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [
@@ -192,11 +224,13 @@ def test_several_processes_are_refused(bucket, material):
     assert done.returncode == 2 and "one process at a time writes" in done.stderr
 
 
-def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch, tmp_path, material):
+def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    (done,) = results(Command(*command(material, tmp_path / "run", cache=f"{bucket}/x")[3:]))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "s3://bucket/x cannot be reached" in done.stderr and "hint: " in done.stderr
+    monkeypatch.setattr(bucket_module, "_RETRIES", {"max_retries": 0})
+    monkeypatch.setattr(bucket_module, "_PAUSE", 0.05)
+    with pytest.raises(UserError, match="s3://bucket/x cannot be reached") as caught:
+        Store.open(f"{bucket}/x")
+    assert caught.value.hint.startswith("check the network and the credentials")
 
 
 @pytest.mark.parametrize(
@@ -206,6 +240,8 @@ def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monk
     """Every seventh request fails; what is written and read is right all the same."""
     monkeypatch.setattr(bucket_module, "_CLIENT", bucket_module._CLIENT | {"timeout": "1s"})
     monkeypatch.setattr(bucket_module, "_PAUSE", 0.05)
+    soon = {"backoff": {"init_backoff": timedelta(milliseconds=10)}}
+    monkeypatch.setattr(bucket_module, "_RETRIES", bucket_module._RETRIES | soon)
     url, folder = in_bucket
     count = itertools.count()
     lock = threading.Lock()
