@@ -27,7 +27,7 @@ from fpocli.model.packing import default_packed_length
 from fpocli.scoring.saes import choose_default_saes, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.bucket import Bucket
-from fpocli.store.owner import Owner
+from fpocli.store.bucket_lock import BucketLock
 from fpocli.store.place import Folder, Place, place_of
 from fpocli.store.reader import Store
 from fpocli.store.records import ReferenceValues
@@ -82,10 +82,12 @@ def cache(config: CacheConfig) -> Store:
     # A process that removes blocks holds this name before others can join.
     first = "tokens" if starts_over else None
     with _writing(place, several, launch_name(), join=config.join, first=first) as lock:
-        return _cache(config, device, folder, model_config, sites, source, lock)
+        return _cache(config, place, device, folder, model_config, sites, source, lock)
 
 
-def _writing(place: Place, several: bool, run: str | None, **settings: Any) -> WriterLock | Owner:
+def _writing(
+    place: Place, several: bool, run: str | None, **settings: Any
+) -> WriterLock | BucketLock:
     """The context in which this process may write a place.
 
     Raises:
@@ -97,20 +99,20 @@ def _writing(place: Place, several: bool, run: str | None, **settings: Any) -> W
         raise UserError(
             f"one process at a time writes {place.name}", "run the command without torchrun"
         )
-    return Owner(place)
+    return BucketLock(place)
 
 
 def _cache(
     config: CacheConfig,
+    place: Place,
     device: torch.device,
     folder: ModelFolder,
     model_config: Any,
     sites: list[Site],
     source: Source,
-    lock: WriterLock | Owner,
+    lock: WriterLock | BucketLock,
 ) -> Store:
     """The stage itself, while this process is one of the store's writers."""
-    place = place_of(config.out)
     # -- tokeniser, SAEs, and what the store is made from -----------------------------------------
     tokenizer = PairTokenizer(
         folder,
@@ -125,7 +127,7 @@ def _cache(
     # -- token ids of all pairs, once ------------------------------------------------------------
     with lock.exclusive("tokens"):
         origin = describe_origin(config, encoders)
-        store = open_or_create(config, identity, origin, tokenizer, source)
+        store = open_or_create(config, place, identity, origin, tokenizer, source)
 
     # -- the reference's scores, block by block ---------------------------------------------------
     if store.unscored_blocks():
@@ -139,7 +141,9 @@ def _cache(
             f"within {found.nats:.1g} nats per token of transformers' eager attention"
         )
         claims: BlockClaims | OwnBlocks
-        claims = OwnBlocks(lock, store) if isinstance(lock, Owner) else BlockClaims(lock, store)
+        claims = (
+            OwnBlocks(lock, store) if isinstance(lock, BucketLock) else BlockClaims(lock, store)
+        )
         _score_blocks(config, store, model, encoders, device, claims)
 
     # -- every block read back, and the store marked complete --------------------------------------

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 
-from fpocli.store.owner import Owner
+from fpocli.store.bucket_lock import BucketLock
 from fpocli.store.writer import StoreWriter
 from fpocli.system.errors import UserError
 from fpocli.system.lock import WriterLock
@@ -91,12 +91,12 @@ class OwnBlocks:
     """The blocks of a store in a bucket, which one process scores.
 
     Args:
-        owner: of the store, this process.
+        lock: of the store, held by this process.
         store: the store.
     """
 
-    def __init__(self, owner: Owner, store: StoreWriter) -> None:
-        self._owner, self._store = owner, store
+    def __init__(self, lock: BucketLock, store: StoreWriter) -> None:
+        self._lock, self._store = lock, store
 
     def free(self) -> list[int]:
         """The blocks that are not scored."""
@@ -108,7 +108,7 @@ class OwnBlocks:
 
     def check_claim(self, block: int) -> None:
         """See BlockClaims."""
-        self._owner.check()
+        self._lock.check()
 
     def release(self, block: int) -> None:
         """See BlockClaims."""

@@ -17,7 +17,7 @@ from fpocli.store.distribution_rows import (
     largest_block,
     lay_out,
 )
-from fpocli.store.place import Place, place_of
+from fpocli.store.place import Place
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
 from fpocli.store.schema import array_bytes, fingerprint
@@ -32,6 +32,7 @@ DROPPED = ".dropped.jsonl"
 
 def open_or_create(
     config: CacheConfig,
+    place: Place,
     identity: dict[str, Any],
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
@@ -43,11 +44,10 @@ def open_or_create(
     Raises:
         UserError: --out holds something else, or no pair is left after tokenising.
     """
-    place = place_of(config.out)
     StoreWriter.require_replaceable(place)
     if place.exists() and not (config.overwrite or StoreWriter.unfinished(place)):
         if config.repair:
-            return _repair(config, identity, origin, tokenizer, source)
+            return _repair(config, place, identity, origin, tokenizer, source)
         store = StoreWriter.open(place)
         check_same_settings(config, store, identity)
         store.record_allowed(identity["model"])
@@ -67,13 +67,13 @@ def open_or_create(
 
 def _repair(
     config: CacheConfig,
+    place: Place,
     identity: dict[str, Any],
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
     source: Source,
 ) -> StoreWriter:
     """The store without its damaged blocks; metadata and token ids are written again."""
-    place = place_of(config.out)
     about = identity | origin
     try:
         store = Store.open(place)

@@ -204,8 +204,7 @@ class Bucket:
             except (errors.AlreadyExistsError, errors.PreconditionError):
                 raise
             except self._unreachable as error:
-                if attempt == _ATTEMPTS or isinstance(error, self._definite):
-                    raise cannot_reach(self.name, error) from error
+                self._require_another(attempt, error)
                 time.sleep(_PAUSE)
         raise AssertionError
 
@@ -215,7 +214,11 @@ class Bucket:
             try:
                 return await request(*arguments, **named)
             except self._unreachable as error:
-                if attempt == _ATTEMPTS or isinstance(error, self._definite):
-                    raise cannot_reach(self.name, error) from error
+                self._require_another(attempt, error)
                 await asyncio.sleep(_PAUSE)
         raise AssertionError
+
+    def _require_another(self, attempt: int, error: Exception) -> None:
+        """Refuse to ask again after the last attempt, or where the answer would be the same."""
+        if attempt == _ATTEMPTS or isinstance(error, self._definite):
+            raise cannot_reach(self.name, error) from error

@@ -11,37 +11,23 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
+from fpocli.system.owner import Owner
 from fpocli.system.signals import run_if_stopped
 
 # Seconds without a touch after which a process on another host counts as exited.
 _STALE = 120
 _WRITER = "writer-"
-
-
-@dataclass(frozen=True)
-class Owner:
-    """A process that writes, as its file describes it."""
-
-    host: str
-    process: int
-    since: str
-    run: str
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}, since {self.since}"
 
 
 class WriterLock:
@@ -70,8 +56,7 @@ class WriterLock:
         name = secrets.token_hex(4)
         # The file is hidden from other processes until this one is admitted.
         self._own, self._name = self._folder / f".{name}", _WRITER + name
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._me = Owner(socket.gethostname(), os.getpid(), now, run or name)
+        self._me = Owner.here(run or name)
         self._done = threading.Event()
         self._names: set[str] = set()
 
@@ -288,7 +273,6 @@ class WriterLock:
 def _owner(file: Path) -> Owner | None:
     """The process that a file describes; None if it describes none."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        return Owner(**{name: about[name] for name in Owner.__dataclass_fields__})
-    except (OSError, ValueError, KeyError, TypeError):
+        return Owner.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from processes import Command, together
+from processes import Command, results, together
 from runs import run
 
 PROMPTS = [{"instruction": text} for text in ("the cat", "why?", "say x = y", "a hat", "code :")]
@@ -24,12 +24,9 @@ def words(material, store_path, tmp_path_factory):
 
 
 def finish(processes):
-    codes = [process.wait(300) for process in processes]
-    assert codes == [0] * len(codes), [process.printed()[-2000:] for process in processes]
-    printed = [process.data() for process in processes]
-    for process in processes:
-        process.close()
-    return printed
+    done = results(*processes)
+    assert [one.returncode for one in done] == [0] * len(done), [one.stderr[-2000:] for one in done]
+    return [one.stdout for one in done]
 
 
 @pytest.fixture(scope="module")

@@ -10,15 +10,16 @@ from datetime import timedelta
 import numpy as np
 import pytest
 from buckets import FAULTS, faults, s3_server
-from processes import Command, results
+from processes import Command, flags, results
 from runs import run, same
 from stores import cache_config, contents
 
 from fpocli import EvalConfig, InspectConfig, Store, UserError, cache, evaluate, inspect
 from fpocli.store import bucket as bucket_module
-from fpocli.store import owner
+from fpocli.store import bucket_lock
 from fpocli.store.bucket import Bucket
-from fpocli.store.owner import Owner
+from fpocli.store.bucket_lock import BucketLock
+from fpocli.store.metadata import write_root
 from fpocli.store.place import Folder, place_of
 from fpocli.store.verify import find_damage
 
@@ -34,17 +35,11 @@ def in_bucket(bucket, material, tmp_path_factory):
     """A store in the bucket, with distributions, and the same one in a folder."""
     settings = {"distributions": "4", "block": 8}
     url = f"{bucket}/stores/ref.zarr"
-    (done,) = results(Command("cache", *words(cache_config(material, url, **settings))))
+    (done,) = results(Command("cache", *flags(cache_config(material, url, **settings))))
     assert done.returncode == 0, done.stderr
     folder = tmp_path_factory.mktemp("folder") / "ref.zarr"
     cache(cache_config(material, folder, **settings))
     return url, folder
-
-
-def words(config):
-    from processes import flags
-
-    return flags(config)
 
 
 def keys(url):
@@ -97,8 +92,6 @@ def test_it_is_resumed_and_repaired(in_bucket, material, bucket):
     # As a killed process leaves it.
     place.delete("blocks/digest/c/1")
     about = json.loads(place.read("zarr.json"))["attributes"]["fpo"]
-    from fpocli.store.metadata import write_root
-
     write_root(place, about | {"state": "partial"})
     store = cache(config)
     assert store.meta["state"] == "complete"
@@ -108,19 +101,19 @@ def test_it_is_resumed_and_repaired(in_bucket, material, bucket):
 
 
 def test_one_process_at_a_time_writes(bucket, monkeypatch):
-    monkeypatch.setattr(owner, "_REFRESH", 0.1)
-    monkeypatch.setattr(owner, "_LOST", 1.0)
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.1)
+    monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
     place = Bucket(f"{bucket}/owned")
-    with Owner(place) as first:
-        with pytest.raises(UserError, match="another process is writing"), Owner(place):
+    with BucketLock(place) as first:
+        with pytest.raises(UserError, match="another process is writing"), BucketLock(place):
             pass
         first.check()
     assert place.read_beside(".owner.json") == ""
 
 
 def test_a_lost_owner_is_replaced_and_may_not_write_on(bucket, monkeypatch):
-    monkeypatch.setattr(owner, "_REFRESH", 0.2)
-    monkeypatch.setattr(owner, "_LOST", 1.0)
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.2)
+    monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
     place = Bucket(f"{bucket}/lost")
     paused, go_on = threading.Event(), threading.Event()
     real = place.replace_beside
@@ -131,10 +124,10 @@ def test_a_lost_owner_is_replaced_and_may_not_write_on(bucket, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(place, "replace_beside", pause)
-    lost = Owner(place)
+    lost = BucketLock(place)
     lost.__enter__()
     assert paused.wait(10)
-    with Owner(Bucket(f"{bucket}/lost")) as other:
+    with BucketLock(Bucket(f"{bucket}/lost")) as other:
         go_on.set()
         lost._thread.join()
         with pytest.raises(UserError, match="another one writes"):
@@ -145,15 +138,15 @@ def test_a_lost_owner_is_replaced_and_may_not_write_on(bucket, monkeypatch):
 
 
 def test_only_one_of_many_takes_over(bucket, monkeypatch):
-    monkeypatch.setattr(owner, "_REFRESH", 0.2)
-    monkeypatch.setattr(owner, "_LOST", 1.0)
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.2)
+    monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
     place = Bucket(f"{bucket}/many")
     place.write_beside(".owner.json", "{}")
     inside, outside, leave = [], [], threading.Event()
 
     def enter():
         try:
-            with Owner(Bucket(f"{bucket}/many")):
+            with BucketLock(Bucket(f"{bucket}/many")):
                 inside.append(1)
                 leave.wait()
         except UserError:
@@ -172,7 +165,7 @@ def test_only_one_of_many_takes_over(bucket, monkeypatch):
 def test_a_stopped_process_is_no_owner_any_more(bucket, material):
     """So the same command resumes at once."""
     url = f"{bucket}/stopped.zarr"
-    command = Command("cache", *words(cache_config(material, url, block=1)))
+    command = Command("cache", *flags(cache_config(material, url, block=1)))
     place = place_of(url)
     while not place.exists("blocks/digest/c/2"):
         assert command.running()
@@ -181,19 +174,19 @@ def test_a_stopped_process_is_no_owner_any_more(bucket, material):
     assert done.returncode == 130 and "resume from what was last saved" in done.stderr
     assert place.read_beside(".owner.json") == ""
     assert 0 < len(Store.open(url).unscored_blocks()) < 21
-    (done,) = results(Command("cache", *words(cache_config(material, url, block=1))))
+    (done,) = results(Command("cache", *flags(cache_config(material, url, block=1))))
     assert done.returncode == 0 and find_damage(Store.open(url)) == []
 
 
 def test_a_killed_process_is_waited_for_and_its_store_completed(bucket, material, monkeypatch):
     url = f"{bucket}/killed.zarr"
     config = cache_config(material, url, block=1)
-    command = Command("cache", *words(config))
+    command = Command("cache", *flags(config))
     while not place_of(url).exists("blocks/digest/c/2"):
         assert command.running()
     command.close()
     assert place_of(url).read_beside(".owner.json") != ""
-    monkeypatch.setattr(owner, "_LOST", 1.0)
+    monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
     assert cache(config).meta["state"] == "complete"
     assert find_damage(Store.open(url)) == []
     assert place_of(url).read_beside(".owner.json") == ""
@@ -219,7 +212,7 @@ def test_nothing_there_is_told_as_of_a_folder(bucket):
 
 def test_several_processes_are_refused(bucket, material):
     (done,) = results(
-        Command("cache", *words(cache_config(material, f"{bucket}/two")), "--join")
+        Command("cache", *flags(cache_config(material, f"{bucket}/two")), "--join")
     )  # fmt: skip
     assert done.returncode == 2 and "one process at a time writes" in done.stderr
 

@@ -6,19 +6,18 @@ processes are never both its owner. A process that is lost stops refreshing it.
 """
 
 import json
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from dataclasses import asdict
 from types import TracebackType
 
 from fpocli.store.bucket import Bucket
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
+from fpocli.system.owner import Owner
 from fpocli.system.signals import run_if_stopped
 
 _SUFFIX = ".owner.json"
@@ -26,7 +25,7 @@ _SUFFIX = ".owner.json"
 _REFRESH, _LOST = 10.0, 60.0
 
 
-class Owner:
+class BucketLock:
     """Context in which this process alone may write a store.
 
     Args:
@@ -38,15 +37,11 @@ class Owner:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._me = {
-            "host": socket.gethostname(),
-            "process": os.getpid(),
-            "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        self._me = Owner.here(secrets.token_hex(4))
         self._tag: str | None = None
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Owner":
+    def __enter__(self) -> "BucketLock":
         self._tag = self._bucket.create_beside(_SUFFIX, self._text()) or self._take_over()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
         self._thread.start()
@@ -121,7 +116,7 @@ class Owner:
 
     def _text(self) -> str:
         # A random part, so that every refresh changes the tag.
-        return json.dumps(self._me | {"refreshed": secrets.token_hex(8)})
+        return json.dumps(asdict(self._me) | {"refreshed": secrets.token_hex(8)})
 
     def _refused(self, text: str) -> UserError:
         return UserError(
@@ -131,8 +126,4 @@ class Owner:
 
 
 def _describe(text: str) -> str:
-    try:
-        about = json.loads(text)
-        return f"process {about['process']} on {about['host']}, since {about['since']}"
-    except (ValueError, LookupError, TypeError):
-        return "an unknown process"
+    return str(Owner.parse(text) or "an unknown process")
