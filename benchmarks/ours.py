@@ -100,7 +100,7 @@ def serve_blocks(line: Any, store: Store, model: str) -> None:
             began = time.perf_counter()
             with progress("", 1) as bar:
                 budget = default_packed_length(device)
-                scored = score_block(network, encoders, out, out.tokens(number), budget, bar)
+                scored = score_block(network, encoders, out.meta, out.tokens(number), budget, bar)
                 written = time.perf_counter()
                 out.write_block(number, *scored)
             now = time.perf_counter()

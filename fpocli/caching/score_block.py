@@ -4,7 +4,8 @@ Shapes: b pairs of the block, P pairs of a packed sequence, M scored positions o
 sequence, K stored features, m features, n tokens of a distribution.
 """
 
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,10 +17,10 @@ from fpocli.model.attention import length_multiple
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import pack, plan_packing
 from fpocli.scoring.score import PairScores, score
+from fpocli.store.distribution_rows import Distributions
+from fpocli.store.missing import missing_distributions, missing_values
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.writer import StoreWriter
 from fpocli.system.bar import Bar
-from fpocli.system.console import warn
 from fpocli.system.errors import UserError
 
 
@@ -40,39 +41,44 @@ class ScoredBlock(NamedTuple):
 def score_block(
     model: LanguageModel,
     encoders: dict[str, SparseEncoder],
-    store: StoreWriter,
+    meta: dict[str, Any],
     tokens: TokenPairs,
     packed_length: int,
     bar: Bar,
     *,
     drop_non_finite: bool = False,
+    left_out: Collection[int] = (),
 ) -> ScoredBlock:
     """Compute the reference values of a block's pairs. They depend on nothing outside the block.
 
     Args:
         model: the reference.
         encoders: the SAE of each site.
-        store: determines which features and distributions are stored, and their dtype.
+        meta: attributes of the store: which features and distributions it has, and their dtypes.
         tokens: of the b pairs.
         packed_length: the most tokens of a packed sequence.
         bar: advanced by the pairs that are done.
         drop_non_finite: leave the values of a pair missing if one is non-finite.
+        left_out: pairs whose values stay missing without being scored.
 
     Raises:
         UserError: a value is non-finite, or does not fit into float16.
     """
-    values = store.missing_values(len(tokens))
+    values = missing_values(meta, len(tokens))
     totals = {
         site: FeatureTotals(np.zeros(encoder.features), np.zeros((2, encoder.features), np.int64))
         for site, encoder in encoders.items()
     }
     sizes = tokens.counts.sum(1)
     ends = sizes.cumsum()
-    top = store.missing_distributions(int(ends[-1]))
-    n = store.distributions.n if store.distributions else 0
+    top = missing_distributions(meta, int(ends[-1]))
+    distributions = Distributions.of(meta)
+    n = distributions.n if distributions else 0
     device = model.network.device
     lengths = (tokens.spans[:, 3] - tokens.spans[:, 0]).tolist()
-    packed = plan_packing(lengths, packed_length)
+    scored = [pair for pair in range(len(tokens)) if pair not in left_out]
+    plan = plan_packing([lengths[pair] for pair in scored], packed_length)
+    packed = [[scored[place] for place in places] for places in plan]
     for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
@@ -86,7 +92,12 @@ def score_block(
             # A kernel may spread NaN to neighbours in the sequence, so each is scored by itself.
             packed += [[pair] for pair in wrong]
         elif wrong:
-            _leave_out(int(tokens.source_row[wrong[0]]), drop_non_finite)
+            if not drop_non_finite:
+                row = tokens.source_row[wrong[0]]
+                raise UserError(
+                    f"a log-probability or a feature of the pair in row {row} is non-finite",
+                    "try --dtype float32, or drop the pair with --drop-non-finite",
+                )
             bar.advance()
         values.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
@@ -147,10 +158,3 @@ def _finite(scores: PairScores) -> torch.Tensor:
         counts = scores.count.sum(1).int().tolist()
         finite &= torch.stack([positions.all() for positions in rows.split(counts)])
     return finite
-
-
-def _leave_out(row: int, allowed: bool) -> None:
-    message = f"a log-probability or a feature of the pair in row {row} is non-finite"
-    if not allowed:
-        raise UserError(message, "try --dtype float32, or drop the pair with --drop-non-finite")
-    warn(f"{message}; the pair is dropped", any_rank=True)

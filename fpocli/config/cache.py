@@ -14,8 +14,7 @@ from fpocli.system.errors import UserError
 class CacheConfig:
     """Run the frozen reference model and its SAE once and write the store that training reads.
 
-    Run the same command again to resume. For several processes:
-    torchrun --nproc-per-node N -m fpocli cache ..., or the command on any host with --join.
+    Run the same command again to resume. With several GPUs all are used; see --workers and --ray.
     """
 
     model: Annotated[
@@ -132,9 +131,30 @@ class CacheConfig:
             "infinite; training skips them.",
         ),
     ] = False
-    join: Annotated[
-        bool, Option("--join", help="Help other `fpo cache` commands write the same store.")
+    drop_crashing: Annotated[
+        bool,
+        Option(
+            "--drop-crashing",
+            help="With several workers: store no reference values for a pair that ends its worker "
+            "three times; training skips it.",
+        ),
     ] = False
+    workers: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="Score in so many processes, each with a GPU of its own, or with its share of the "
+            "CPUs. Default: one for each GPU. More than one need the extra ray.",
+        ),
+    ] = None
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Score on this Ray cluster, on any number of hosts: the HOST:PORT of its head, "
+            "or auto for the one that this host belongs to.",
+        ),
+    ] = None
     repair: Annotated[
         bool, Option("--repair", help="Find damage in the store and score those blocks again.")
     ] = False

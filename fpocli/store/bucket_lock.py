@@ -9,8 +9,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 
@@ -37,7 +36,7 @@ class BucketLock:
 
     def __init__(self, bucket: Bucket) -> None:
         self._bucket = bucket
-        self._me = Owner.here(secrets.token_hex(4))
+        self._me = Owner.here()
         self._tag: str | None = None
         self._ended = threading.Event()
 
@@ -65,12 +64,6 @@ class BucketLock:
         with suppress(UserError):
             if self._tag and self._bucket.replace_beside(_SUFFIX, self._text(), self._tag):
                 self._bucket.write_beside(_SUFFIX, "")
-
-    @contextmanager
-    def exclusive(self, name: str) -> Iterator[None]:
-        """What WriterLock does for processes that share a folder: here there is only one."""
-        self.check()
-        yield
 
     def check(self) -> None:
         """Refuse to write on if another process has taken over.

@@ -13,7 +13,6 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fpocli.config import MAY_DIFFER
 from fpocli.data.top_tokens import TopTokens
-from fpocli.features.top_features import TopFeatures
 from fpocli.store.digest import (
     digest_of_block,
     digest_of_distributions,
@@ -32,7 +31,7 @@ from fpocli.store.metadata import (
 from fpocli.store.place import Folder, Place
 from fpocli.store.reader import Store
 from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
-from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint, kept_features
+from fpocli.store.schema import FORMAT, VERSION, array_schema, fingerprint
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 
@@ -103,38 +102,6 @@ class StoreWriter(Store):
                 "complete it with that version, or use --overwrite",
             )
         return store
-
-    def missing_values(self, b: int) -> ReferenceValues:
-        """Reference values of b pairs, all missing, to be filled."""
-        arrays = array_schema(self.meta)
-
-        def rows(name: str) -> np.ndarray:
-            array = arrays[name]
-            return np.full((b, *array.shape[1:]), array.fill(name), array.dtype)
-
-        features = {}
-        for site, about in self.sites.items():
-            index, value, nonzero = (
-                rows(f"features/{site}/{name}") for name in ("index", "value", "nonzero")
-            )
-            kept = np.array(kept_features(about), np.int64)
-            kept_value = np.full((b, 2, len(kept)), np.nan, value.dtype)
-            features[site] = TopFeatures(index, value, nonzero, kept_value, kept)
-        return ReferenceValues(rows("ref/logp"), rows("ref/margin"), features)
-
-    def missing_distributions(self, rows: int) -> TopTokens[np.ndarray] | None:
-        """Distributions at scored positions, all missing, to be filled; None in a store without."""
-        if self.distributions is None:
-            return None
-        arrays = array_schema(self.meta)
-        names = [f"ref/top/{name}" for name in TopTokens._fields]
-        parts: Any = [
-            np.full((rows, *array.shape[1:]), array.fill(name), array.dtype)
-            if (array := arrays.get(name))
-            else None
-            for name in names
-        ]
-        return TopTokens(*parts)
 
     def write_block(
         self,

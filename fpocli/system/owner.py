@@ -15,13 +15,12 @@ class Owner:
     host: str
     process: int
     since: str
-    run: str
 
     @classmethod
-    def here(cls, run: str) -> Self:
+    def here(cls) -> Self:
         """This process, from now on."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(socket.gethostname(), os.getpid(), now, run)
+        return cls(socket.gethostname(), os.getpid(), now)
 
     @classmethod
     def parse(cls, text: str) -> Self | None:

@@ -13,7 +13,7 @@ import transformers
 from stores import cache_config, contents, make_loader, set_attributes, write_pairs
 
 from fpocli import UserError, cache
-from fpocli.caching import cache as caching_stage
+from fpocli.caching import block_scorer
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.model import packing
@@ -102,7 +102,7 @@ def test_interrupted_caching_resumes_with_the_same_command(
     """The content is equal to the bit, and finished blocks are not scored again."""
     path = tmp_path / "ref.zarr"
     scored = []
-    real = caching_stage.score_block
+    real = block_scorer.score_block
 
     def stopping(*arguments, **settings):
         if len(scored) == stop_after:
@@ -110,7 +110,7 @@ def test_interrupted_caching_resumes_with_the_same_command(
         scored.append(arguments[3].source_row[0])
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(caching_stage, "score_block", stopping)
+    monkeypatch.setattr(block_scorer, "score_block", stopping)
     with pytest.raises(KeyboardInterrupt):
         cache(cache_config(material, path))
     assert Store.open(path).meta["state"] == ("partial" if stop_after else "tokenised")
@@ -373,7 +373,7 @@ def test_a_second_writer_is_refused(material, tmp_path):
     with WriterLock(path), pytest.raises(UserError, match="another process is writing"):
         cache(cache_config(material, path))
     cache(cache_config(material, path))
-    assert not path.with_name("ref.zarr.writers").exists()
+    assert not path.with_name("ref.zarr.lock").exists()
 
 
 @pytest.mark.parametrize("name", ["Granite", "Cohere"])
@@ -412,7 +412,6 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
             "line 1: missing field, rejected; it has conversations: empty",
         ),
         ({"layer": [1, 1], "sae": ["a", "b"]}, "a site is named twice"),
-        ({"join": True, "overwrite": True}, "need a process of their own"),
     ],
 )
 def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(

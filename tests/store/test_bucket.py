@@ -210,13 +210,6 @@ def test_nothing_there_is_told_as_of_a_folder(bucket):
         Store.open(f"{bucket}/none")
 
 
-def test_several_processes_are_refused(bucket, material):
-    (done,) = results(
-        Command("cache", *flags(cache_config(material, f"{bucket}/two")), "--join")
-    )  # fmt: skip
-    assert done.returncode == 2 and "one process at a time writes" in done.stderr
-
-
 def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(bucket_module, "_RETRIES", {"max_retries": 0})

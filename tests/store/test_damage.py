@@ -16,7 +16,7 @@ from processes import Command
 from stores import assert_equal, attributes, cache_config, make_loader, write_root
 
 from fpocli import UserError, cache
-from fpocli.caching import cache as caching_stage
+from fpocli.caching import block_scorer
 from fpocli.report.describe import describe
 from fpocli.store import distribution_rows
 from fpocli.store.metadata import DOCUMENT, document_sums
@@ -206,13 +206,13 @@ def test_repair_scores_the_damaged_blocks_alone(spoiled, small, monkeypatch, wha
         else:
             (path / name).write_bytes(data)
     assert verify(path)
-    scored, real = [], caching_stage.score_block
+    scored, real = [], block_scorer.score_block
 
     def counting(*arguments, **settings):
         scored.append(int(arguments[3].source_row[0]) // 3)
         return real(*arguments, **settings)
 
-    monkeypatch.setattr(caching_stage, "score_block", counting)
+    monkeypatch.setattr(block_scorer, "score_block", counting)
     cache(type(config)(**(vars(config) | {"repair": True})))
     assert scored == expected
     assert verify(path) == []

@@ -20,6 +20,7 @@ from fpocli.data.top_tokens import TopTokens
 from fpocli.model.coarse_kl import coarse_kl, top_tokens
 from fpocli.store import distribution_rows
 from fpocli.store.distribution_rows import Distributions, largest_block, lay_out
+from fpocli.store.missing import missing_distributions
 from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.schema import array_bytes
@@ -73,7 +74,7 @@ def write(path, given: list[TopTokens[np.ndarray]], block: int, meta: dict, miss
         rows = store.pairs_in(number)
         reference, totals = rows_of(vectors, rows)
         reference.margin[np.isin(np.arange(pairs)[rows], missing)] = np.nan
-        top = store.missing_distributions(tokens.counts[rows].sum())
+        top = missing_distributions(store.meta, tokens.counts[rows].sum())
         for into, *values in zip(top, *given[rows], strict=True):
             if into is not None:
                 into[:] = np.concatenate(values)

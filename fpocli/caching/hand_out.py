@@ -1,0 +1,210 @@
+"""Hands out the blocks of a store to Ray's actors, and again what a lost actor or host had.
+
+An actor that is lost is replaced by a new one, which Ray places where there is room, perhaps on a
+host that was added meanwhile. It is handed blocks as soon as it has loaded the model. Where a
+block's worker dies three times, the block's pairs are tried one by one: a pair whose worker dies
+three times as well is to blame.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fpocli.caching.score_block import ScoredBlock
+from fpocli.store.records import TokenPairs
+from fpocli.system.bar import Bar
+from fpocli.system.console import progress, say, warn
+from fpocli.system.errors import UserError
+
+# What an actor is handed at a time: a block that it scores, and the next.
+_AHEAD = 2
+_DEATHS = 3
+# Seconds between two looks at how many actors there should be.
+_LOOK_EVERY = 1.0
+
+
+class _Job(NamedTuple):
+    """A block without some of its pairs; or the attempt whether one pair can be scored."""
+
+    block: int
+    left_out: frozenset[int] = frozenset()
+    pair: int | None = None
+
+
+@dataclass(eq=False)
+class _Actor:
+    """An actor, and what it was handed, in the order in which it does it."""
+
+    handle: Any
+    started: bool = False
+    jobs: list[_Job] = field(default_factory=list)
+
+
+class HandOut:
+    """The blocks that wait, and the actors that score.
+
+    Args:
+        ray: the module, connected.
+        make: makes a handle of a new actor (on_ray.Worker).
+        number: how many actors there should be now.
+        tokens: returns the token ids of a block.
+        drop_crashing: leave out a pair that ends its worker again and again.
+    """
+
+    def __init__(
+        self,
+        ray: Any,
+        make: Callable[[], Any],
+        number: Callable[[], int],
+        tokens: Callable[[int], TokenPairs],
+        *,
+        drop_crashing: bool,
+    ) -> None:
+        self._ray, self._make, self._number, self._tokens = ray, make, number, tokens
+        self._drop_crashing = drop_crashing
+        self._actors: list[_Actor] = []
+        # By Ray's name for the result: who makes it, and of which job; None while it starts.
+        self._running: dict[Any, tuple[_Actor, _Job | None]] = {}
+        self._waiting: deque[_Job] = deque()
+        self._deaths: Counter[_Job] = Counter()
+        # Of each block whose pairs are tried: those that are left, and those that are to blame.
+        self._untried: dict[int, set[int]] = {}
+        self._crashing: dict[int, set[int]] = {}
+        self._failed_starts = 0
+        self._told = ""
+
+    def start(self) -> None:
+        """Wait for the first actor.
+
+        Raises:
+            UserError: an actor cannot use the model, or actors end before they have loaded it.
+        """
+        with progress("Starting workers", None):
+            while not any(actor.started for actor in self._actors):
+                self._look()
+
+    def scored(self, blocks: list[int], bar: Bar) -> Iterator[tuple[int, ScoredBlock]]:
+        """Score blocks, and return each with its number as soon as it is done.
+
+        Args:
+            blocks: their numbers.
+            bar: advanced by the pairs that are done.
+
+        Raises:
+            UserError: as `start`; or a value is non-finite, or actors end again and again with the
+                same block.
+        """
+        self._waiting.extend(map(_Job, blocks))
+        while self._waiting or any(actor.jobs for actor in self._actors):
+            for block, scored in self._look():
+                tokens = self._tokens(block)
+                bar.advance(len(tokens), pairs=len(tokens), tokens=len(tokens.ids))
+                yield block, scored
+
+    def _look(self) -> list[tuple[int, ScoredBlock]]:
+        """See to it that every actor has something to do, and wait a moment for what is done."""
+        self._add_actors()
+        self._fill()
+        scored = []
+        done, _ = self._ray.wait(list(self._running), timeout=_LOOK_EVERY)
+        for reference in done:
+            # None if an actor was lost with two jobs.
+            actor, job = self._running.pop(reference, (None, None))
+            if actor is None:
+                continue
+            try:
+                result = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
+                # Our code in the actor has raised it.
+                raise error.cause or error from error
+            except self._ray.exceptions.RayError as error:
+                self._replace(actor, error)
+                continue
+            if job is None:
+                self._begin(actor, result)
+                continue
+            actor.jobs.remove(job)
+            if job.pair is None:
+                scored.append((job.block, result))
+            else:
+                self._acquit(job.block, job.pair)
+        return scored
+
+    def _add_actors(self) -> None:
+        while len(self._actors) < self._number():
+            actor = _Actor(self._make())
+            self._actors.append(actor)
+            self._running[actor.handle.start.remote()] = actor, None
+
+    def _begin(self, actor: _Actor, what_runs: str) -> None:
+        actor.started = True
+        self._failed_starts = 0
+        if what_runs != self._told:
+            say(what_runs)
+            self._told = what_runs
+
+    def _fill(self) -> None:
+        """First every actor has something to do, then something that waits."""
+        for most in range(_AHEAD):
+            for actor in self._actors:
+                if actor.started and self._waiting and len(actor.jobs) <= most:
+                    self._hand(actor, self._waiting.popleft())
+
+    def _hand(self, actor: _Actor, job: _Job) -> None:
+        tokens, method, left_out = self._tokens(job.block), actor.handle.score, job.left_out
+        if job.pair is not None:
+            method = actor.handle.attempt
+            left_out = frozenset(range(len(tokens))) - {job.pair}
+        actor.jobs.append(job)
+        self._running[method.remote(tokens, left_out)] = actor, job
+
+    def _replace(self, lost: _Actor, error: Exception) -> None:
+        """Hand out again what an actor had that is lost; the first job may be to blame."""
+        self._actors.remove(lost)
+        self._running = {r: (a, job) for r, (a, job) in self._running.items() if a is not lost}
+        if not lost.started:
+            self._failed_starts += 1
+            if self._failed_starts >= _DEATHS and not any(a.started for a in self._actors):
+                raise UserError(
+                    f"{_DEATHS} workers ended before they had loaded the model: {error}",
+                    "is there enough memory? Ray's logs say more",
+                )
+        # What it was about to do first comes first again.
+        self._waiting.extendleft(reversed(lost.jobs[1:]))
+        for job in lost.jobs[:1]:
+            self._blame(job)
+
+    def _blame(self, job: _Job) -> None:
+        self._deaths[job] += 1
+        if self._deaths[job] < _DEATHS:
+            self._waiting.appendleft(job)
+        elif job.pair is not None:
+            self._convict(job.block, job.pair)
+        elif job.block in self._crashing:
+            raise UserError(
+                f"block {job.block} ended its worker {_DEATHS} times, and none of its pairs does "
+                "so alone",
+                "try a smaller --packed-length; Ray's logs say more",
+            )
+        else:
+            pairs = range(len(self._tokens(job.block)))
+            self._untried[job.block], self._crashing[job.block] = set(pairs), set()
+            self._waiting.extend(_Job(job.block, pair=pair) for pair in pairs)
+
+    def _convict(self, block: int, pair: int) -> None:
+        row = self._tokens(block).source_row[pair]
+        message = f"scoring the pair in row {row} ended its worker {_DEATHS} times"
+        if not self._drop_crashing:
+            raise UserError(message, "Ray's logs say more; --drop-crashing leaves such pairs out")
+        warn(f"{message}; the pair is dropped")
+        self._crashing[block].add(pair)
+        self._acquit(block, pair)
+
+    def _acquit(self, block: int, pair: int) -> None:
+        """A pair has been tried; after the last one the block is scored again."""
+        self._untried[block].remove(pair)
+        if not self._untried[block]:
+            job = _Job(block, frozenset(self._crashing[block]))
+            self._deaths[job] = 0
+            self._waiting.append(job)
