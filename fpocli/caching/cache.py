@@ -42,8 +42,8 @@ from fpocli.system.files import resolve_last_part
 from fpocli.system.lock import WriterLock
 from fpocli.system.model_folder import ModelFolder, find_model
 
-# Threads that compress and write blocks; each holds one in memory.
-_WRITERS = 2
+# Threads that compress and write the blocks of Ray's workers; each holds one in memory.
+_WRITERS_ON_RAY = 4
 
 
 def cache(config: CacheConfig) -> Store:
@@ -141,7 +141,7 @@ def _cache(
             score = partial(_one_by_one, scorer, store.tokens)
         done = store.pairs - sum(map(store.block_length, blocks))
         with progress("Scoring pairs with the reference", store.pairs, done) as bar:
-            _write(store, score(blocks, bar), lock, bar)
+            _write(store, score(blocks, bar), lock, bar, _WRITERS_ON_RAY if workers else 1)
 
     # -- every block read back, and the store marked complete --------------------------------------
     store = StoreWriter.open(place)
@@ -168,15 +168,16 @@ def _write(
     blocks: Iterator[tuple[int, ScoredBlock]],
     lock: WriterLock | BucketLock,
     bar: Bar,
+    threads: int,
 ) -> None:
-    """Write blocks as they are scored; meanwhile the next ones are."""
+    """Write blocks as they are scored; meanwhile the next ones are scored."""
 
     def write(block: int, scored: ScoredBlock) -> None:
         lock.check()
         store.write_block(block, *scored)
 
     writing: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(_WRITERS) as writers:
+    with ThreadPoolExecutor(threads) as writers:
         began = time.perf_counter()
         for block, scored in blocks:
             tokens, margin = store.tokens(block), scored.reference.margin
@@ -188,7 +189,7 @@ def _write(
             bar.show(shown | ({} if missing.all() else {"margin": float(margin[~missing].mean())}))
             began = now
             # An error of a writer ends the scoring.
-            while len(writing) >= _WRITERS:
+            while len(writing) >= threads:
                 writing.popleft().result()
             writing.append(writers.submit(write, block, scored))
         for one in writing:

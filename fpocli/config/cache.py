@@ -113,7 +113,10 @@ class CacheConfig:
     packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
     block: Annotated[
         int,
-        Option(min=1, help="Pairs per block, the unit of work. A crash loses at most two blocks."),
+        Option(
+            min=1,
+            help="Pairs per block, the unit of work. A crash loses those in progress: two, or two for each worker.",
+        ),
     ] = 1024
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     allow: Annotated[
