@@ -71,6 +71,8 @@ lint: .venv/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run examples/cluster/slurm/*.sbatch
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec examples/cluster/compose.yaml
 
 # docs/families.md, from tiny random models of each family.
 families: .venv/dev
