@@ -17,7 +17,9 @@ WORKDIR /opt/fpo
 # makes again.
 COPY pyproject.toml constraints.txt ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*project['dependencies'], *project['optional-dependencies']['cuda'], sep='\n')" \
+        extras = project['optional-dependencies']; \
+        names = [*extras['cuda'], *extras['cloud'], *extras['ray']]; \
+        print(*project['dependencies'], *names, sep='\n')" \
         > requirements.txt \
     && pip install --no-cache-dir -c constraints.txt -r requirements.txt
 COPY README.md LICENSE ./

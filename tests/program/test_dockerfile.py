@@ -37,14 +37,14 @@ def test_everything_that_is_copied_exists():
     assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], "fpocli"} <= {*copied}
 
 
-def test_the_dependencies_are_those_of_the_project_with_an_extra():
+def test_the_dependencies_are_those_of_the_project_with_extras():
     """The command of the Dockerfile that lists them is run."""
     (command,) = (value for value in values("RUN") if "tomllib" in value)
     python, *words = shlex.split(command.partition(">")[0])
     assert python == "python"
     listed = subprocess.check_output([sys.executable, *words], cwd=ROOT, text=True).splitlines()
-    extras = re.findall(r"\['optional-dependencies'\]\['(\w+)'\]", command)
-    assert extras == ["cuda"]
+    extras = re.findall(r"extras\['(\w+)'\]", command)
+    assert extras == ["cuda", "cloud", "ray"]
     expected = [name for extra in extras for name in PROJECT["optional-dependencies"][extra]]
     assert listed == PROJECT["dependencies"] + expected
 
@@ -54,8 +54,9 @@ def test_versions_are_those_of_the_constraints():
     assert "pip install --no-cache-dir -c constraints.txt -r requirements.txt" in first
     assert last == "pip install --no-cache-dir --no-deps ."
     assert "torch" in PINNED and "torch" not in first + last
-    for requirement in PROJECT["optional-dependencies"]["cuda"]:
-        assert re.match(r"[\w-]+", requirement)[0] in PINNED
+    for extra in ("cuda", "cloud", "ray"):
+        for requirement in PROJECT["optional-dependencies"][extra]:
+            assert re.match(r"[\w-]+", requirement)[0] in PINNED
 
 
 def test_the_dependencies_are_installed_before_the_code_is_copied():
