@@ -115,7 +115,8 @@ class CacheConfig:
         int,
         Option(
             min=1,
-            help="Pairs per block, the unit of work. A crash loses those in progress: two, or two for each worker.",
+            help="Pairs per block, the unit of work. A crash loses those in progress: two, or two "
+            "of each worker.",
         ),
     ] = 1024
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
