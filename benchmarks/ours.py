@@ -102,7 +102,7 @@ def serve_blocks(line: Any, store: Store, model: str) -> None:
                 budget = default_packed_length(device)
                 scored = score_block(network, encoders, out.meta, out.tokens(number), budget, bar)
                 written = time.perf_counter()
-                out.write_block(number, *scored)
+                out.write_block(number, scored.reference, scored.totals, scored.top)
             now = time.perf_counter()
             return {"seconds": now - began, "write": now - written, "peak": _peak(device)}
 

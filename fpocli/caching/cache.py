@@ -19,7 +19,7 @@ from fpocli.caching.block_scorer import BlockScorer
 from fpocli.caching.identity import check_distributions, describe_origin, identify
 from fpocli.caching.on_ray import RayWorkers
 from fpocli.caching.open_store import DROPPED, open_or_create
-from fpocli.caching.score_block import ScoredBlock
+from fpocli.caching.score_block import NON_FINITE, ScoredBlock
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
@@ -92,7 +92,7 @@ def cache(config: CacheConfig) -> Store:
 def _has_workers(config: CacheConfig) -> bool:
     """Whether Ray's workers score the blocks, and not this process: with the flags of Ray, and
     where there are several GPUs and none is named."""
-    if config.ray or config.workers is not None:
+    if config.ray or config.workers:
         return config.ray is not None or config.workers != 1
     gpus = torch.cuda.device_count() if config.device in (None, "cuda") else 0
     if gpus > 1 and not importlib.util.find_spec("ray"):
@@ -174,16 +174,16 @@ def _write(
 
     def write(block: int, scored: ScoredBlock) -> None:
         lock.check()
-        store.write_block(block, *scored)
+        store.write_block(block, scored.reference, scored.totals, scored.top)
 
     writing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(threads) as writers:
         began = time.perf_counter()
         for block, scored in blocks:
             tokens, margin = store.tokens(block), scored.reference.margin
+            for row in scored.non_finite:
+                warn(f"{NON_FINITE} {row} is non-finite; the pair is dropped")
             missing = np.isnan(margin)
-            for row in tokens.source_row[missing]:
-                warn(f"a score or feature of the pair in row {row} is not finite; it is dropped")
             now = time.perf_counter()
             shown = {"tokens_per_second": len(tokens.ids) / (now - began)}
             bar.show(shown | ({} if missing.all() else {"margin": float(margin[~missing].mean())}))

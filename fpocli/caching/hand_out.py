@@ -22,6 +22,7 @@ _AHEAD = 2
 _DEATHS = 3
 # Seconds between two looks at how many actors there should be.
 _LOOK_EVERY = 1.0
+_LOGS = "Ray's logs say more, in /tmp/ray/session_latest/logs of the worker's host"
 
 
 class _Job(NamedTuple):
@@ -72,7 +73,7 @@ class HandOut:
         self._untried: dict[int, set[int]] = {}
         self._crashing: dict[int, set[int]] = {}
         self._failed_starts = 0
-        self._told = ""
+        self._told = False
 
     def start(self) -> None:
         """Wait for the first actor.
@@ -107,12 +108,10 @@ class HandOut:
         self._add_actors()
         self._fill()
         scored = []
+        # One result at most.
         done, _ = self._ray.wait(list(self._running), timeout=_LOOK_EVERY)
         for reference in done:
-            # None if an actor was lost with two jobs.
-            actor, job = self._running.pop(reference, (None, None))
-            if actor is None:
-                continue
+            actor, job = self._running.pop(reference)
             try:
                 result = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
@@ -140,9 +139,9 @@ class HandOut:
     def _begin(self, actor: _Actor, what_runs: str) -> None:
         actor.started = True
         self._failed_starts = 0
-        if what_runs != self._told:
+        if not self._told:
             say(what_runs)
-            self._told = what_runs
+            self._told = True
 
     def _fill(self) -> None:
         """First every actor has something to do, then something that waits."""
@@ -168,7 +167,7 @@ class HandOut:
             if self._failed_starts >= _DEATHS and not any(a.started for a in self._actors):
                 raise UserError(
                     f"{_DEATHS} workers ended before they had loaded the model: {error}",
-                    "is there enough memory? Ray's logs say more",
+                    f"is there enough memory? {_LOGS}",
                 )
         # What it was about to do first comes first again.
         self._waiting.extendleft(reversed(lost.jobs[1:]))
@@ -185,7 +184,7 @@ class HandOut:
             raise UserError(
                 f"block {job.block} ended its worker {_DEATHS} times, and none of its pairs does "
                 "so alone",
-                "try a smaller --packed-length; Ray's logs say more",
+                f"try a smaller --packed-length; {_LOGS}",
             )
         else:
             pairs = range(len(self._tokens(job.block)))
@@ -196,7 +195,7 @@ class HandOut:
         row = self._tokens(block).source_row[pair]
         message = f"scoring the pair in row {row} ended its worker {_DEATHS} times"
         if not self._drop_crashing:
-            raise UserError(message, "Ray's logs say more; --drop-crashing leaves such pairs out")
+            raise UserError(message, f"--drop-crashing leaves such pairs out; {_LOGS}")
         warn(f"{message}; the pair is dropped")
         self._crashing[block].add(pair)
         self._acquit(block, pair)

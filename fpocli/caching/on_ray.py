@@ -5,6 +5,7 @@ This process, the driver, alone writes the store; hand_out.py says which worker 
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -100,6 +101,7 @@ class RayWorkers:
             cpus = max(os.cpu_count() or 1, self._config.workers or 1)
             options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
         handler = signal.getsignal(signal.SIGTERM)
+        in_main = threading.current_thread() is threading.main_thread()
         try:
             self._ray.init(**options, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -109,7 +111,8 @@ class RayWorkers:
             ) from error
         finally:
             # Ray has replaced it.
-            signal.signal(signal.SIGTERM, handler)
+            if in_main:
+                signal.signal(signal.SIGTERM, handler)
 
     def _resources(self) -> dict[str, int]:
         """What Ray reserves for each worker."""
@@ -126,7 +129,9 @@ class RayWorkers:
             raise UserError(
                 "Ray has no GPU", "say on how many processes the CPUs are shared out: --workers N"
             )
-        return {"num_gpus": 0, "num_cpus": max(1, int(here.get("CPU", 1)) // workers)}
+        # No more than one host has.
+        most = max(int(host["Resources"].get("CPU", 0)) for host in self._ray.nodes())
+        return {"num_gpus": 0, "num_cpus": max(1, min(most, int(here.get("CPU", 1)) // workers))}
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +169,7 @@ class RayWorkers:
 
     def _number(self) -> int:
         """How many workers there should be: hosts may join and leave at any time."""
-        return self._config.workers or int(self._ray.cluster_resources().get("GPU", 0))
+        return self._config.workers or max(1, int(self._ray.cluster_resources().get("GPU", 0)))
 
 
 def _absolute(source: str) -> str:

@@ -23,6 +23,8 @@ from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.system.bar import Bar
 from fpocli.system.errors import UserError
 
+NON_FINITE = "a log-probability or a feature of the pair in row"
+
 
 class ScoredBlock(NamedTuple):
     """What a block holds of the reference.
@@ -31,11 +33,13 @@ class ScoredBlock(NamedTuple):
         reference: the values of its b pairs.
         totals: by site, the sums over its responses.
         top: the distributions at its M scored positions, pair by pair; None in a store without.
+        non_finite: rows of the data with the pairs whose values were non-finite, and are missing.
     """
 
     reference: ReferenceValues
     totals: dict[str, FeatureTotals]
     top: TopTokens[np.ndarray] | None
+    non_finite: list[int]
 
 
 def score_block(
@@ -79,6 +83,7 @@ def score_block(
     scored = [pair for pair in range(len(tokens)) if pair not in left_out]
     plan = plan_packing([lengths[pair] for pair in scored], packed_length)
     packed = [[scored[place] for place in places] for places in plan]
+    non_finite: list[int] = []
     for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
@@ -92,12 +97,13 @@ def score_block(
             # A kernel may spread NaN to neighbours in the sequence, so each is scored by itself.
             packed += [[pair] for pair in wrong]
         elif wrong:
+            row = int(tokens.source_row[wrong[0]])
             if not drop_non_finite:
-                row = tokens.source_row[wrong[0]]
                 raise UserError(
-                    f"a log-probability or a feature of the pair in row {row} is non-finite",
+                    f"{NON_FINITE} {row} is non-finite",
                     "try --dtype float32, or drop the pair with --drop-non-finite",
                 )
+            non_finite.append(row)
             bar.advance()
         values.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
@@ -114,7 +120,7 @@ def score_block(
         bar.advance(len(kept), pairs=len(kept), tokens=sum(lengths[pair] for pair in kept))
     average = values.logp / tokens.counts.astype(np.float32)
     values.margin[:] = average[:, 0] - average[:, 1]
-    return ScoredBlock(values, totals, top)
+    return ScoredBlock(values, totals, top, non_finite)
 
 
 def _keep_features(
