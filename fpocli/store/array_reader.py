@@ -3,8 +3,9 @@
 Shapes: N pairs, B blocks, b pairs of one block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class ArrayReader:
         """Whether a block has its digest, and so its reference values."""
         # A digest is never removed while others write, and this is called often.
         if block not in self._done:
-            if not self._is_there("blocks/digest", block) or not self._record(block):
+            own = slice(block, block + 1)
+            if not self._read("blocks/digest", own, block, required=False)[0]:
                 return False
             self._done.add(block)
         return True
@@ -103,11 +105,11 @@ class ArrayReader:
 
     def read_array(self, name: str) -> np.ndarray:
         """A whole array, such as spans or ref/margin; blocks not scored yet hold the fill value."""
+        values = self._read(name, slice(None))
         if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
-            array = self._array(name)
-            for file in range(-(-array.shape[0] // _rows_per_file(array))):
+            for file in _perhaps_missing(self._array(name), 0, values):
                 self._require_file(name, file, file if name != "tokens" else None)
-        return self._read(name, slice(None))
+        return values
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Bytes of each array: in memory and on disk."""
@@ -126,17 +128,24 @@ class ArrayReader:
             self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
-    def _read(self, name: str, rows: slice, block: int | None = None) -> np.ndarray:
-        """A part of an array; if a block is named, its files must exist."""
+    def _read(
+        self, name: str, rows: slice, block: int | None = None, *, required: bool = True
+    ) -> np.ndarray:
+        """A part of an array; if a block is named and it is required, its files must exist."""
         array = self._array(name)
-        if block is not None:
-            length = _rows_per_file(array)
-            for file in range(rows.start // length, -(-rows.stop // length)):
-                self._require_file(name, file, block)
         try:
-            return np.asarray(self._repeat(lambda: array[rows]))
+            values = np.asarray(self._repeat(lambda: array[rows]))
         except BROKEN as error:
             raise self._damaged(name, block, str(error)) from error
+        if block is not None and required:
+            for file in _perhaps_missing(array, rows.start, values):
+                self._require_file(name, file, block)
+        return values
+
+    def _read_together(self, parts: dict[str, slice], block: int) -> dict[str, np.ndarray]:
+        """Parts of several arrays, by name; their files must exist."""
+        reads = [partial(self._read, name, rows, block) for name, rows in parts.items()]
+        return dict(zip(parts, self.place.together(reads), strict=True))
 
     def _repeat(self, read: Callable[[], Any]) -> Any:
         """What is read, again where what came is damaged and the place may be to blame."""
@@ -145,17 +154,10 @@ class ArrayReader:
                 return read()
         return read()
 
-    def _record(self, block: int) -> np.uint64:
-        """The digest of a block as it was written; 0 if it is not scored."""
-        return self._read("blocks/digest", slice(block, block + 1), block)[0]
-
     def _require_file(self, name: str, file: int, block: int | None) -> None:
         """Refuse a missing chunk or shard, for which zarr would silently return the fill value."""
-        if not self._is_there(name, file):
+        if not self.place.exists(self._key(name, file)):
             raise self._damaged(name, block, f"chunk {file} is missing")
-
-    def _is_there(self, name: str, file: int) -> bool:
-        return self.place.exists(self._key(name, file))
 
     def _key(self, name: str, file: int) -> str:
         """Of a chunk or shard, by its number along the first axis."""
@@ -169,5 +171,17 @@ class ArrayReader:
         return UserError(f"the array {name}{where} of {self.path} is damaged: {why}", REPAIR)
 
 
-def _rows_per_file(array: Any) -> int:
-    return (array.shards or array.chunks)[0]
+def _perhaps_missing(array: Any, start: int, values: np.ndarray) -> Iterator[int]:
+    """The numbers of the chunks or shards that may be missing, as what was read of them begins with
+    the fill value. Seldom does one that exists.
+
+    Args:
+        array: of zarr.
+        start: the first row that was read.
+        values: what was read.
+    """
+    length = (array.shards or array.chunks)[0]
+    for file in range(start // length, -(-(start + len(values)) // length)):
+        first = values[max(file * length - start, 0)].flat[0]
+        if np.array_equal(first, array.fill_value, equal_nan=True):
+            yield file

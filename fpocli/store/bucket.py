@@ -7,12 +7,13 @@ here those are repeated too whose answer was cut off or did not come in time.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from fpocli.store.place import cannot_reach
+from fpocli.store.place import T, cannot_reach
 from fpocli.system.errors import UserError
 
 _KINDS = ("s3", "gs", "az")
@@ -22,6 +23,8 @@ _CLIENT = {"connect_timeout": "10s", "timeout": "60s", "allow_http": True}
 _RETRIES = {"max_retries": 12, "retry_timeout": timedelta(minutes=3)}
 # Of a request whose answer was cut off or did not come; seconds before the next attempt.
 _ATTEMPTS, _PAUSE = 4, 0.5
+# Reads of one call that wait for their answers at once.
+_AT_ONCE = 32
 
 
 class Bucket:
@@ -86,6 +89,14 @@ class Bucket:
     def read(self, key: str) -> bytes:
         """See Place."""
         return self._ask(lambda: bytes(self._obstore.get(self._inside, key).bytes()))
+
+    def version(self, key: str) -> str:
+        """A text that changes when a file is written, "" if there is none."""
+        try:
+            about = self._ask(self._obstore.head, self._inside, key)
+        except FileNotFoundError:
+            return ""
+        return f"{about['e_tag']} {about['last_modified'].isoformat()}"
 
     def write(self, key: str, content: bytes) -> None:
         """See Place."""
@@ -153,6 +164,11 @@ class Bucket:
                 await again(super().set, *arguments)
 
         return Patient(self._inside)
+
+    def together(self, reads: Sequence[Callable[[], T]]) -> list[T]:
+        """See Place."""
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            return list(threads.map(lambda read: read(), reads))
 
     # -- documents of which one process is the owner ----------------------------------------------
 

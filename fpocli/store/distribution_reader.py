@@ -3,8 +3,8 @@
 Shapes: b pairs of a block, M scored positions, n tokens.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,14 @@ class DistributionReader(ArrayReader):
             raise UserError(
                 f"{self.path} has no distributions", "cache again with --distributions 64"
             )
-        parts = []
-        for pair in map(int, pairs):
-            block, row = divmod(pair, self.block_size)
-            known = self._remembered(block) if self.is_scored(block) else None
-            if known is None or not known[1][row]:
+        found = [divmod(int(pair), self.block_size) for pair in pairs]
+        known = self._known({block for block, _ in found})
+        for pair, (block, row) in zip(pairs, found, strict=True):
+            if block not in known or not known[block][1][row]:
                 raise UserError(f"pair {pair} of {self.path} has no reference values")
-            parts.append(self._read_checked(block, row, row + 1, *known))
+        parts = self._read_rows([(block, *known[block][0][row, ::2]) for block, row in found])
+        for (block, row), top in zip(found, parts, strict=True):
+            self._check(block, row, row + 1, *known[block], top)
         logp = np.concatenate([top.logp for top in parts])
         rest = np.concatenate([top.rest for top in parts])
         if self.distributions.dtype == "float16":
@@ -85,10 +86,11 @@ class DistributionReader(ArrayReader):
         if not np.array_equal(digests == 0, missing):
             raise self._damaged("ref/top/digest", block, "missing values do not match ref/margin")
         for first, last in self._parts(places):
-            self._read_checked(block, first, last, places, digests)
+            (top,) = self._read_rows([(block, int(places[first, 0]), int(places[last - 1, 2]))])
+            self._check(block, first, last, places, digests, top)
         # The padding, up to the end of a file.
         end, shard = int(places[-1, 2]), self._shard
-        self._read_rows(block, end, end + -end % shard)
+        self._read_rows([(block, end, end + -end % shard)])
 
     @property
     def _shard(self) -> int:
@@ -102,6 +104,15 @@ class DistributionReader(ArrayReader):
             last = max(first + 1, full)
             yield first, last
             first = last
+
+    def _known(self, blocks: Collection[int]) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        """The places and digests of those blocks that are scored."""
+
+        def read(block: int) -> tuple[np.ndarray, np.ndarray] | None:
+            return self._remembered(block) if self.is_scored(block) else None
+
+        found = self.place.together([partial(read, block) for block in blocks])
+        return {block: about for block, about in zip(blocks, found, strict=True) if about}
 
     def _places_and_digests(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Of a block's pairs: int64 [b, 3] and uint64 [b]."""
@@ -126,19 +137,25 @@ class DistributionReader(ArrayReader):
             raise self._damaged("ref/top/rows", block, "they do not describe rows")
         return places
 
-    def _read_checked(
-        self, block: int, first: int, last: int, places: np.ndarray, digests: np.ndarray
-    ) -> TopTokens[np.ndarray]:
-        """The rows of neighbouring pairs as they are stored. Each that has reference values must
-        match its digest.
+    def _check(
+        self,
+        block: int,
+        first: int,
+        last: int,
+        places: np.ndarray,
+        digests: np.ndarray,
+        top: TopTokens[np.ndarray],
+    ) -> None:
+        """Refuse rows of neighbouring pairs of which one has reference values and does not match
+        its digest.
 
         Args:
             block: of the pairs.
             first, last: the first one, counted from the block's, and the one after the last.
             places, digests: of the block.
+            top: their rows, as they are stored.
         """
-        begin = int(places[first, 0])
-        top = self._read_rows(block, begin, int(places[last - 1, 2]))
+        begin = places[first, 0]
         for row in range(first, last):
             pair = self.pairs_in(block).start + row
             own = top.at(slice(places[row, 0] - begin, places[row, 2] - begin))
@@ -146,14 +163,26 @@ class DistributionReader(ArrayReader):
             if digests[row] not in (0, made):
                 self.check_not_replaced()
                 raise self._damaged("ref/top/digest", block, f"pair {pair} does not match it")
-        return top
 
-    def _read_rows(self, block: int, begin: int, end: int) -> TopTokens[np.ndarray]:
-        """Rows as they are stored."""
+    def _read_rows(self, ranges: list[tuple[int, int, int]]) -> list[TopTokens[np.ndarray]]:
+        """Rows as they are stored.
+
+        Args:
+            ranges: of each a block, its first row and the row after the last.
+        """
         assert self.distributions is not None
         names = ("logp", "rest") if self.distributions.whole else ("ids", "logp", "rest")
-        parts = [self._read(f"ref/top/{name}", slice(begin, end), block) for name in names]
-        return TopTokens(*parts) if len(parts) == 3 else TopTokens(None, *parts)
+        read = iter(
+            self.place.together(
+                [
+                    partial(self._read, f"ref/top/{name}", slice(begin, end), block)
+                    for block, begin, end in ranges
+                    for name in names
+                ]
+            )
+        )
+        parts = ({name: next(read) for name in names} for _ in ranges)
+        return [TopTokens(part.get("ids"), part["logp"], part["rest"]) for part in parts]
 
 
 def _normalised(logp: np.ndarray, rest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

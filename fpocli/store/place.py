@@ -5,12 +5,14 @@ A key is the path of a file inside of it, such as spans/c/0/0.
 
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, remove_folder, replace_text
+
+T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -74,6 +76,9 @@ class Place(Protocol):
 
     def for_zarr(self) -> Any:
         """What zarr opens."""
+
+    def together(self, reads: Sequence[Callable[[], T]]) -> list[T]:
+        """What several reads return, in their order; at once, where each waits for an answer."""
 
 
 def place_of(name: str | Path | Place) -> Place:
@@ -180,6 +185,10 @@ class Folder:
     def for_zarr(self) -> Any:
         """See Place."""
         return self.path
+
+    def together(self, reads: Sequence[Callable[[], T]]) -> list[T]:
+        """See Place."""
+        return [read() for read in reads]
 
 
 def cannot_reach(name: Path | str, error: Exception) -> UserError:

@@ -4,6 +4,7 @@ Shapes: N pairs, T tokens, K stored features, F features that are stored for eve
 m features of a site, B blocks, b pairs of one block.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -123,7 +124,9 @@ class Store(DistributionReader):
 
     def unscored_blocks(self) -> list[int]:
         """The blocks without reference values."""
-        return [block for block in range(self.blocks) if not self.is_scored(block)]
+        blocks = range(self.blocks)
+        scored = self.place.together([partial(self.is_scored, block) for block in blocks])
+        return [block for block in blocks if not scored[block]]
 
     def require_complete(self) -> None:
         """Refuse a store that is not complete.
@@ -141,8 +144,7 @@ class Store(DistributionReader):
     def tokens(self, block: int) -> TokenPairs:
         """The token ids of a block's pairs."""
         rows = self.pairs_in(block)
-        spans = self._read("spans", rows, block)
-        source_row = self._read("source_row", rows, block)
+        spans, source_row = self._read_together({"spans": rows, "source_row": rows}, block).values()
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
             raise self._damaged("spans", block, "they do not describe token ids")
@@ -169,18 +171,23 @@ class Store(DistributionReader):
         Raises:
             UserError: a checksum is wrong, or the block does not match its digest.
         """
-        rows = self.pairs_in(block)
-        reference = ReferenceValues(
-            logp=self._read("ref/logp", rows, block),
-            margin=self._read("ref/margin", rows, block),
-            features={site: self._features(site, rows, block) for site in self.sites},
-        )
-        if digest_of_block(tokens, reference) != self._record(block):
-            raise self._damaged("blocks/digest", block, "the values do not match it")
+        rows, own = self.pairs_in(block), slice(block, block + 1)
+        parts = {"ref/logp": rows, "ref/margin": rows, "blocks/digest": own}
+        for site, about in self.sites.items():
+            names = ("index", "value", "nonzero", *(("kept",) if kept_features(about) else ()))
+            parts |= {f"features/{site}/{name}": rows for name in names}
         if self.has_kept:
-            recorded = self._read("blocks/kept", slice(block, block + 1), block)[0]
-            if digest_of_kept(block, reference) != recorded:
-                raise self._damaged("blocks/kept", block, "the values do not match it")
+            parts["blocks/kept"] = own
+        read = self._read_together(parts, block)
+        reference = ReferenceValues(
+            logp=read["ref/logp"],
+            margin=read["ref/margin"],
+            features={site: self._features(site, read) for site in self.sites},
+        )
+        if digest_of_block(tokens, reference) != read["blocks/digest"][0]:
+            raise self._damaged("blocks/digest", block, "the values do not match it")
+        if self.has_kept and digest_of_kept(block, reference) != read["blocks/kept"][0]:
+            raise self._damaged("blocks/kept", block, "the values do not match it")
         self.check_not_replaced()
         gaps = rows.start + np.flatnonzero(np.isnan(reference.margin))
         known = [pair for pair in self.non_finite if rows.start <= pair < rows.stop]
@@ -205,16 +212,14 @@ class Store(DistributionReader):
             self.check_distributions(block, tokens.counts, missing)
         return missing
 
-    def _features(self, site: str, rows: slice, block: int) -> TopFeatures[np.ndarray]:
+    def _features(self, site: str, read: dict[str, np.ndarray]) -> TopFeatures[np.ndarray]:
         index, value, nonzero = (
-            self._read(f"features/{site}/{name}", rows, block)
-            for name in ("index", "value", "nonzero")
+            read[f"features/{site}/{name}"] for name in ("index", "value", "nonzero")
         )
-        kept = kept_features(self.sites[site])
-        kept_value = np.empty((len(index), 2, 0), value.dtype)
-        if kept:
-            kept_value = self._read(f"features/{site}/kept", rows, block)
-        return TopFeatures(index, value, nonzero, kept_value, np.array(kept, np.int64))
+        kept = np.array(kept_features(self.sites[site]), np.int64)
+        none = np.empty((len(index), 2, 0), value.dtype)
+        kept_value = read.get(f"features/{site}/kept", none)
+        return TopFeatures(index, value, nonzero, kept_value, kept)
 
     def mean(self, site: str) -> np.ndarray:
         """Mean pooled features over all responses: float32 [m]."""

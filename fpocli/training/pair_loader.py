@@ -9,9 +9,11 @@ Shapes: P pairs of a packed sequence.
 
 import time
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,14 +24,15 @@ from fpocli.store.reader import Store
 from fpocli.store.records import ReferenceValues, TokenPairs
 from fpocli.training.micro_batch import MicroBatch, reference_tensors, top_tensors
 
-# Blocks whose pairs are shuffled together; twice as many are in memory.
+# Blocks whose pairs are shuffled together; while they are used, threads read the next as many.
 _WINDOW = 4
 # Which pairs are held out depends on the store and the fraction, not on the training seed.
 _HELD_OUT_SEED = 0
+T = TypeVar("T")
 
 
 @dataclass
-class Prefetched:
+class Prefetched(Generic[T]):
     """Iterates over items that a thread prepares one ahead.
 
     Args:
@@ -37,10 +40,10 @@ class Prefetched:
         waited: seconds spent waiting for the thread so far.
     """
 
-    items: Iterable[list[MicroBatch]]
+    items: Iterable[T]
     waited: float = field(default=0.0, init=False)
 
-    def __iter__(self) -> Iterator[list[MicroBatch]]:
+    def __iter__(self) -> Iterator[T]:
         items = iter(self.items)
         with ThreadPoolExecutor(1) as thread:
             coming = thread.submit(next, items, None)
@@ -52,6 +55,9 @@ class Prefetched:
                     return
                 coming = thread.submit(next, items, None)
                 yield item
+
+
+_Block = tuple[TokenPairs, ReferenceValues]
 
 
 class PairLoader:
@@ -89,13 +95,14 @@ class PairLoader:
         self.held_out_pairs = max(1, share) if eval_fraction > 0 else 0
         self.training_pairs = store.scored - self.held_out_pairs
         self.steps_per_epoch = -(-self.training_pairs // batch_size)
-        self._block = lru_cache(maxsize=2 * _WINDOW)(self._read_block)
-        self._blocks = lru_cache(maxsize=1)(self._block_order)
+        self._threads = ThreadPoolExecutor(_WINDOW)
+        self._block = lru_cache(maxsize=2 * _WINDOW)(self._begin_block)
+        self._blocks = lru_cache(maxsize=2)(self._block_order)
         self._window = lru_cache(maxsize=2)(self._shuffled_window)
 
     def steps(
         self, start: int, stop: int, device: torch.device, *, with_top: bool = False
-    ) -> Prefetched:
+    ) -> Prefetched[list[MicroBatch]]:
         """This rank's micro-batches of the optimiser steps from `start` on, prepared in a thread.
 
         In a step every rank has the same number of them.
@@ -105,10 +112,13 @@ class PairLoader:
             device: of the tensors.
             with_top: whether the store's distributions are read.
         """
-        return Prefetched(
-            list(self._share(self.pairs(step), device, with_top=with_top))
-            for step in range(start, stop)
-        )
+
+        def prepared() -> Iterator[list[MicroBatch]]:
+            for step in range(start, stop):
+                yield list(self._share(self.pairs(step), device, with_top=with_top))
+                self._begin_next(step, stop)
+
+        return Prefetched(prepared())
 
     def pairs(self, step: int) -> np.ndarray:
         """The numbers of an optimiser step's pairs, over all ranks."""
@@ -132,20 +142,28 @@ class PairLoader:
 
     def evaluation(
         self, device: torch.device, split: str = "eval", *, with_top: bool = False
-    ) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a split; every rank has the same number.
+    ) -> Prefetched[MicroBatch]:
+        """This rank's micro-batches of a split, prepared in a thread.
+
+        Every rank has the same number of them.
 
         Args:
             device: of the tensors.
             split: eval, the held-out pairs; train, the others; or all.
             with_top: whether the store's distributions are read.
         """
-        for first in range(0, self.store.blocks, _WINDOW):
-            blocks = range(first, min(first + _WINDOW, self.store.blocks))
-            pairs = np.concatenate([self._split(block, split) for block in blocks])
-            if len(pairs):
-                weight = 1 / self.split_size(split)
-                yield from self._share(pairs, device, weight, with_top=with_top)
+
+        def prepared() -> Iterator[MicroBatch]:
+            ends = [*range(0, self.store.blocks, _WINDOW), self.store.blocks]
+            for first, last in pairwise(ends):
+                pairs = np.concatenate([self._split(block, split) for block in range(first, last)])
+                for block in range(first, min(last + _WINDOW, self.store.blocks)):
+                    self._block(block)
+                if len(pairs):
+                    weight = 1 / self.split_size(split)
+                    yield from self._share(pairs, device, weight, with_top=with_top)
+
+        return Prefetched(prepared())
 
     def split_size(self, split: str) -> int:
         """Number of pairs in a split."""
@@ -193,7 +211,9 @@ class PairLoader:
         """This rank's part of `pairs`, packed; each pair has the same weight, 1 / their number
         unless set."""
         places = [divmod(pair, self.store.block_size) for pair in pairs.tolist()]
-        spans = np.array([self._block(block)[0].spans[row] for block, row in places])
+        coming = {block: self._block(block) for block, _ in places}
+        blocks = {block: reading.result() for block, reading in coming.items()}
+        spans = np.array([blocks[block][0].spans[row] for block, row in places])
         lengths = (spans[:, 3] - spans[:, 0]).tolist()
         packed = plan_packing(lengths, self.packed_length, self.world)
         for members in packed[self.rank :: self.world]:
@@ -202,7 +222,7 @@ class PairLoader:
             else:
                 # Without work, but the other ranks need this one in every backward pass.
                 chosen, counts = [places[int(np.argmin(lengths))]], 0.0
-            yield self._load(chosen, counts, device, with_top=with_top)
+            yield self._load(chosen, blocks, counts, device, with_top=with_top)
 
     def _block_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The blocks in random order, and the number of training pairs up to the end of each
@@ -223,7 +243,23 @@ class PairLoader:
         pairs = np.concatenate([self._split(block, "train") for block in blocks])
         return np.random.default_rng([self.seed, epoch, window]).permutation(pairs)
 
-    def _read_block(self, block: int) -> tuple[TokenPairs, ReferenceValues]:
+    def _begin_next(self, step: int, stop: int) -> None:
+        """Begin to read the window of blocks after the one in which a step ends."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order, ends = self._blocks(epoch)
+        done = position * self.batch_size + self.size(step)
+        window = int(np.searchsorted(ends, done))
+        # Its own blocks as well: those of earlier windows then are the ones that are forgotten.
+        blocks = order[window * _WINDOW :][: 2 * _WINDOW].tolist()
+        if len(blocks) <= _WINDOW and (epoch + 1) * self.steps_per_epoch < stop:
+            blocks += self._blocks(epoch + 1)[0][:_WINDOW].tolist()
+        for block in blocks:
+            self._block(block)
+
+    def _begin_block(self, block: int) -> Future[_Block]:
+        return self._threads.submit(self._read_block, block)
+
+    def _read_block(self, block: int) -> _Block:
         tokens = self.store.tokens(block)
         # The digest covers all sites, so all are read.
         reference = self.store.reference(block, tokens)
@@ -233,6 +269,7 @@ class PairLoader:
     def _load(
         self,
         places: list[tuple[int, int]],
+        blocks: dict[int, _Block],
         weight: float,
         device: torch.device,
         *,
@@ -240,7 +277,7 @@ class PairLoader:
     ) -> MicroBatch:
         token_pairs, values = [], []
         for block, row in places:
-            tokens, reference = self._block(block)
+            tokens, reference = blocks[block]
             token_pairs.append(tokens.pair(row))
             values.append((reference, row))
         batch = pack(token_pairs, length_multiple(device))

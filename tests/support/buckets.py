@@ -55,6 +55,12 @@ def s3_server() -> Iterator[str]:
         process.stdout.close()
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    # Of connections that wait to be accepted; others are made again after a second.
+    request_queue_size = 256
+
+
 # What a proxy does with a request: an answer of the server instead (500, 503), the connection cut
 # before the server sees it, after that (lost), or in the middle of the body (half), a body without
 # its last bytes (short), no answer for three seconds (hang).
@@ -62,11 +68,14 @@ FAULTS = ("503", "500", "cut", "lost", "half", "short", "hang")
 
 
 @contextmanager
-def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
+def faults(
+    decide: Callable[[str, str], str | None] = lambda *_: None, delay: float = 0.0
+) -> Iterator[list[str]]:
     """Put a proxy before the server that the environment names.
 
     Args:
         decide: given method and path, one of FAULTS, or None.
+        delay: seconds that every request takes longer.
 
     Yields:
         the faults that were injected, while they are.
@@ -79,6 +88,7 @@ def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            time.sleep(delay)
             if fault := decide(self.command, self.path):
                 injected.append(fault)
             if fault in ("500", "503"):
@@ -124,8 +134,7 @@ def faults(decide: Callable[[str, str], str | None]) -> Iterator[list[str]]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    proxy.daemon_threads = True
+    proxy = _Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
         address = f"http://127.0.0.1:{proxy.server_address[1]}"
