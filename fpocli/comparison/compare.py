@@ -15,6 +15,7 @@ from fpocli.comparison.steps import Step
 from fpocli.comparison.tables import REPORTS, write_reports
 from fpocli.config import JUDGES, CompareConfig
 from fpocli.evaluation.prompts import find_prompts
+from fpocli.store.place import place_of
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.files import remove_folder, replace_text
@@ -117,7 +118,7 @@ def _where(judge: str) -> str:
 def _done(grid: Grid, step: Step) -> bool:
     """Whether a step's result exists and was made from its current inputs."""
     mark = _mark(grid, step)
-    return step.result.is_file() and mark.is_file() and mark.read_text() == step.inputs()
+    return step.made and mark.is_file() and mark.read_text() == step.inputs()
 
 
 def _run(grid: Grid, step: Step) -> None:
@@ -131,7 +132,7 @@ def _run(grid: Grid, step: Step) -> None:
         say("made again, as its settings or what it reads have changed")
         if step.kind == "cache":
             # Several processes do not overwrite.
-            remove_folder(Path(settings["out"]))
+            place_of(settings["out"]).clear()
         elif step.kind == "sft":
             for checkpoint in step.result.parent.glob("checkpoint-*"):
                 remove_folder(checkpoint)

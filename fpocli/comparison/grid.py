@@ -16,6 +16,7 @@ from fpocli.comparison.steps import (
 )
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig, override
 from fpocli.scoring.loading import find_model_of
+from fpocli.store.place import place_of
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import is_file_name
@@ -142,7 +143,7 @@ def _store(file: GridFile, choice: dict[str, Any], sft: Step | None) -> Step | N
     if file.store is None:
         settings = file.cache | varied
         make_config(CacheConfig, settings | {"out": "unused"}, f"`cache` in {file.path}")
-        return store_step(settings, file.out, file.launch, sft)
+        return store_step(settings, file.stores, file.launch, sft)
     if varied:
         raise UserError(
             f"{file.path} varies {', '.join(varied)}, but names a finished store",
@@ -220,7 +221,7 @@ def _sites(store: Step | None, path: str) -> list[str] | None:
     yet."""
     if store:
         return [f"layer_{layer}.{kind}" for layer, kind in CacheConfig(**store.settings).sites]
-    return list(Store.open(path).sites) if Path(path).exists() else None
+    return list(Store.open(path).sites) if place_of(path).exists() else None
 
 
 def _check_sites(constraint: str, at: list[str], sites: list[str], where: str) -> None:

@@ -4,6 +4,7 @@ out: compare
 launch: torchrun --nproc-per-node 4         # starts Python on all GPUs; default: one process
 sft: {script: sft.py, model: gemma-2-2b}    # a stage before, whose result is the cache's model
 cache: {layer: [0, 25]}                     # settings of fpo cache, or `store: ref.zarr`
+stores: s3://bucket/stores                  # where they are made; default: the folder OUT/stores
 train: {preset: paper-2b, epochs: 1}        # of fpo train
 eval: {reference: sft}                      # of fpo eval; `sft` is the result of that stage
 baseline: fpo                               # the runs that others are compared with
@@ -32,8 +33,9 @@ OWN = {
     "eval": {"model", "cache", "out", "json", "trust_remote_code"},
 }
 _SECTIONS: dict[str, Any] = {
-    "out": str, "launch": str, "tflops": (int, float), "sft": dict, "store": str, "cache": dict,
-    "train": dict, "eval": dict, "baseline": (str, dict), "runs": list, "reports": list,
+    "out": str, "launch": str, "tflops": (int, float), "sft": dict, "store": str, "stores": str,
+    "cache": dict, "train": dict, "eval": dict, "baseline": (str, dict), "runs": list,
+    "reports": list,
 }  # fmt: skip
 
 
@@ -48,6 +50,7 @@ class GridFile:
         tflops: useful TFLOP/s of one process, for the plan's hours; None for the default.
         sft: settings of the stage before, or None.
         store: a finished store, or None.
+        stores: the folder, or the prefix of a bucket, in which stores are made.
         cache, train, evaluation: settings of the commands.
         baseline: a method, or settings, of the runs that others are compared with; or None.
         runs: entries, not expanded yet.
@@ -60,6 +63,7 @@ class GridFile:
     tflops: float | None
     sft: dict[str, Any] | None
     store: str | None
+    stores: str
     cache: dict[str, Any]
     train: dict[str, Any]
     evaluation: dict[str, Any]
@@ -86,13 +90,15 @@ def read_grid_file(path: str, known_reports: tuple[str, ...]) -> GridFile:
             "name a finished store, or the settings of fpo cache",
         )
     baseline = content.get("baseline")
+    out = Path(content.get("out", Path(path).stem))
     return GridFile(
         path=path,
-        out=Path(content.get("out", Path(path).stem)),
+        out=out,
         launch=launch_words(content.get("launch", ""), path),
         tflops=content.get("tflops"),
         sft=content.get("sft"),
         store=content.get("store"),
+        stores=content.get("stores", str(out / "stores")).rstrip("/"),
         cache=content.get("cache", {}),
         train=_with_preset(content.get("train", {})),
         evaluation=content.get("eval", {}),

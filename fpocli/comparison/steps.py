@@ -12,7 +12,8 @@ from typing import Any
 
 from fpocli.config import JUDGES, LOGITS, CacheConfig
 from fpocli.data.chat_templates import CHAT_TEMPLATES
-from fpocli.store.reader import Store
+from fpocli.store.metadata import DOCUMENT, attributes
+from fpocli.store.place import place_of
 from fpocli.system.errors import UserError
 
 # Settings of fpo cache that do not change the store's content.
@@ -31,7 +32,7 @@ class Step:
         name: unique in the grid.
         words: the command line, up to the command's name.
         settings: the content of its configuration file.
-        result: the file that exists when it is done.
+        result: the file that exists when it is done; a store may be in a bucket, see `made`.
         after: the step whose result it reads, or None.
     """
 
@@ -45,6 +46,13 @@ class Step:
     def kind(self) -> str:
         """sft, cache, train or eval."""
         return self.name.partition(".")[0]
+
+    @property
+    def made(self) -> bool:
+        """Whether its result exists."""
+        if self.kind == "cache":
+            return place_of(self.settings["out"]).exists(DOCUMENT)
+        return self.result.is_file()
 
     @property
     def files(self) -> dict[str, Path]:
@@ -76,9 +84,8 @@ class Step:
         if self.after:
             digest.update(self.after.inputs().encode())
         if self.kind in ("train", "eval") or (self.kind == "cache" and finished):
-            store = Path(self.settings.get("cache") or self.settings["out"])
-            if (store / "zarr.json").is_file():
-                digest.update(Store.open(store).meta["fingerprint"].encode())
+            store = place_of(self.settings.get("cache") or self.settings["out"])
+            digest.update(str(attributes(store).get("fingerprint", "")).encode())
         return digest.hexdigest()
 
     def _large_files(self) -> list[Path]:
@@ -156,9 +163,16 @@ def sft_step(section: dict[str, Any], out: Path, launch: tuple[str, ...], path: 
 
 
 def store_step(
-    settings: dict[str, Any], out: Path, launch: tuple[str, ...], after: Step | None
+    settings: dict[str, Any], stores: str, launch: tuple[str, ...], after: Step | None
 ) -> Step:
-    """The command that makes a store; runs with the same settings share it."""
+    """The command that makes a store; runs with the same settings share it.
+
+    Args:
+        settings: of fpo cache, without --out.
+        stores: the folder, or the prefix of a bucket, of all stores.
+        launch: the words that start Python.
+        after: the stage that makes the model, or None.
+    """
     whole = dataclasses.asdict(CacheConfig(**settings))
     # Settings that do not change the content are not part of the name.
     whole = {name: value for name, value in whole.items() if name not in _HOW}
@@ -166,12 +180,12 @@ def store_step(
     sites = [f"{layer}.{kind}" for layer, kind in CacheConfig(**settings).sites]
     # Thirteen sites would be a long name.
     name = "+".join(sites if len(sites) < 4 else [f"{len(sites)}-sites"]) or "no-sites"
-    file = out / "stores" / f"{name}-{digest}.zarr"
+    store = f"{stores}/{name}-{digest}.zarr"
     return Step(
         f"cache.{name}-{digest}",
         (*launch, *_FPO, "cache"),
-        settings | {"out": str(file)},
-        file / "zarr.json",
+        settings | {"out": store},
+        Path(store) / DOCUMENT,
         after,
     )
 

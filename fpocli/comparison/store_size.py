@@ -60,7 +60,7 @@ def measure_store(path: str, step: Step | None) -> StoreSize:
     Raises:
         UserError: the store, model or data cannot be read.
     """
-    if step is None or (Path(path) / "zarr.json").is_file():
+    if step is None or step.made:
         store = Store.open(path)
         source = store.meta["model"]["source"]
         widths = tuple(about["d_sae"] for about in store.sites.values())

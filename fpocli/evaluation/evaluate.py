@@ -20,6 +20,7 @@ from fpocli.features.weights import (
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import check_k, sites_of, tokenizer_of
+from fpocli.store.local_cache import locally_cached
 from fpocli.store.reader import Store
 from fpocli.system.console import data_console, say, warn
 from fpocli.system.errors import UserError
@@ -50,7 +51,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     """The stage itself: every rank measures and samples its share, rank 0 writes the results."""
     prompts = load_prompts(config)
-    store = Store.open(config.cache)
+    store = Store.open(locally_cached(config.cache))
     store.require_complete()
     device = choose_device(config.device)
     run = run_folder(config.model)

@@ -172,8 +172,8 @@ class ArrayReader:
 
 
 def _perhaps_missing(array: Any, start: int, values: np.ndarray) -> Iterator[int]:
-    """The numbers of the chunks or shards that may be missing, as what was read of them begins with
-    the fill value. Seldom does one that exists.
+    """The numbers of the chunks or shards that may be missing, as the last row that was read of
+    them begins with the fill value. That of one that exists seldom does.
 
     Args:
         array: of zarr.
@@ -182,6 +182,6 @@ def _perhaps_missing(array: Any, start: int, values: np.ndarray) -> Iterator[int
     """
     length = (array.shards or array.chunks)[0]
     for file in range(start // length, -(-(start + len(values)) // length)):
-        first = values[max(file * length - start, 0)].flat[0]
-        if np.array_equal(first, array.fill_value, equal_nan=True):
+        last = values[min((file + 1) * length - start, len(values)) - 1]
+        if np.array_equal(last.flat[0], array.fill_value, equal_nan=True):
             yield file

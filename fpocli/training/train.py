@@ -24,6 +24,7 @@ from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
+from fpocli.store.local_cache import locally_cached
 from fpocli.store.reader import Store
 from fpocli.system.console import progress, say, warn
 from fpocli.system.errors import UserError
@@ -69,7 +70,7 @@ def train(settings: TrainConfig) -> Path:
         UserError: the store, model, SAE or run folder cannot be used; see its hint.
     """
     settings = replace(settings, out=str(resolve_last_part(settings.out)))
-    store = Store.open(settings.cache)
+    store = Store.open(locally_cached(settings.cache))
     check_store_serves(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)

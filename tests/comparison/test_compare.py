@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import yaml
+from buckets import s3_server
 from forked_launch import forked_launch
 from runs import finish
 from stores import attributes, set_attributes
@@ -18,6 +19,7 @@ from fpocli.comparison.compare import compare
 from fpocli.comparison.differences import BaselineDifferences
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS, make_table
+from fpocli.store.place import place_of
 from fpocli.system.errors import UserError
 
 
@@ -249,6 +251,39 @@ def test_finished_steps_are_not_repeated(finished):
     assert again.returncode == 0, again.stderr[-2000:]
     assert final.stat().st_mtime_ns == before
     assert again.stdout == first.stdout
+
+
+def test_a_grid_whose_stores_are_in_a_bucket(material, tmp_path, launch):
+    """They are made there, used, named in the records, and made again if they have changed."""
+    content = {
+        "launch": launch,
+        "cache": {
+            "model": str(material / "model"), "layer": [3], "sae": [str(material / "sae")],
+            "data": str(material / "pairs.jsonl"), "dtype": "float32", "top_k": 64, "block": 8,
+        },
+        "train": {"bf16": False, "batch_size": 8, "eval_fraction": 0.3, "packed_length": 400},
+        "runs": [{"method": "fpo"}],
+        "reports": ["all", "figure2"],
+    }  # fmt: skip
+    with s3_server() as bucket:
+        file = grid(tmp_path, **content, stores=f"{bucket}/stores/")
+        text = (tmp_path / "grid.yaml").read_text().replace("store: ref.zarr\n", "")
+        (tmp_path / "grid.yaml").write_text(text)
+        (row,) = compare(CompareConfig(config_file=file))
+        url = row["settings"]["cache"]
+        assert url.startswith("s3://bucket/stores/3.resid_post-") and url.endswith(".zarr")
+        assert json.loads((tmp_path / "out/results.json").read_text())[0] == row
+        assert (tmp_path / "out/figure2.png").is_file()
+        assert {one["state"] for one in compare(CompareConfig(config_file=file, plan=True))} == {
+            "done"
+        }
+        # The same store as one that is named, and not there any more.
+        file = grid(tmp_path, store=url, train=content["train"], runs=content["runs"])
+        assert read_grid(file, REPORTS).runs[0].evaluate.settings["at"] == ["layer_3.resid_post"]
+        place_of(url).clear()
+        (tmp_path / "grid.yaml").write_text(text)
+        states = [one["state"] for one in compare(CompareConfig(config_file=file, plan=True))]
+        assert states == ["to do"] * 3
 
 
 def test_changes_upstream_repeat_a_step(finished, tmp_path):
