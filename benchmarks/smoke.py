@@ -43,6 +43,7 @@ def main() -> None:
             "constraints": [*pairs, *site, "--tiny", "--work", f"{folder}/constraints"],
             "growth": ["--tiny"],
             "store": ["--pairs", "64"],
+            "bucket": ["--pairs", "16", "--block", "8", "--width", "32"],
             "gpu": ["--tiny", "--pairs", "4"],
         }
         with ThreadPoolExecutor(2) as two:

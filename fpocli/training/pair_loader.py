@@ -8,6 +8,7 @@ Shapes: P pairs of a packed sequence.
 """
 
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from fpocli.training.micro_batch import MicroBatch, reference_tensors, top_tenso
 
 # Blocks whose pairs are shuffled together; while they are used, threads read the next as many.
 _WINDOW = 4
+# Steps that are prepared while one is used: some take longer, such as the first of a window.
+_AHEAD = 4
 # Which pairs are held out depends on the store and the fraction, not on the training seed.
 _HELD_OUT_SEED = 0
 T = TypeVar("T")
@@ -33,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass
 class Prefetched(Generic[T]):
-    """Iterates over items that a thread prepares one ahead.
+    """Iterates over items that a thread prepares a few ahead.
 
     Args:
         items: prepared in the thread.
@@ -46,14 +49,14 @@ class Prefetched(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         items = iter(self.items)
         with ThreadPoolExecutor(1) as thread:
-            coming = thread.submit(next, items, None)
+            coming = deque(thread.submit(next, items, None) for _ in range(_AHEAD))
             while True:
                 began = time.perf_counter()
-                item = coming.result()
+                item = coming.popleft().result()
                 self.waited += time.perf_counter() - began
                 if item is None:
                     return
-                coming = thread.submit(next, items, None)
+                coming.append(thread.submit(next, items, None))
                 yield item
 
 
