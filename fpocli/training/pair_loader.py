@@ -48,7 +48,8 @@ class Prefetched(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         items = iter(self.items)
-        with ThreadPoolExecutor(1) as thread:
+        thread = ThreadPoolExecutor(1)
+        try:
             coming = deque(thread.submit(next, items, None) for _ in range(_AHEAD))
             while True:
                 began = time.perf_counter()
@@ -58,6 +59,8 @@ class Prefetched(Generic[T]):
                     return
                 coming.append(thread.submit(next, items, None))
                 yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 _Block = tuple[TokenPairs, ReferenceValues]
