@@ -3,6 +3,7 @@ what is said about a place that does not answer."""
 
 import itertools
 import json
+import random
 import signal
 import threading
 from datetime import timedelta
@@ -40,6 +41,12 @@ def in_bucket(bucket, material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder") / "ref.zarr"
     cache(cache_config(material, folder, **settings))
     return url, folder
+
+
+def copy(folder, url):
+    one, other = Folder(folder), place_of(url)
+    for key in one.files():
+        other.write(key, one.read(key))
 
 
 def keys(url):
@@ -267,3 +274,66 @@ def test_a_fault_that_stays_ends_in_a_sentence(in_bucket, material, monkeypatch)
     assert 1 in Store.open(own).unscored_blocks()
     place_of(own).write_beside(".owner.json", "")
     assert find_damage(cache(config)) == []
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_process_killed_at_a_request_is_completed_to_the_same_store(repair, in_bucket, material):
+    """SIGKILL at some request of caching or repair; the same command ends with equal content."""
+    url, folder = in_bucket
+    own = f"{url.rpartition('/')[0]}/killed-{repair}.zarr"
+    config = cache_config(material, own, distributions="4", block=8, repair=repair)
+    if repair:
+        copy(folder, own)
+        for key in ("ref/top/logp/c/0/0", "features/layer_3.resid_post/value/c/1/0/0"):
+            place_of(own).write(key, b"damaged")
+    # Where it is killed, and whether the server still sees that request.
+    requests, fault = random.randrange(150), random.choice(["cut", "lost"])
+    seen, killed = itertools.count(), threading.Event()
+
+    def decide(method, path):
+        if "killed-" in path and next(seen) >= requests:
+            killed.set()
+            command.kill()
+            return fault
+        return None
+
+    with faults(decide):
+        command = Command("cache", *flags(config))
+        results(command)
+    assert killed.is_set(), requests
+    # As a minute later.
+    place_of(own).write_beside(".owner.json", "")
+    assert cache(config).meta["state"] == "complete", (requests, fault)
+    assert find_damage(Store.open(own)) == []
+    one, other = place_of(own), Folder(folder)
+    assert keys(own) == set(other.files())
+    assert [key for key in keys(own) if one.read(key) != other.read(key)] == ["zarr.json"]
+
+
+@pytest.mark.long
+def test_a_whole_run_over_faults(bucket, material, tmp_path):
+    """Cache, verify, train, inspect and repair by the command line, while every eleventh request
+    fails in one of the ways in turn."""
+    url, count, lock = f"{bucket}/faulty.zarr", itertools.count(), threading.Lock()
+    usual = [name for name in FAULTS if name != "hang"]
+
+    def decide(method, path):
+        with lock:
+            number = next(count)
+        return usual[number // 11 % len(usual)] if number % 11 == 10 else None
+
+    def fpo(*words):
+        (done,) = results(Command(*words))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    words = ["cache", *flags(cache_config(material, url, distributions="4", block=8))]
+    with faults(decide) as injected:
+        fpo(*words)
+        assert "no damage" in fpo("inspect", url, "--verify")
+        place_of(url).write("ref/margin/c/1", b"damaged")
+        fpo(*words, "--repair")
+        assert "no damage" in fpo("inspect", url, "--verify")
+        lines = run(material, tmp_path / "faulty", "--no-bf16", cache=url, method="tdpo2")
+    assert set(injected) == set(usual)
+    same(lines, run(material, tmp_path / "sound", "--no-bf16", cache=url, method="tdpo2"), 0)
