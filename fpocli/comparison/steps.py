@@ -17,7 +17,7 @@ from fpocli.store.place import place_of
 from fpocli.system.errors import UserError
 
 # Settings of fpo cache that do not change the store's content.
-_HOW = {"trust_remote_code", "join", "repair", "drop_non_finite"}
+_HOW = {"trust_remote_code", "repair", "drop_non_finite", "drop_crashing", "workers", "ray"}
 _FPO = ("-m", "fpocli")
 # Settings that name files of the user's, and those that may name files or folders.
 _FILES = ("feature_weights", "deepspeed", "generate", "chat_template")
@@ -181,9 +181,11 @@ def store_step(
     # Thirteen sites would be a long name.
     name = "+".join(sites if len(sites) < 4 else [f"{len(sites)}-sites"]) or "no-sites"
     store = f"{stores}/{name}-{digest}.zarr"
+    # fpo cache uses all GPUs by itself.
+    alone = launch if processes(launch) == 1 else (sys.executable,)
     return Step(
         f"cache.{name}-{digest}",
-        (*launch, *_FPO, "cache"),
+        (*alone, *_FPO, "cache"),
         settings | {"out": store},
         Path(store) / DOCUMENT,
         after,

@@ -52,7 +52,10 @@ def test_grids_of_the_paper_make_one_store_and_run_on_all_gpus(name):
     assert len(store.settings["layer"]) == sites
     assert store.settings["model"] == grid.sft.settings["output_dir"]
     assert {run.settings["lr"] for run in grid.runs if run.train} == {5e-7}
-    assert all(step.words[:3] == ("torchrun", "--nproc-per-node", "4") for step in grid.steps)
+    launched = [step for step in grid.steps if step.kind != "cache"]
+    assert all(step.words[:3] == ("torchrun", "--nproc-per-node", "4") for step in launched)
+    # It uses all GPUs by itself.
+    assert store.words == (sys.executable, "-m", "fpocli", "cache")
     baselines = [run for run in grid.runs if grid.is_baseline(run)]
     assert len(baselines) == 1
 
