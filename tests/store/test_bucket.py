@@ -287,7 +287,7 @@ def test_a_process_killed_at_a_request_is_completed_to_the_same_store(repair, in
         for key in ("ref/top/logp/c/0/0", "features/layer_3.resid_post/value/c/1/0/0"):
             place_of(own).write(key, b"damaged")
     # Where it is killed, and whether the server still sees that request.
-    requests, fault = random.randrange(150), random.choice(["cut", "lost"])
+    requests, fault = random.randrange(100), random.choice(["cut", "lost"])
     seen, killed = itertools.count(), threading.Event()
 
     def decide(method, path):
@@ -307,7 +307,8 @@ def test_a_process_killed_at_a_request_is_completed_to_the_same_store(repair, in
     assert find_damage(Store.open(own)) == []
     one, other = place_of(own), Folder(folder)
     assert keys(own) == set(other.files())
-    assert [key for key in keys(own) if one.read(key) != other.read(key)] == ["zarr.json"]
+    # The root's has the time when the store was created.
+    assert {key for key in keys(own) if one.read(key) != other.read(key)} <= {"zarr.json"}
 
 
 @pytest.mark.long
