@@ -4,7 +4,7 @@ Shapes: L tokens of the packed sequence, M scored tokens, d model width.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -122,8 +122,8 @@ class LanguageModel(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """V, rows of the head, before ZeRO-3 shards it."""
-        return len(self.network.get_output_embeddings().weight)
+        """V, rows of the head, also where ZeRO-3 has partitioned it."""
+        return self.network.get_output_embeddings().out_features
 
     def require_vocabulary(self, tokens: int) -> None:
         """Refuse to compare next-token distributions over different vocabularies.
@@ -214,7 +214,11 @@ class FrozenReference(LanguageModel):
 
 
 def load_model(
-    folder: ModelFolder, sites: list[Site], dtype: torch.dtype, device: torch.device
+    folder: ModelFolder,
+    sites: list[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+    partitioned: AbstractContextManager | None = None,
 ) -> LanguageModel:
     """Load a causal language model.
 
@@ -223,9 +227,10 @@ def load_model(
         sites: where hidden states are taken.
         dtype: of the weights and the computation.
         device: where it runs.
+        partitioned: as `load_network` takes it.
 
     Raises:
         UserError: its files are incomplete, or it has no such layer.
     """
     check_layers(read_config(folder), sites)
-    return LanguageModel(load_network(folder, dtype).to(device), sites)
+    return LanguageModel(load_network(folder, dtype, partitioned).to(device), sites)

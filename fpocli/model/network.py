@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,12 +33,16 @@ def _read_config(folder: ModelFolder) -> Any:
         raise UserError(f"the configuration of {folder.source} cannot be read: {error}") from error
 
 
-def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
+def load_network(
+    folder: ModelFolder, dtype: torch.dtype, partitioned: AbstractContextManager | None = None
+) -> Any:
     """Load transformers' model of a folder on the CPU, every parameter from the folder's files.
 
     Args:
         folder: where its files are.
         dtype: of the weights.
+        partitioned: a context in which transformers partitions the parameters over the ranks while
+            it loads them.
 
     Raises:
         UserError: the configuration does not match the weights, or the model needs remote code
@@ -52,16 +57,17 @@ def load_network(folder: ModelFolder, dtype: torch.dtype) -> Any:
     loaded: Any
     try:
         _check_size(folder, config)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder.path,
-            dtype=dtype,
-            use_safetensors=True,
-            # transformers' default; the configuration might name a kernel on the hub.
-            attn_implementation=None,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=folder.trust_remote_code,
-        )
+        with partitioned or nullcontext():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder.path,
+                dtype=dtype,
+                use_safetensors=True,
+                # transformers' default; the configuration might name a kernel on the hub.
+                attn_implementation=None,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=folder.trust_remote_code,
+            )
     except UserError:
         raise
     except Exception as error:  # as in _read_config

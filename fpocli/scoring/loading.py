@@ -1,6 +1,7 @@
 """The sites, reference and tokeniser that a store was made with: found again and checked."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,11 @@ def find_model_of(store: Store, flag: str) -> str:
 
 
 def load_reference(
-    folder: ModelFolder, sites: list[Site], dtype: torch.dtype, device: torch.device
+    folder: ModelFolder,
+    sites: list[Site],
+    dtype: torch.dtype,
+    device: torch.device,
+    partitioned: AbstractContextManager | None = None,
 ) -> FrozenReference:
     """The frozen reference, to be run alongside a policy.
 
@@ -156,8 +161,10 @@ def load_reference(
         sites: where hidden states are taken.
         dtype: the policy's; otherwise the KL of equal weights would not be 0.
         device: where it runs.
+        partitioned: as `load_network` takes it.
     """
-    return FrozenReference(load_model(folder, sites, dtype, device).network, sites)
+    network = load_model(folder, sites, dtype, device, partitioned).network
+    return FrozenReference(network, sites)
 
 
 def tokenizer_of(store: Store, folder: ModelFolder) -> Any:

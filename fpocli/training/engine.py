@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,38 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+@contextlib.contextmanager
+def partitioned(config: dict[str, Any]) -> Iterator[None]:
+    """Let transformers load models as ZeRO-3 holds them: rank 0 reads the files, every other rank
+    gets its part of one parameter after the other. Without ZeRO-3 each rank loads the whole.
+
+    Args:
+        config: DeepSpeed's, from `deepspeed_config`.
+    """
+    if config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    # transformers keeps a weak reference to it.
+    found = HfDeepSpeedConfig(config)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        unset_hf_deepspeed_config()
+        del found
+
+
+@contextlib.contextmanager
+def whole(weight: torch.Tensor) -> Iterator[None]:
+    """Gather a parameter on all ranks if ZeRO-3 has partitioned it; all must call this."""
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters(weight):
+        yield
+
+
 def make_engine(model: LanguageModel, settings: TrainConfig, config: dict[str, Any]) -> Any:
     """Wrap the policy in a DeepSpeed engine.
 
@@ -110,15 +143,25 @@ def _create_states(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def optimizer_states(engine: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+def optimizer_states(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """What torch's optimiser updates on this rank, and its state of each: parts of the flattened
-    weights, or without ZeRO the float32 weights of each parameter, in the parameters' order."""
+    weights, or without ZeRO the float32 weights of each parameter, in the parameters' order.
+
+    A part that is offloaded to NVMe is in memory until the next one is asked for, and is then
+    written back.
+    """
     optimizer = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        updated = optimizer.fp32_partitioned_groups_flat
-    else:
-        updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    return [(tensor, optimizer.state[tensor]) for tensor in updated]
+    if engine.zero_optimization_stage() < 3:
+        for group in optimizer.param_groups:
+            yield from ((tensor, optimizer.state[tensor]) for tensor in group["params"])
+        return
+    for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
+        on_disk = optimizer._swappable_optimizer_subgroup(number)
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield tensor, optimizer.state[tensor]
+        if on_disk:
+            optimizer._optimizer_states_and_gradient_swap_out(number)
 
 
 def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
@@ -195,18 +238,51 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         changed.append("the ZeRO stage")
     if merged["zero_optimization"].get("compute_grad_norm") is False:
         changed.append("the gradient norm")
-    offload = merged["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device") == "nvme" or offload.get("ratio", 1) != 1:
-        raise UserError(
-            f"{settings.deepspeed} offloads the optimiser's state where no checkpoint finds it",
-            'offload all of it to "device": "cpu"',
-        )
+    _check_offload(settings, merged["zero_optimization"])
     if changed:
         raise UserError(
             f"{settings.deepspeed} contradicts the flags about {', '.join(changed)}",
             'leave it out of the file, or write "auto" there, and use the flags',
         )
     return merged
+
+
+def _check_offload(settings: TrainConfig, zero: dict[str, Any]) -> None:
+    """Refuse an offload that DeepSpeed or a checkpoint of fpo cannot handle.
+
+    Args:
+        settings: of the run.
+        zero: DeepSpeed's `zero_optimization`.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("ratio", 1) != 1:
+        raise UserError(
+            f"{settings.deepspeed} offloads a part of the optimiser's state, where no checkpoint "
+            "finds it",
+            'leave "ratio" out to offload all of it',
+        )
+    to_nvme = [
+        part
+        for part in (offload, zero.get("offload_param") or {})
+        if part.get("device") == "nvme"
+    ]
+    if not to_nvme:
+        return
+    if settings.zero < 3 or not all(part.get("nvme_path") for part in to_nvme):
+        raise UserError(
+            f"{settings.deepspeed} offloads to NVMe, which needs ZeRO-3 and a folder",
+            'add --zero 3 and "nvme_path": "/a/folder/on/the/drive"',
+        )
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "DeepSpeed cannot compile what it needs for NVMe: libaio is missing",
+            "on Debian `apt-get install libaio-dev g++`; or offload to \"device\": \"cpu\"",
+        )
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

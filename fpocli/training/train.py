@@ -31,6 +31,7 @@ from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
 from fpocli.system.model_folder import find_model
+from fpocli.system.ranks import Ranks
 from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
 from fpocli.training.chosen_fall import ChosenFall
 from fpocli.training.engine import (
@@ -38,9 +39,11 @@ from fpocli.training.engine import (
     deepspeed_config,
     gather_weights,
     make_engine,
+    partitioned,
     shard,
     start_processes,
     take_step,
+    whole,
 )
 from fpocli.training.first_step import (
     check_dtype_and_kernel,
@@ -132,13 +135,16 @@ def _train(
     encoders = {}
     if sites:
         encoders = load_encoders(store, sites, settings.sae, model.config.hidden_size, device)
+    engine = make_engine(model, settings, deepspeed)
+    # Under ZeRO-3 a model runs only once its engine gathers what each layer needs.
+    check_against_transformers(model.eval(), store.tokens(0))
     if settings.feature_weights == LOGITS:
         # By the starting weights, also where a run is resumed.
         sources = sae_sources(store, sites, settings.sae)
-        omegas = logit_weights(sources, model.network, token_counts(store, model.vocabulary))
+        with whole(model.network.get_output_embeddings().weight):
+            omegas = logit_weights(sources, model.network, token_counts(store, model.vocabulary))
     # Those of sites that are not compared have nothing to act on.
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
-    engine = make_engine(model, settings, deepspeed)
     done, alpha = load_checkpoint(engine, run.checkpoints, settings.alpha)
     held_alpha = HeldAlpha(alpha, settings.hold, settings.beta)
     chosen_fall = ChosenFall(from_reference=settings.model is None)
@@ -268,7 +274,8 @@ def _load_models(
     with_reference: bool,
 ) -> tuple[LanguageModel, Any, Any]:
     """The policy with its starting weights, its tokeniser, and the frozen reference if it is
-    needed: complete on each rank, or sharded under ZeRO-3 as the policy is."""
+    needed: complete on each rank, or partitioned under ZeRO-3 as the policy is."""
+    ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     trust = settings.trust_remote_code
     if settings.model:
@@ -276,8 +283,10 @@ def _load_models(
     else:
         folder = find_reference(store, settings.reference, trust_remote_code=trust)
     tokenizer = tokenizer_of(store, folder)
-    model = load_model(folder, sites, dtype, device)
-    check_against_transformers(model, store.tokens(0))
+    # Under ZeRO-3 rank 0 alone sees what is wrong with the files.
+    model = ranks.on_each(
+        lambda: load_model(folder, sites, dtype, device, partitioned(deepspeed))
+    )
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
     if not with_reference:
@@ -287,8 +296,11 @@ def _load_models(
         if settings.model
         else folder
     )
-    reference = load_reference(original, [], dtype, device)
+    reference = ranks.on_each(
+        lambda: load_reference(original, [], dtype, device, partitioned(deepspeed))
+    )
     model.require_vocabulary(reference.vocabulary)
+    sharded = shard(reference, deepspeed) if settings.zero == 3 else reference
     if settings.model:
         check_against_transformers(reference, store.tokens(0))
-    return model, tokenizer, shard(reference, deepspeed) if settings.zero == 3 else reference
+    return model, tokenizer, sharded
