@@ -22,13 +22,8 @@ from fpocli.store.records import TokenPairs
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress
 from fpocli.system.model_folder import find_model
-from fpocli.training.engine import (
-    backward,
-    deepspeed_config,
-    make_engine,
-    start_processes,
-    take_step,
-)
+from fpocli.training.deepspeed_config import deepspeed_config
+from fpocli.training.engine import backward, make_engine, start_processes, take_step
 from fpocli.training.objective import objective
 from fpocli.training.pair_loader import PairLoader
 

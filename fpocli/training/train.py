@@ -14,12 +14,7 @@ from fpocli.model.attention import choose_kernel
 from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.network import choose_device
 from fpocli.model.packing import default_packed_length
-from fpocli.scoring.loading import (
-    find_reference,
-    load_reference,
-    sites_of,
-    tokenizer_of,
-)
+from fpocli.scoring.loading import find_reference, load_reference, sites_of, tokenizer_of
 from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import score
@@ -34,9 +29,9 @@ from fpocli.system.model_folder import find_model
 from fpocli.system.ranks import Ranks
 from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
 from fpocli.training.chosen_fall import ChosenFall
+from fpocli.training.deepspeed_config import deepspeed_config
 from fpocli.training.engine import (
     backward,
-    deepspeed_config,
     gather_weights,
     make_engine,
     partitioned,
@@ -284,9 +279,7 @@ def _load_models(
         folder = find_reference(store, settings.reference, trust_remote_code=trust)
     tokenizer = tokenizer_of(store, folder)
     # Under ZeRO-3 rank 0 alone sees what is wrong with the files.
-    model = ranks.on_each(
-        lambda: load_model(folder, sites, dtype, device, partitioned(deepspeed))
-    )
+    model = ranks.on_each(lambda: load_model(folder, sites, dtype, device, partitioned(deepspeed)))
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
     if not with_reference:

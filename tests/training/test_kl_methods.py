@@ -14,7 +14,8 @@ from fpocli.features.site import Site
 from fpocli.model.language_model import FrozenReference
 from fpocli.model.packing import pack
 from fpocli.store.reader import Store
-from fpocli.training.engine import deepspeed_config, shard, start_processes
+from fpocli.training.deepspeed_config import deepspeed_config
+from fpocli.training.engine import shard, start_processes
 
 
 def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_path):

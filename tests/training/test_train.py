@@ -111,7 +111,7 @@ def test_same_curve_for_every_zero_stage_and_number_of_processes(
 
 def grouped() -> None:
     """Let this process update its parameters in many groups."""
-    engine._GROUP_SIZE = 2000
+    engine.GROUP_SIZE = 2000
 
 
 @pytest.mark.parametrize(
