@@ -62,7 +62,8 @@ wheel-check: .venv/dev demo/sae/cfg.json
 
 # On a CPU, with the demo's model and this repository's pairs; about an hour on an idle machine.
 bench: .venv/bench demo/sae/cfg.json
-	for name in cache train constraint kl distributions logit_weights noise breakdown growth store; \
+	for name in cache train constraint kl distributions logit_weights noise breakdown growth store \
+		host_memory ranks; \
 		do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 lint: .venv/dev

@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/host_memory.py
 
-A Gemma-2 of random weights (--parameters, 300 million), bfloat16, is written to a folder and loaded
-by the lines of `fpo train` on 2 and 4 ranks of one CPU: under ZeRO-2, under ZeRO-3 with the whole
+A Gemma-2 of random weights (--parameters, 300 million) is written to a folder and loaded in bf16 by
+the lines of `fpo train` on 2 and 4 ranks of one CPU: under ZeRO-2, under ZeRO-3 with the whole
 model loaded on each rank first, and under ZeRO-3 as `fpo train` does it. Then two steps are taken.
 Each rank samples its memory every 5 ms: that of its own (RssAnon), and the pages of files that it
 has mapped (RssFile), which ranks share. What tensors hold is compared with docs/scaling.md.
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from common import machine, memory, table, write_page
-from scaling import Shape, held_bytes
+from scaling import Shape, held_bytes, step_bytes
 
 from fpocli.config import TrainConfig
 
@@ -32,6 +32,7 @@ WAYS = {
     "whole": "ZeRO-3, each rank loads the whole",
     "zero3": "ZeRO-3, as fpo train loads",
 }
+KINDS = ("RssAnon", "RssFile")
 LENGTH = 128  # tokens of the sequence that is trained on
 
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--parameters", type=float, default=300, help="millions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--file", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -48,13 +50,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = write_model(folder, arguments.parameters * 1e6)
+        shape = write_model(folder, arguments.parameters * 1e6, arguments.file)
         rows = [measure(arguments, folder, way, ranks) for ranks in arguments.ranks for way in WAYS]
-        report(rows, shape, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        report(arguments.file, rows, shape, size)
 
 
-def write_model(folder: Path, parameters: float) -> Shape:
-    """A Gemma-2 of about so many parameters, in bfloat16; half of its weights are the embedding."""
+def write_model(folder: Path, parameters: float, dtype: str) -> Shape:
+    """A Gemma-2 of about so many parameters; half of its weights are the embedding."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     width = 64 * max(1, round((parameters / 16 / 16) ** 0.5 / 64))
@@ -64,7 +67,7 @@ def write_model(folder: Path, parameters: float) -> Shape:
         num_attention_heads=8, num_key_value_heads=4, head_dim=width // 8, sliding_window=64,
     )  # fmt: skip
     torch.manual_seed(0)
-    network = Gemma2ForCausalLM(config).to(torch.bfloat16)
+    network = Gemma2ForCausalLM(config).to(getattr(torch, dtype))
     network.save_pretrained(folder)
     return Shape.of(config, sum(p.numel() for p in network.parameters()))
 
@@ -92,14 +95,13 @@ def measure(arguments: Any, folder: Path, way: str, ranks: int) -> dict[str, Any
 @contextmanager
 def sampled(into: dict[str, float], phase: str):
     """Most of RssAnon and RssFile during a phase, in MB above what there was before it began."""
-    fields = ("RssAnon", "RssFile")
-    before = BEFORE or {name: memory(name) for name in fields}
+    before = BEFORE or {name: memory(name) for name in KINDS}
     BEFORE.update(before)
     ended = threading.Event()
 
     def sample() -> None:
         while not ended.wait(0.005):
-            for name in fields:
+            for name in KINDS:
                 key = f"{phase}_{name}"
                 into[key] = max(into.get(key, 0.0), memory(name) - before[name])
 
@@ -179,34 +181,35 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def report(rows: list[dict[str, Any]], shape: Shape, size: int) -> None:
+def report(dtype: str, rows: list[dict[str, Any]], shape: Shape, size: int) -> None:
     """The page."""
     heads = (
-        "ranks", "way", "loading: own", "of files", "engine: own", "two steps: own",
-        "tensors", "by the formula",
+        "ranks", "way", "loading: own", "of files", "engine: own", "of files", "two steps: own",
+        "by the formula", "tensors", "by the formula",
     )  # fmt: skip
     lines = []
     for row in rows:
         stage = 2 if row["way"] == "zero2" else 3
-        formula = held_bytes(shape, stage, row["ranks"]) / 1e6
+        held = held_bytes(shape, stage, row["ranks"]) / 1e6
+        step = step_bytes(shape, stage, row["ranks"], LENGTH, 24 * 2**20, features=0) / 1e6
         figures = [
-            *(row[name] for name in ("load_RssAnon", "load_RssFile")),
-            *(row[name] for name in ("engine_RssAnon", "steps_RssAnon", "tensors")),
-            formula,
+            *(row[f"{phase}_{kind}"] for phase in ("load", "engine") for kind in KINDS),
+            *(row["steps_RssAnon"], held + step, row["tensors"], held),
         ]
         lines.append([str(row["ranks"]), WAYS[row["way"]], *(f"{one:,.0f}" for one in figures)])
     write_page(
-        "host-memory",
+        "host-memory" if dtype == "bfloat16" else "host-memory-float32",
         f"""# Memory of the host per rank, {datetime.now(UTC):%Y-%m-%d}
 
-A Gemma-2 of random weights with {shape.parameters:,} parameters, {size / 1e6:,.0f} MB in bfloat16,
-on ranks of one CPU. MB above what a rank held before it loaded anything, of the rank that holds
-most. "own" is RssAnon, "of files" RssFile: pages of the weight file that the rank has mapped, which
-are in memory once, however many ranks map them. "tensors" are all tensors after two steps, the
-formula is `held_bytes` of benchmarks/scaling.py.
+A Gemma-2 of random weights with {shape.parameters:,} parameters, {size / 1e6:,.0f} MB in {dtype},
+loaded in bfloat16 on ranks of one CPU. MB above what a rank held before it loaded anything, of the
+rank that holds most. "own" is RssAnon, "of files" RssFile: pages of the weight file that the rank
+has mapped, which are in memory once, however many ranks map them. "tensors" are all tensors after
+two steps. The formulas are those of benchmarks/scaling.py: `held_bytes` for the tensors, and with
+`step_bytes` for the most of two steps.
 
 {machine()}
-Command: `python benchmarks/host_memory.py`.
+Command: `python benchmarks/host_memory.py{"" if dtype == "bfloat16" else " --file float32"}`.
 
 {table(heads, lines)}
 """,

@@ -23,6 +23,7 @@ from common import forget_peak, machine, measure_parser, memory, table, write_pa
 from scaling import store_attributes
 
 from fpocli.data.top_tokens import TopTokens
+from fpocli.model.packing import plan_packing
 from fpocli.store.place import Folder
 from fpocli.store.reader import Store
 from fpocli.store.records import TokenPairs
@@ -162,6 +163,18 @@ def bytes_read() -> int:
     return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
 
 
+def balance(lengths: np.ndarray, batch: int, ranks: int, budget: int, steps: int = 50) -> float:
+    """Tokens of the rank that has most over the ranks' mean, mean over steps; without reading."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(steps):
+        tokens = lengths[rng.integers(0, len(lengths), batch)].sum(1).tolist()
+        packed = plan_packing(tokens, budget, ranks)
+        work = [sum(tokens[i] for row in packed[r::ranks] for i in row) for r in range(ranks)]
+        found.append(max(work) / (sum(work) / ranks))
+    return float(np.mean(found))
+
+
 def sizes(path: Path) -> tuple[int, int, int]:
     """Bytes of a store: by the formula, in memory and on disk, without padding of distributions."""
     store = Store.open(path)
@@ -181,6 +194,12 @@ def report(
     """The page."""
     formula, there, stored = found
     prompt, chosen, rejected = lengths.mean(0)
+    ranked = [ranks for ranks in arguments.ranks if ranks > 1]
+    even = [
+        [str(batch)]
+        + [f"{balance(lengths, batch, ranks, arguments.packed_length):.3f}" for ranks in ranked]
+        for batch in (32, 64, 128, 256, 1024)
+    ]
     write_page(
         "ranks",
         f"""# One store, many ranks, {datetime.now(UTC):%Y-%m-%d}
@@ -192,7 +211,7 @@ of the responses on average, at most {arguments.max_length} of a prompt and a re
 An epoch in steps of {arguments.batch_size} pairs and sequences of {arguments.packed_length:,},
 read as each rank in turn, in one process; the page cache is warm. Seconds are those of the loader
 alone. "longest rank / mean": tokens of the rank that has most to score in a step over the ranks'
-mean, averaged over the steps.
+mean, averaged over the steps. Later ranks use the memory that the first one took.
 
 {machine()}
 Command: `python benchmarks/ranks.py --data PAIRS.jsonl`.
@@ -203,6 +222,10 @@ Every rank reads every block: the pairs of a step are shuffled over windows of f
 block has pairs of each rank, and a block is a chunk, which is read whole. What a rank reads in an
 epoch is therefore the store once, however many ranks there are, and with distributions its own
 pairs' in whole chunks besides. Ranks of a host share the page cache.
+
+The same ratio for other numbers of pairs in a step, 50 steps each, from the lengths alone:
+
+{table(("pairs of a step", *(f"{ranks} ranks" for ranks in ranked)), even)}
 
 The first store takes {formula:,} bytes by the formula of docs/scaling.md and {there:,} in memory;
 {stored:,} on disk, compressed.

@@ -79,23 +79,36 @@ def held_bytes(shape: Shape, stage: int, ranks: int) -> float:
     return weights + states + gradients
 
 
-def step_bytes(shape: Shape, stage: int, ranks: int, length: int = PACKED) -> float:
-    """What a step needs besides: gradients, activations of one packed sequence with recomputation,
-    a chunk of the head, and under ZeRO-3 the layers that are gathered."""
-    gradients = {0: 2.0 * shape.parameters, 1: 2.0 * shape.parameters}.get(stage, 0.0)
-    if stage == 2:
-        gradients = 2 * shape.parameters / ranks
-    buckets = 2 * 2 * BUCKET + 4 * BUCKET
+def step_bytes(
+    shape: Shape,
+    stage: int,
+    ranks: int,
+    length: int = PACKED,
+    chunk: int = 2**28,
+    features: int = 16_384,
+) -> float:
+    """What a step needs besides, at most.
+
+    Args:
+        shape, stage, ranks: as for `held_bytes`.
+        length: tokens of a packed sequence.
+        chunk: bytes of a chunk of logits in float32 (head.py).
+        features: of the SAE, 0 without one.
+    """
+    embedding = shape.vocabulary * shape.width
+    part = ranks if stage else 1
+    gradients = {0: 2.0, 1: 2.0, 2: 2 / ranks, 3: 0.0}[stage] * shape.parameters
+    # Two buckets of gradients in bfloat16, and the float32 gradient of the largest group.
+    gradients += 2 * 2 * BUCKET + 4 * max(BUCKET, embedding) / part
     # Each layer's input is kept; the layer that is recomputed has all its activations.
     kept = 2 * length * shape.width * shape.layers
     layer = 2 * length * (8 * shape.width + 4 * shape.queries + 4 * shape.middle)
-    head = 4 * 256 * 2**20 + 4 * shape.vocabulary * shape.width
-    sae = 4 * shape.width * 16_384 + 3 * 4 * 2048 * 16_384
-    # DeepSpeed holds at most a billion gathered parameters, or the embedding.
-    gathered = 0.0
-    if stage == 3:
-        gathered = 2 * max(min(shape.parameters, 1e9), shape.vocabulary * shape.width)
-    return gradients + buckets + kept + layer + head + sae + gathered
+    # Logits, their soft-cap and softmax; the head's gradient and a chunk's part of it.
+    head = 4 * chunk + 2 * 2 * embedding
+    sae = 4 * shape.width * features + 3 * 4 * 2048 * features
+    # DeepSpeed holds at most a billion gathered parameters.
+    gathered = 2 * min(shape.parameters, max(1e9, embedding)) if stage == 3 else 0.0
+    return gradients + kept + layer + head + sae + gathered
 
 
 def operations(shape: Shape, backward: bool) -> float:
@@ -201,7 +214,8 @@ def memory_table() -> str:
                 fits = " **fits**" if most < 0.9 * 80e9 else ""
                 cells.append(f"{held / 1e9:,.0f}, {most / 1e9:,.0f}{fits}")
             offload = 2 * shape.parameters / gpus + step_bytes(shape, 3, gpus)
-            host = 14 * shape.parameters / gpus * min(gpus, 8)
+            # Master weights, moments and float32 gradients.
+            host = 16 * shape.parameters / gpus * min(gpus, 8)
             rows.append([name, str(gpus), *cells, f"{offload / 1e9:,.0f}", f"{host / 1e9:,.0f}"])
     heads = ("model", "GPUs", "ZeRO-2: held, most", "ZeRO-3: held, most",
              "ZeRO-3, optimiser on the CPU: most", "then per host of 8")  # fmt: skip

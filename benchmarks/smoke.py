@@ -45,6 +45,9 @@ def main() -> None:
             "store": ["--pairs", "64"],
             "bucket": ["--pairs", "16", "--block", "8", "--width", "32"],
             "gpu": ["--tiny", "--pairs", "4"],
+            "host_memory": ["--parameters", "1", "--ranks", "2"],
+            "ranks": [*pairs, "--pairs", "64", "--with-distributions", "8", "--ranks", "1", "2"],
+            "scaling": [],
         }
         with ThreadPoolExecutor(2) as two:
             done = [two.submit(run, name, words, results) for name, words in benchmarks.items()]

@@ -89,7 +89,7 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def whole(weight: torch.Tensor) -> Iterator[None]:
     """Gather a parameter on all ranks if ZeRO-3 has partitioned it; all must call this."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(weight):
         yield

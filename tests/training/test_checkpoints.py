@@ -26,8 +26,8 @@ def in_many_parts() -> None:
     """Let this process write many files, and update its parameters in many groups."""
     checkpoint_files._HELD = 20_000
     engine.GROUP_SIZE = 2000
-    # Groups of less than a megabyte would not be offloaded to NVMe.
-    optimizer_utils.MIN_AIO_BYTES = 1
+    # Less than a megabyte would not be offloaded to NVMe.
+    optimizer_utils.MIN_AIO_BYTES = 1024
 
 
 def save_what_was_loaded(folder: Path) -> None:
