@@ -70,12 +70,12 @@ MODELS = {
 
 def held_bytes(shape: Shape, stage: int, ranks: int) -> float:
     """What a rank holds between two steps: bfloat16 weights, float32 master weights and Adam's two
-    moments; under ZeRO-3 also the gradients' buffer, which is kept."""
+    moments; under ZeRO-3 also the gradients' buffer and a bucket, which are kept."""
     weights, states, gradients = (2 * shape.parameters, 12 * shape.parameters, 0)
     if stage >= 1:
         states /= ranks
     if stage == 3:
-        weights, gradients = weights / ranks, 2 * shape.parameters / ranks
+        weights, gradients = weights / ranks, 2 * shape.parameters / ranks + 2 * BUCKET
     return weights + states + gradients
 
 
@@ -99,7 +99,7 @@ def step_bytes(
     part = ranks if stage else 1
     gradients = {0: 2.0, 1: 2.0, 2: 2 / ranks, 3: 0.0}[stage] * shape.parameters
     # Two buckets of gradients in bfloat16, and the float32 gradient of the largest group.
-    gradients += 2 * 2 * BUCKET + 4 * max(BUCKET, embedding) / part
+    gradients += 2 * (1 if stage == 3 else 2) * BUCKET + 4 * max(BUCKET, embedding) / part
     # Each layer's input is kept; the layer that is recomputed has all its activations.
     kept = 2 * length * shape.width * shape.layers
     layer = 2 * length * (8 * shape.width + 4 * shape.queries + 4 * shape.middle)
