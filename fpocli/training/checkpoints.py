@@ -158,7 +158,7 @@ class _State:
 def _states(engine: Any) -> Iterator[_State]:
     """The weights and moments of every parameter, once also if it is tied."""
     moments = MOMENTS[type(engine.basic_optimizer)]
-    whole = list(optimizer_states(engine)) if engine.zero_optimization_stage() == 0 else []
+    whole = optimizer_states(engine) if engine.zero_optimization_stage() == 0 else []
     for number, (name, parameter) in enumerate(engine.module.named_parameters()):
         name = name.removeprefix("network.")
         own, own_moments = whole[number] if whole else (None, {})
@@ -187,6 +187,6 @@ def _round_weights(engine: Any) -> None:
     else:
         # Small parameters are whole on every rank, and are gathered again.
         optimizer.checkpoint_event_prologue()
-        for group, _ in enumerate(optimizer_states(engine)):
+        for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         optimizer.checkpoint_event_epilogue()

@@ -1,6 +1,6 @@
 """DeepSpeed: the processes, its engine, the optimiser step.
 
-Only this file, deepspeed_config.py and checkpoints.py import deepspeed.
+Only this file and checkpoints.py import deepspeed.
 """
 
 import contextlib
@@ -141,25 +141,15 @@ def _create_states(engine: Any) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def optimizer_states(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+def optimizer_states(engine: Any) -> list[tuple[torch.Tensor, dict[str, Any]]]:
     """What torch's optimiser updates on this rank, and its state of each: parts of the flattened
-    weights, or without ZeRO the float32 weights of each parameter, in the parameters' order.
-
-    A part that is offloaded to NVMe is in memory until the next one is asked for, and is then
-    written back.
-    """
+    weights, or without ZeRO the float32 weights of each parameter, in the parameters' order."""
     optimizer = engine.optimizer
-    if engine.zero_optimization_stage() < 3:
-        for group in optimizer.param_groups:
-            yield from ((tensor, optimizer.state[tensor]) for tensor in group["params"])
-        return
-    for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
-        on_disk = optimizer._swappable_optimizer_subgroup(number)
-        if on_disk:
-            optimizer._optimizer_states_and_gradient_swap_in(number)
-        yield tensor, optimizer.state[tensor]
-        if on_disk:
-            optimizer._optimizer_states_and_gradient_swap_out(number)
+    if engine.zero_optimization_stage() == 3:
+        updated = optimizer.fp32_partitioned_groups_flat
+    else:
+        updated = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    return [(tensor, optimizer.state[tensor]) for tensor in updated]
 
 
 def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
