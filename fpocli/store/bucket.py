@@ -163,6 +163,9 @@ class Bucket:
             async def set(self, *arguments: Any) -> None:
                 await again(super().set, *arguments)
 
+            async def getsize_prefix(self, prefix: str) -> int:
+                return await again(super().getsize_prefix, prefix)
+
         return Patient(self._inside)
 
     def together(self, reads: Sequence[Callable[[], T]]) -> list[T]:
