@@ -5,6 +5,7 @@ This process, the driver, alone writes the store; hand_out.py says which worker 
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,9 @@ from fpocli.config import CacheConfig
 from fpocli.store.records import TokenPairs
 from fpocli.system.bar import Bar
 from fpocli.system.errors import UserError
+
+# Seconds that the head of a cluster has to answer.
+_PATIENCE = 10.0
 
 
 class Worker:
@@ -100,19 +104,28 @@ class RayWorkers:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             cpus = max(os.cpu_count() or 1, self._config.workers or 1)
             options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
+        else:
+            self._require_head(self._config.ray)
         handler = signal.getsignal(signal.SIGTERM)
         in_main = threading.current_thread() is threading.main_thread()
         try:
             self._ray.init(**options, log_to_driver=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"Ray cannot be reached: {error}",
-                "check --ray: the HOST:PORT of its head, or auto for the cluster of this host",
-            ) from error
+            raise _unreachable(error) from error
         finally:
             # Ray has replaced it.
             if in_main:
                 signal.signal(signal.SIGTERM, handler)
+
+    def _require_head(self, address: str) -> None:
+        """Look whether anything answers there, for which Ray would wait minutes."""
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not host:
+            return
+        try:
+            socket.create_connection((host, int(port)), _PATIENCE).close()
+        except (OSError, ValueError) as error:
+            raise _unreachable(error) from error
 
     def _resources(self) -> dict[str, int]:
         """What Ray reserves for each worker."""
@@ -170,6 +183,13 @@ class RayWorkers:
     def _number(self) -> int:
         """How many workers there should be: hosts may join and leave at any time."""
         return self._config.workers or max(1, int(self._ray.cluster_resources().get("GPU", 0)))
+
+
+def _unreachable(error: Exception) -> UserError:
+    return UserError(
+        f"Ray cannot be reached: {error}",
+        "check --ray: the HOST:PORT of its head, or auto for the cluster of this host",
+    )
 
 
 def _absolute(source: str) -> str:

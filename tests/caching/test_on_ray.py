@@ -111,11 +111,11 @@ def test_a_launcher_is_refused(material, tmp_path, monkeypatch):
     assert "--workers" in caught.value.hint
 
 
-@pytest.mark.long
-def test_a_cluster_that_cannot_be_reached_is_named(start):
-    command = start(ray="127.0.0.1:1", workers=2)
-    assert command.wait(300) == 2
-    assert "Ray cannot be reached" in command.messages()
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379", "127.0.0.1:x"])
+def test_a_cluster_that_cannot_be_reached_is_named(material, tmp_path, address):
+    with pytest.raises(UserError, match="Ray cannot be reached") as caught:
+        cache(cache_config(material, tmp_path / "ref.zarr", ray=address, workers=2))
+    assert "auto for the cluster of this host" in caught.value.hint
 
 
 @pytest.mark.long
