@@ -164,9 +164,11 @@ class HandOut:
         self._running = {r: (a, job) for r, (a, job) in self._running.items() if a is not lost}
         if not lost.started:
             self._failed_starts += 1
-            if self._failed_starts >= _DEATHS and not any(a.started for a in self._actors):
+            # Each of them as often as a block may end one: single hosts may be lost at any time.
+            most = _DEATHS * self._number()
+            if self._failed_starts >= most and not any(a.started for a in self._actors):
                 raise UserError(
-                    f"{_DEATHS} workers ended before they had loaded the model: {error}",
+                    f"{most} workers ended before they had loaded the model: {error}",
                     f"is there enough memory? {_LOGS}",
                 )
         # What it was about to do first comes first again.

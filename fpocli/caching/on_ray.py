@@ -6,8 +6,10 @@ This process, the driver, alone writes the store; hand_out.py says which worker 
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -86,16 +88,17 @@ class RayWorkers:
         self._config = config
 
     def __enter__(self) -> "RayWorkers":
-        self._connect()
-        try:
+        with ExitStack() as stack:
+            # Ray prints what its daemons report there, which is for data.
+            stack.enter_context(redirect_stdout(sys.stderr))
+            self._connect()
+            stack.callback(self._ray.shutdown)
             self._options = self._resources()
-        except UserError:
-            self._ray.shutdown()
-            raise
+            self._entered = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._ray.shutdown()
+        self._entered.close()
 
     def _connect(self) -> None:
         options: dict[str, Any] = {"address": self._config.ray}
