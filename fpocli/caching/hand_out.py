@@ -35,11 +35,12 @@ class _Job(NamedTuple):
 
 @dataclass(eq=False)
 class _Actor:
-    """An actor, and what it was handed, in the order in which it does it."""
+    """An actor, and what it is to do, one after the other: each with Ray's reference to the result.
+    The first is to start, which is no job."""
 
     handle: Any
+    asked: deque[tuple[Any, _Job | None]] = field(default_factory=deque)
     started: bool = False
-    jobs: list[_Job] = field(default_factory=list)
 
 
 class HandOut:
@@ -65,8 +66,6 @@ class HandOut:
         self._ray, self._make, self._number, self._tokens = ray, make, number, tokens
         self._drop_crashing = drop_crashing
         self._actors: list[_Actor] = []
-        # By Ray's name for the result: who makes it, and of which job; None while it starts.
-        self._running: dict[Any, tuple[_Actor, _Job | None]] = {}
         self._waiting: deque[_Job] = deque()
         self._deaths: Counter[_Job] = Counter()
         # Of each block whose pairs are tried: those that are left, and those that are to blame.
@@ -97,7 +96,7 @@ class HandOut:
                 same block.
         """
         self._waiting.extend(map(_Job, blocks))
-        while self._waiting or any(actor.jobs for actor in self._actors):
+        while self._waiting or any(job for actor in self._actors for _, job in actor.asked):
             for block, scored in self._look():
                 tokens = self._tokens(block)
                 bar.advance(len(tokens), pairs=len(tokens), tokens=len(tokens.ids))
@@ -108,10 +107,11 @@ class HandOut:
         self._add_actors()
         self._fill()
         scored = []
-        # One result at most.
-        done, _ = self._ray.wait(list(self._running), timeout=_LOOK_EVERY)
+        # Of each actor the first alone, so that what ended an actor is known.
+        coming = {actor.asked[0][0]: actor for actor in self._actors if actor.asked}
+        done, _ = self._ray.wait(list(coming), timeout=_LOOK_EVERY)
         for reference in done:
-            actor, job = self._running.pop(reference)
+            actor = coming[reference]
             try:
                 result = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError as error:
@@ -120,11 +120,10 @@ class HandOut:
             except self._ray.exceptions.RayError as error:
                 self._replace(actor, error)
                 continue
+            _, job = actor.asked.popleft()
             if job is None:
                 self._begin(actor, result)
-                continue
-            actor.jobs.remove(job)
-            if job.pair is None:
+            elif job.pair is None:
                 scored.append((job.block, result))
             else:
                 self._acquit(job.block, job.pair)
@@ -133,8 +132,8 @@ class HandOut:
     def _add_actors(self) -> None:
         while len(self._actors) < self._number():
             actor = _Actor(self._make())
+            actor.asked.append((actor.handle.start.remote(), None))
             self._actors.append(actor)
-            self._running[actor.handle.start.remote()] = actor, None
 
     def _begin(self, actor: _Actor, what_runs: str) -> None:
         actor.started = True
@@ -145,23 +144,28 @@ class HandOut:
 
     def _fill(self) -> None:
         """First every actor has something to do, then something that waits."""
-        for most in range(_AHEAD):
+        for ahead in range(_AHEAD):
             for actor in self._actors:
-                if actor.started and self._waiting and len(actor.jobs) <= most:
+                if not (actor.started and self._waiting and len(actor.asked) <= ahead):
+                    continue
+                jobs = [self._waiting[0], *(job for _, job in actor.asked if job)]
+                # What may end an actor might take along the result of what it did before.
+                if not ahead or not any(map(self._suspicious, jobs)):
                     self._hand(actor, self._waiting.popleft())
+
+    def _suspicious(self, job: _Job) -> bool:
+        return job.pair is not None or self._deaths[job] > 0
 
     def _hand(self, actor: _Actor, job: _Job) -> None:
         tokens, method, left_out = self._tokens(job.block), actor.handle.score, job.left_out
         if job.pair is not None:
             method = actor.handle.attempt
             left_out = frozenset(range(len(tokens))) - {job.pair}
-        actor.jobs.append(job)
-        self._running[method.remote(tokens, left_out)] = actor, job
+        actor.asked.append((method.remote(tokens, left_out), job))
 
     def _replace(self, lost: _Actor, error: Exception) -> None:
         """Hand out again what an actor had that is lost; the first job may be to blame."""
         self._actors.remove(lost)
-        self._running = {r: (a, job) for r, (a, job) in self._running.items() if a is not lost}
         if not lost.started:
             self._failed_starts += 1
             # Each of them as often as a block may end one: single hosts may be lost at any time.
@@ -171,10 +175,11 @@ class HandOut:
                     f"{most} workers ended before they had loaded the model: {error}",
                     f"is there enough memory? {_LOGS}",
                 )
-        # What it was about to do first comes first again.
-        self._waiting.extendleft(reversed(lost.jobs[1:]))
-        for job in lost.jobs[:1]:
-            self._blame(job)
+        first, *others = [job for _, job in lost.asked]
+        # What it was about to do comes first again.
+        self._waiting.extendleft(job for job in reversed(others) if job)
+        if first:
+            self._blame(first)
 
     def _blame(self, job: _Job) -> None:
         self._deaths[job] += 1

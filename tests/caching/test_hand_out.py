@@ -136,7 +136,7 @@ def test_a_block_that_ends_its_actor_as_a_whole_is_named(hand_out):
 
 def test_an_error_of_our_own_code_is_the_commands_error(hand_out):
     with pytest.raises(UserError, match="no such model") as caught:
-        hand_out(starts=[UserError("no such model", "look again")]).start()
+        hand_out(starts=[UserError("no such model", "look again")], number=lambda: 1).start()
     assert caught.value.hint == "look again"
 
 

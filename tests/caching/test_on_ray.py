@@ -1,10 +1,11 @@
 """Caching by workers of Ray: the same content whatever is killed, added or resumed."""
 
 import random
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import ray
@@ -14,6 +15,9 @@ from stores import assert_equal, cache_config, write_pairs
 
 from fpocli import UserError, cache
 from fpocli.store.reader import Store
+
+# A variable in the environment of the programs that a command starts.
+MARK = "FPO_TEST_OF_RAY"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def start(material, many, tmp_path):
         config = cache_config(
             material, tmp_path / "ref.zarr", **({"data": many[0], "distributions": "8"} | changes)
         )
-        started.append(Command("cache", *flags(config)))
+        started.append(Command("cache", *flags(config), **{MARK: "1"}))
         return started[-1]
 
     yield start
@@ -70,20 +74,23 @@ def wait_until(condition, seconds=300):
         time.sleep(0.02)
 
 
-def of_ray():
-    """The processes of Ray on this machine."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    names = ("raylet", "ray::", "gcs_server")
-    return {line for line in listed.stdout.splitlines() if any(name in line for name in names)}
+def descendants(name):
+    """The programs whose environment has a variable of that name."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if name.encode() + b"=" in file.read_bytes():
+                found.append(file.parent.name)
+    return found
 
 
 def test_two_workers_write_what_one_process_does(start, many, tmp_path):
     """And a second command completes what a first one began when it was killed; nothing of Ray
     is left of either."""
-    before = of_ray()
     path = tmp_path / "ref.zarr"
     killed = start(workers=2)
     wait_until(lambda: scored_blocks(path) >= 3)
+    assert len(descendants(MARK)) > 3
     killed.kill()
     killed.wait()
     assert 0 < len(Store.open(path).unscored_blocks()) < 20
@@ -92,7 +99,7 @@ def test_two_workers_write_what_one_process_does(start, many, tmp_path):
     assert f"process {killed.pid} on" in again.messages()
     assert "blocks are scored" in again.messages()
     assert_equal(path, many[1])
-    wait_until(lambda: of_ray() <= before)
+    wait_until(lambda: not descendants(MARK))
 
 
 def test_what_is_missing_is_named(material, tmp_path, monkeypatch):
