@@ -18,7 +18,9 @@ from fpocli.store.schema import array_bytes, kept_features
 from fpocli.system.errors import UserError
 
 # What zarr raises for a damaged chunk.
-BROKEN = (ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError)
+BROKEN = (
+    ArithmeticError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError,
+)  # fmt: skip
 
 
 class ArrayReader:
