@@ -41,6 +41,7 @@ from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.lock import WriterLock
 from fpocli.system.model_folder import ModelFolder, find_model
+from fpocli.system.owner import OwnerLock
 
 # Threads that compress and write the blocks of Ray's workers; each holds one in memory.
 _WRITERS_ON_RAY = 4
@@ -83,7 +84,9 @@ def cache(config: CacheConfig) -> Store:
     folder = find_model(config.model, revision=folder.revision, trust_remote_code=trust)
     StoreWriter.require_replaceable(place)
     with ExitStack() as stack:
-        lock = BucketLock(place) if isinstance(place, Bucket) else WriterLock(Path(place.name))
+        lock: OwnerLock = (
+            BucketLock(place) if isinstance(place, Bucket) else WriterLock(Path(place.name))
+        )
         stack.enter_context(lock)
         workers = stack.enter_context(RayWorkers(config)) if _has_workers(config) else None
         return _cache(config, place, folder, model_config, sites, source, lock, workers)
@@ -108,7 +111,7 @@ def _cache(
     model_config: Any,
     sites: list[Site],
     source: Source,
-    lock: WriterLock | BucketLock,
+    lock: OwnerLock,
     workers: RayWorkers | None,
 ) -> Store:
     """The stage itself, while this process is the store's writer."""
@@ -166,7 +169,7 @@ def _one_by_one(
 def _write(
     store: StoreWriter,
     blocks: Iterator[tuple[int, ScoredBlock]],
-    lock: WriterLock | BucketLock,
+    lock: OwnerLock,
     bar: Bar,
     threads: int,
 ) -> None:

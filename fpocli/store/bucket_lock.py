@@ -11,20 +11,18 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict
-from types import TracebackType
 
 from fpocli.store.bucket import Bucket
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
-from fpocli.system.owner import Owner
-from fpocli.system.signals import run_if_stopped
+from fpocli.system.owner import Owner, OwnerLock, describe_owner, refused
 
 _SUFFIX = ".owner.json"
 # Seconds between two refreshes, and without a change after which the owner counts as lost.
 _REFRESH, _LOST = 10.0, 60.0
 
 
-class BucketLock:
+class BucketLock(OwnerLock):
     """Context in which this process alone may write a store.
 
     Args:
@@ -40,22 +38,10 @@ class BucketLock:
         self._tag: str | None = None
         self._ended = threading.Event()
 
-    def __enter__(self) -> "BucketLock":
+    def _take(self) -> None:
         self._tag = self._bucket.create_beside(_SUFFIX, self._text()) or self._take_over()
         self._thread = threading.Thread(target=self._refresh, daemon=True)
         self._thread.start()
-        self._signals = run_if_stopped(self._leave)
-        self._signals.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._signals.__exit__(kind, error, trace)
-        self._leave()
 
     def _leave(self) -> None:
         self._ended.set()
@@ -82,7 +68,8 @@ class BucketLock:
         """Wait for a minute whether the owner still refreshes its document."""
         known = self._bucket.read_tagged_beside(_SUFFIX)
         text = known[0] if known else ""
-        say(f"{self._bucket.name} belongs to {_describe(text)}; waiting whether it still responds")
+        owner = describe_owner(text)
+        say(f"{self._bucket.name} belongs to {owner}; waiting whether it still responds")
         began = time.monotonic()
         while time.monotonic() - began < _LOST:
             time.sleep(_REFRESH / 10)
@@ -91,10 +78,10 @@ class BucketLock:
                 if tag := self._bucket.create_beside(_SUFFIX, self._text()):
                     return tag
             elif now != known:
-                raise self._refused(now[0])
+                raise refused(self._bucket.name, now[0])
         if known and (tag := self._bucket.replace_beside(_SUFFIX, self._text(), known[1])):
             return tag
-        raise self._refused(text)
+        raise refused(self._bucket.name, text)
 
     def _refresh(self) -> None:
         last = time.monotonic()
@@ -110,13 +97,3 @@ class BucketLock:
     def _text(self) -> str:
         # A random part, so that every refresh changes the tag.
         return json.dumps(asdict(self._me) | {"refreshed": secrets.token_hex(8)})
-
-    def _refused(self, text: str) -> UserError:
-        return UserError(
-            f"another process is writing {self._bucket.name}: {_describe(text)}",
-            "wait for it, or choose another --out",
-        )
-
-
-def _describe(text: str) -> str:
-    return str(Owner.parse(text) or "an unknown process")

@@ -8,20 +8,18 @@ import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
-from fpocli.system.owner import Owner
-from fpocli.system.signals import run_if_stopped
+from fpocli.system.owner import Owner, OwnerLock, describe_owner, refused
 
 # Seconds in which a process that is ending may still release the lock.
 _PATIENCE = 1.0
 
 
-class WriterLock:
+class WriterLock(OwnerLock):
     """Context in which this process alone may write a path.
 
     Args:
@@ -40,15 +38,12 @@ class WriterLock:
             self._file, timeout=_PATIENCE, thread_local=False, fallback_to_soft=False
         )
 
-    def __enter__(self) -> "WriterLock":
+    def _take(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise UserError(
-                f"another process is writing {self._path}: {self._described()}",
-                "wait for it, or choose another --out",
-            ) from error
+            raise refused(self._path, self._text()) from error
         except OSError as error:
             if error.filename:
                 raise
@@ -58,20 +53,10 @@ class WriterLock:
             ) from error
         self._held = self._file.stat()
         if self._held.st_size:
-            say(f"{self._described()}, stopped writing {self._path}; resuming from there")
+            say(
+                f"{describe_owner(self._text())}, stopped writing {self._path}; resuming from there"
+            )
         self._file.write_text(json.dumps(asdict(Owner.here())), encoding="utf-8")
-        self._signals = run_if_stopped(self._leave)
-        self._signals.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._signals.__exit__(kind, error, trace)
-        self._leave()
 
     def check(self) -> None:
         """Refuse to write on without the lock.
@@ -94,8 +79,7 @@ class WriterLock:
             self._file.unlink()
         self._lock.release()
 
-    def _described(self) -> str:
+    def _text(self) -> str:
         with suppress(OSError, ValueError):
-            if owner := Owner.parse(self._file.read_text(encoding="utf-8")):
-                return str(owner)
-        return "an unknown process"
+            return self._file.read_text(encoding="utf-8")
+        return ""
