@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from fpocli.system.errors import UserError
 
@@ -36,6 +36,13 @@ class Ranks:
     rank: int = 0
     world: int = 1
     group: Any = None
+
+    @classmethod
+    def connected(cls) -> Self:
+        """Those of torch's default process group, which exists."""
+        import torch
+
+        return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
     def on_first(self, work: Callable[[], Any]) -> None:
         """Do something on rank 0, while the others wait; if it fails, all ranks raise."""

@@ -36,7 +36,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: in
     Raises:
         UserError: the disk is full; older checkpoints are unchanged.
     """
-    ranks = _ranks()
+    ranks = Ranks.connected()
     partial = folder / f"partial-{step}"
     partial.mkdir(parents=True, exist_ok=True)
     with report_write_errors(partial):
@@ -82,7 +82,7 @@ def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float
     newest = newest_checkpoint(folder)
     if newest is None:
         return 0, alpha
-    ranks = _ranks()
+    ranks = Ranks.connected()
     shapes = {state.name: state.shape for state in _states(engine)}
     checkpoint: Checkpoint = ranks.on_each(
         lambda: open_checkpoint(newest, ranks.rank, ranks.world, shapes)
@@ -93,10 +93,6 @@ def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float
         state.set(checkpoint.tensor(state.name))
     _round_weights(engine)
     return checkpoint.step, checkpoint.alpha
-
-
-def _ranks() -> Ranks:
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,8 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
         UserError: another run is using it.
     """
     with ExitStack() as stack:
-        _on_first_rank(lambda: stack.enter_context(WriterLock(folder)))
+        Ranks.connected().on_first(lambda: stack.enter_context(WriterLock(folder)))
         yield
-
-
-def _on_first_rank(work: Callable[[], Any]) -> None:
-    distributed = torch.distributed
-    Ranks(distributed.get_rank(), distributed.get_world_size()).on_first(work)
 
 
 class RunFolder:
@@ -64,7 +59,7 @@ class RunFolder:
         if settings.feature_weights and settings.feature_weights != LOGITS:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
-        _on_first_rank(lambda: self._open_or_create(config, identity))
+        Ranks.connected().on_first(lambda: self._open_or_create(config, identity))
         self.finished = (self.final / "config.json").is_file()
 
     def _open_or_create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -97,7 +92,7 @@ class RunFolder:
         """
         lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
         kept = [line for line in lines if step and _step_of(line) <= step]
-        _on_first_rank(lambda: self._keep(kept))
+        Ranks.connected().on_first(lambda: self._keep(kept))
         records = [json.loads(line) for line in kept]
         return [record for record in records if record["split"] == "train"]
 

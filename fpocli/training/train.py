@@ -270,7 +270,7 @@ def _load_models(
 ) -> tuple[LanguageModel, Any, Any]:
     """The policy with its starting weights, its tokeniser, and the frozen reference if it is
     needed: complete on each rank, or partitioned under ZeRO-3 as the policy is."""
-    ranks = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    ranks = Ranks.connected()
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     trust = settings.trust_remote_code
     if settings.model:
