@@ -60,7 +60,7 @@ def open_or_create(
     _print_size(place, about, tokens)
     place.write_beside(DROPPED, tokenizer.dropped.listed())
     if tokenizer.dropped.counts:
-        say(f"dropped rows are listed in {place.beside(DROPPED)}", any_rank=True)
+        say(f"dropped rows are listed in {place.beside(DROPPED)}")
     StoreWriter.remove(place)
     return StoreWriter.create(place, about, tokens)
 
@@ -156,8 +156,7 @@ def _print_size(place: Place, about: dict[str, Any], tokens: TokenPairs) -> None
     say(
         f"{pairs['kept']:,} pairs of {pairs['read']:,} rows{dropped}\n"
         f"{len(tokens.ids):,} tokens; {sites}\n"
-        f"{place.name} will take at most {decimal(size)}{part}{left}",
-        any_rank=True,
+        f"{place.name} will take at most {decimal(size)}{part}{left}"
     )
     if free is not None and size > free:
         raise UserError(

@@ -131,7 +131,7 @@ def _run(grid: Grid, step: Step) -> None:
     if begun.is_file() and begun.read_text() != inputs:
         say("made again, as its settings or what it reads have changed")
         if step.kind == "cache":
-            # Several processes do not overwrite.
+            # Before it is noted as begun: a command that is interrupted finds no other store.
             place_of(settings["out"]).clear()
         elif step.kind == "sft":
             for checkpoint in step.result.parent.glob("checkpoint-*"):

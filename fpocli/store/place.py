@@ -131,7 +131,7 @@ class Folder:
         """See Place."""
         file = self.path / key
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may write a file at once.
+        # Several threads may write a file at once.
         partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}.partial")
         partial.write_bytes(content)
         partial.replace(file)

@@ -18,20 +18,15 @@ from fpocli.system.ranks import is_first_rank
 _FIRST_LINE, _EVERY = 2.0, 30.0
 
 
-def say(text: str, *, any_rank: bool = False) -> None:
-    """Print a message; nothing with --quiet.
-
-    Args:
-        text: the message.
-        any_rank: not from rank 0 alone, because only this process knows it.
-    """
-    if not output.quiet and (any_rank or is_first_rank()):
+def say(text: str) -> None:
+    """Print a message, from rank 0 alone; nothing with --quiet."""
+    if not output.quiet and is_first_rank():
         _print("message", text)
 
 
-def warn(text: str, *, any_rank: bool = False) -> None:
-    """Print what may spoil a result, also with --quiet; the arguments are those of `say`."""
-    if any_rank or is_first_rank():
+def warn(text: str) -> None:
+    """Print what may spoil a result, from rank 0 alone, also with --quiet."""
+    if is_first_rank():
         _print("warning", text)
 
 
