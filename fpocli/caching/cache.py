@@ -183,12 +183,12 @@ def _write(
     with ThreadPoolExecutor(threads) as writers:
         began = time.perf_counter()
         for block, scored in blocks:
-            tokens, margin = store.tokens(block), scored.reference.margin
+            margin = scored.reference.margin
             for row in scored.non_finite:
                 warn(f"{NON_FINITE} {row} is non-finite; the pair is dropped")
             missing = np.isnan(margin)
             now = time.perf_counter()
-            shown = {"tokens_per_second": len(tokens.ids) / (now - began)}
+            shown = {"tokens_per_second": scored.tokens / (now - began)}
             bar.show(shown | ({} if missing.all() else {"margin": float(margin[~missing].mean())}))
             began = now
             # An error of a writer ends the scoring.

@@ -34,12 +34,14 @@ class ScoredBlock(NamedTuple):
         totals: by site, the sums over its responses.
         top: the distributions at its M scored positions, pair by pair; None in a store without.
         non_finite: rows of the data with the pairs whose values were non-finite, and are missing.
+        tokens: number of token ids of its pairs.
     """
 
     reference: ReferenceValues
     totals: dict[str, FeatureTotals]
     top: TopTokens[np.ndarray] | None
     non_finite: list[int]
+    tokens: int
 
 
 def score_block(
@@ -120,7 +122,7 @@ def score_block(
         bar.advance(len(kept), pairs=len(kept), tokens=sum(lengths[pair] for pair in kept))
     average = values.logp / tokens.counts.astype(np.float32)
     values.margin[:] = average[:, 0] - average[:, 1]
-    return ScoredBlock(values, totals, top, non_finite)
+    return ScoredBlock(values, totals, top, non_finite, len(tokens.ids))
 
 
 def _keep_features(
