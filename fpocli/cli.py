@@ -170,8 +170,8 @@ def _command(
             os.environ["TQDM_DISABLE"] = "1"
         try:
             made = config(**settings)
-            if gpus := getattr(made, "gpus", None):
-                launch(gpus, made.device)
+            if isinstance(made, TrainConfig) and made.gpus:
+                launch(made.gpus, made.device)
             getattr(fpocli, function)(made)
         except UserError as error:
             _fail(str(error), error.hint)

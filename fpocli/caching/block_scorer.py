@@ -15,7 +15,7 @@ from fpocli.features.site import Site
 from fpocli.model.language_model import load_model
 from fpocli.model.network import choose_device, read_config
 from fpocli.model.packing import default_packed_length
-from fpocli.scoring.saes import load_saes
+from fpocli.scoring.saes import is_sae_of, load_saes
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.distribution_rows import Distributions
 from fpocli.store.records import TokenPairs
@@ -69,11 +69,11 @@ class BlockScorer:
         sites = [Site.parse(name) for name in meta["sites"]]
         width = read_config(folder).hidden_size
         encoders = load_saes(list(config.sae), sites, width, device)
-        hashes = {config.model: (folder.weights_hash(), about["hash"])}
+        same = {config.model: folder.weights_hash() == about["hash"]}
         for source, (site, encoder) in zip(config.sae, encoders.items(), strict=True):
-            hashes[source] = (encoder.hash(), meta["sites"][site]["sae"]["hash"])
-        for source, (found, expected) in hashes.items():
-            if found != expected:
+            same[source] = is_sae_of(meta, site, encoder)
+        for source, is_same in same.items():
+            if not is_same:
                 raise UserError(
                     f"{source} is not the same on all hosts", "copy it to all of them again"
                 )

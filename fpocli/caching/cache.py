@@ -42,6 +42,7 @@ from fpocli.system.files import resolve_last_part
 from fpocli.system.lock import WriterLock
 from fpocli.system.model_folder import ModelFolder, find_model
 from fpocli.system.owner import OwnerLock
+from fpocli.system.ray_connection import connected_ray
 
 # Threads that compress and write the blocks of Ray's workers; each holds one in memory.
 _WRITERS_ON_RAY = 4
@@ -88,7 +89,10 @@ def cache(config: CacheConfig) -> Store:
             BucketLock(place) if isinstance(place, Bucket) else WriterLock(Path(place.name))
         )
         stack.enter_context(lock)
-        workers = stack.enter_context(RayWorkers(config)) if _has_workers(config) else None
+        workers = None
+        if _has_workers(config):
+            ray = stack.enter_context(connected_ray(config.ray, config.workers))
+            workers = RayWorkers(ray, config)
         return _cache(config, place, folder, model_config, sites, source, lock, workers)
 
 

@@ -68,6 +68,8 @@ class HandOut:
         self._actors: list[_Actor] = []
         self._waiting: deque[_Job] = deque()
         self._deaths: Counter[_Job] = Counter()
+        # Pairs and token ids of each block that is handed out.
+        self._sizes: dict[int, tuple[int, int]] = {}
         # Of each block whose pairs are tried: those that are left, and those that are to blame.
         self._untried: dict[int, set[int]] = {}
         self._crashing: dict[int, set[int]] = {}
@@ -98,8 +100,8 @@ class HandOut:
         self._waiting.extend(map(_Job, blocks))
         while self._waiting or any(job for actor in self._actors for _, job in actor.asked):
             for block, scored in self._look():
-                tokens = self._tokens(block)
-                bar.advance(len(tokens), pairs=len(tokens), tokens=len(tokens.ids))
+                pairs, ids = self._sizes.pop(block)
+                bar.advance(pairs, pairs=pairs, tokens=ids)
                 yield block, scored
 
     def _look(self) -> list[tuple[int, ScoredBlock]]:
@@ -158,6 +160,7 @@ class HandOut:
 
     def _hand(self, actor: _Actor, job: _Job) -> None:
         tokens, method, left_out = self._tokens(job.block), actor.handle.score, job.left_out
+        self._sizes[job.block] = len(tokens), len(tokens.ids)
         if job.pair is not None:
             method = actor.handle.attempt
             left_out = frozenset(range(len(tokens))) - {job.pair}

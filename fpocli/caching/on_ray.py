@@ -3,13 +3,7 @@
 This process, the driver, alone writes the store; hand_out.py says which worker scores which block.
 """
 
-import os
-import signal
-import socket
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +18,6 @@ from fpocli.config import CacheConfig
 from fpocli.store.records import TokenPairs
 from fpocli.system.bar import Bar
 from fpocli.system.errors import UserError
-
-# Seconds that the head of a cluster has to answer.
-_PATIENCE = 10.0
 
 
 class Worker:
@@ -63,72 +54,19 @@ class Worker:
 
 
 class RayWorkers:
-    """Context in which this process is connected to Ray.
+    """Makes workers where Ray has room for them.
 
     Args:
+        ray: the module, connected.
         config: the settings.
 
     Raises:
-        UserError: Ray is not installed or not reached, or has too few GPUs.
+        UserError: Ray has too few GPUs, or none and the number of workers is not given.
     """
 
-    def __init__(self, config: CacheConfig) -> None:
-        try:
-            import ray
-        except ImportError as error:
-            raise UserError(
-                "several workers need the package ray", 'pip install "fpocli[ray]"'
-            ) from error
-        if config.device not in (None, "cpu", "cuda"):
-            raise UserError(
-                f"--device {config.device} is of one process, and Ray gives each worker its own",
-                "leave it out, or use --device cpu",
-            )
-        self._ray: Any = ray
-        self._config = config
-
-    def __enter__(self) -> "RayWorkers":
-        with ExitStack() as stack:
-            # Ray prints what its daemons report there, which is for data.
-            stack.enter_context(redirect_stdout(sys.stderr))
-            self._connect()
-            stack.callback(self._ray.shutdown)
-            self._options = self._resources()
-            self._entered = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._entered.close()
-
-    def _connect(self) -> None:
-        options: dict[str, Any] = {"address": self._config.ray}
-        if not self._config.ray:
-            # This command's own, for as long as it runs, which reports nothing to Ray's authors.
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            cpus = max(os.cpu_count() or 1, self._config.workers or 1)
-            options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
-        else:
-            self._require_head(self._config.ray)
-        handler = signal.getsignal(signal.SIGTERM)
-        in_main = threading.current_thread() is threading.main_thread()
-        try:
-            self._ray.init(**options, log_to_driver=False, logging_level="error")
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise _unreachable(error) from error
-        finally:
-            # Ray has replaced it.
-            if in_main:
-                signal.signal(signal.SIGTERM, handler)
-
-    def _require_head(self, address: str) -> None:
-        """Look whether anything answers there, for which Ray would wait minutes."""
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        if not host:
-            return
-        try:
-            socket.create_connection((host, int(port)), _PATIENCE).close()
-        except (OSError, ValueError) as error:
-            raise _unreachable(error) from error
+    def __init__(self, ray: Any, config: CacheConfig) -> None:
+        self._ray, self._config = ray, config
+        self._options = self._resources()
 
     def _resources(self) -> dict[str, int]:
         """What Ray reserves for each worker."""
@@ -186,13 +124,6 @@ class RayWorkers:
     def _number(self) -> int:
         """How many workers there should be: hosts may join and leave at any time."""
         return self._config.workers or max(1, int(self._ray.cluster_resources().get("GPU", 0)))
-
-
-def _unreachable(error: Exception) -> UserError:
-    return UserError(
-        f"Ray cannot be reached: {error}",
-        "check --ray: the HOST:PORT of its head, or auto for the cluster of this host",
-    )
 
 
 def _absolute(source: str) -> str:

@@ -200,6 +200,12 @@ class CacheConfig:
                 "64 is a good one; all makes the KL exact",
             )
 
+        if (self.ray or (self.workers or 1) > 1) and self.device not in (None, "cpu", "cuda"):
+            raise UserError(
+                f"--device {self.device} is of one process, and Ray gives each worker its own",
+                "leave it out, or use --device cpu",
+            )
+
     @property
     def sites(self) -> list[tuple[int, str]]:
         """(layer, kind) of every site, in the order of --layer."""

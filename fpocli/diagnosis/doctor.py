@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fpocli.config import DoctorConfig
-from fpocli.diagnosis import machine
+from fpocli.diagnosis import machine, network
 from fpocli.diagnosis.check import Check
 from fpocli.system.console import data_console, say
 from fpocli.system.errors import UserError
@@ -21,7 +21,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     """Check this machine, print what was found, and return it.
 
     Args:
-        config: whether to print JSON.
+        config: what to check beside this machine, and whether to print JSON.
 
     Returns:
         `checks`, each with name, verdict, found and advice; `report`, the text for a bug report.
@@ -31,7 +31,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     """
     out, checks = data_console(), []
     # Each is printed at once, in case that a later one hangs or ends the process.
-    for check in _checks():
+    for check in _checks(config):
         checks.append(check)
         if not config.json:
             _show(check, out)
@@ -46,7 +46,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     return result
 
 
-def _checks() -> Iterator[Check]:
+def _checks(config: DoctorConfig) -> Iterator[Check]:
     """All checks, whatever state the packages are in."""
 
     def self_test() -> Iterator[Check]:
@@ -60,7 +60,9 @@ def _checks() -> Iterator[Check]:
         "devices": machine.devices,
         "compilers": machine.compilers,
         "disk": machine.disk,
-        "hub": machine.hub,
+        "hub": network.hub,
+        "bucket": lambda: network.bucket(config.bucket) if config.bucket else iter(()),
+        "Ray": lambda: network.ray(config.ray) if config.ray else iter(()),
         "self-test": self_test,
     }
     for name, section in sections.items():

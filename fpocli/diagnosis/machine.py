@@ -1,4 +1,4 @@
-"""What is on this machine: packages, devices, compilers, disk, hub."""
+"""What is on this machine: packages, devices, compilers, disk."""
 
 import os
 import platform
@@ -8,7 +8,6 @@ import sysconfig
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
@@ -20,7 +19,6 @@ _OPTIONAL = ("liger-kernel", "ray", "obstore")
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 # Less than training Gemma-2-2B takes: weights twice and one checkpoint, in bytes.
 _LITTLE_DISK = 50e9
-_TIMEOUT = 3.0  # seconds that the hub has for its answer
 
 
 def software() -> Iterator[Check]:
@@ -144,28 +142,3 @@ def disk() -> Iterator[Check]:
             yield Check(name, "note", found, f"little for training Gemma-2-2B: see {advice}")
         else:
             yield Check(name, "ok", found)
-
-
-def hub() -> Iterator[Check]:
-    """Whether the Hugging Face hub answers, and whether there is a token for it."""
-    from huggingface_hub import constants, get_session, get_token
-    from huggingface_hub.errors import HTTPError
-
-    token = "a token is set" if get_token() else "no token"
-    # The address may hold a password.
-    host = urlsplit(constants.ENDPOINT).hostname
-    local = "only local files and the hub's cache can be used; for downloads "
-    if constants.HF_HUB_OFFLINE:
-        yield Check("hub", "note", f"HF_HUB_OFFLINE is set, {token}", f"{local}unset it")
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    except (HTTPError, OSError) as error:
-        found = f"{host} cannot be reached ({error}), {token}"
-        yield Check("hub", "note", found, f"{local}check the network and HF_ENDPOINT")
-        return
-    if get_token():
-        yield Check("hub", "ok", f"{host} answers, {token}")
-    else:
-        advice = "Gemma and other gated models need `hf auth login`"
-        yield Check("hub", "note", f"{host} answers, {token}", advice)

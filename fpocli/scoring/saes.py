@@ -83,12 +83,23 @@ def load_encoders(
     sources = list(sae_sources(store, sites, named).values())
     encoders = load_saes(sources, sites, width, device)
     for source, (site, encoder) in zip(sources, encoders.items(), strict=True):
-        about = store.sites[site]["sae"]
-        # Version 1.0 does not store the settings.
-        same = about.get("settings", encoder.settings) == encoder.settings
-        if not same or encoder.hash() != about["hash"]:
+        if not is_sae_of(store.meta, site, encoder):
             raise UserError(
                 f"the SAE {source} is not the one that {store.path} was made with at {site}",
                 "name the right one with --sae, or cache again",
             )
     return encoders
+
+
+def is_sae_of(meta: dict[str, Any], site: str, encoder: SparseEncoder) -> bool:
+    """Whether a store was made with this SAE.
+
+    Args:
+        meta: attributes of the store.
+        site: where it reads.
+        encoder: the SAE.
+    """
+    about = meta["sites"][site]["sae"]
+    # Version 1.0 does not store the settings.
+    same = about.get("settings", encoder.settings) == encoder.settings
+    return same and encoder.hash() == about["hash"]

@@ -24,9 +24,8 @@ class Bar:
         self.history: dict[str, tuple[float, ...]] = {}
         self.when_changed: Callable[[], None] = lambda: None
         self._began = self._last = time.monotonic()
-        self._before, self._own = done, 0.0
+        self._before, self._counted = done, 0.0
         self._counts: dict[str, float] = {}
-        self._counted = 0.0
 
     def advance(self, amount: float = 1, **counts: float) -> None:
         """Add `amount` units.
@@ -35,21 +34,13 @@ class Bar:
             amount: of units.
             counts: what these units and those since the last count consisted of, such as tokens=90.
         """
-        self._own += amount
-        if counts:
-            self._counts = {n: self._counts.get(n, 0.0) + counts[n] for n in counts}
-            self._counted = self._own
-        self._advance(self.done + amount)
-
-    def advance_to(self, done: float) -> None:
-        """Set the number of units that all processes have done, unless more are done already."""
-        if done > self.done:
-            self._advance(done)
-
-    def _advance(self, done: float) -> None:
+        done = self.done + amount
         # Fractions of a unit, such as those of micro-batches, add up to almost one.
         whole = round(done)
         self.done = whole if abs(done - whole) < 1e-6 else done
+        if counts:
+            self._counts = {n: self._counts.get(n, 0.0) + counts[n] for n in counts}
+            self._counted = self.done - self._before
         self._last = time.monotonic()
         self.when_changed()
 
@@ -85,7 +76,7 @@ class Bar:
     def rates(self) -> dict[str, float]:
         """What was counted, per second, by name.
 
-        Units that other processes have done are taken to consist of as much as the own ones.
+        Units that are not counted yet are taken to be like the others.
         """
         if not self._counted or not self.rate:
             return {}

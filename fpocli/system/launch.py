@@ -16,11 +16,12 @@ def launch(number: int, device: str | None) -> None:
         device: "cpu" for processes without a GPU.
 
     Raises:
-        UserError: another launcher has started this process, or there are fewer GPUs.
+        UserError: another launcher has started several processes, or there are fewer GPUs.
     """
     if RESUME in os.environ:
         return
-    if "RANK" in os.environ:
+    # A launcher of one process, such as that of a pod, is no other launcher.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--gpus starts the processes itself, and a launcher has started this one",
             "leave out --gpus, or start fpo train by itself",

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from fpocli import cli
-from fpocli.diagnosis import doctor, machine
+from fpocli import DoctorConfig, cli
+from fpocli.diagnosis import doctor, machine, network
 from fpocli.diagnosis.check import Check
 from fpocli.diagnosis.self_test import self_test
 from fpocli.model import attention, head
@@ -103,7 +103,7 @@ def test_a_library_that_cannot_be_imported_ends_no_other_check(monkeypatch):
         yield
 
     monkeypatch.setattr(machine, "devices", broken)
-    checks = {check.name: check for check in doctor._checks()}
+    checks = {check.name: check for check in doctor._checks(DoctorConfig())}
     assert checks["devices"].verdict == "failed"
     assert checks["devices"].found.startswith("ImportError: libcudart")
     assert checks[KERNELS.format("float32")].verdict == "ok"
@@ -114,7 +114,7 @@ def test_no_network_is_a_note(monkeypatch, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     # A port on which nothing listens.
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    (check,) = machine.hub()
+    (check,) = network.hub()
     assert check.verdict == "note"
     assert check.found.startswith("HF_HUB_OFFLINE" if offline else "127.0.0.1 cannot be reached (")
 
@@ -126,7 +126,7 @@ def test_a_token_is_reported_and_not_printed(monkeypatch, token, verdict):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     answers = SimpleNamespace(head=lambda address, timeout: None)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: answers)
-    (check,) = machine.hub()
+    (check,) = network.hub()
     assert check.verdict == verdict
     assert check.found == f"hub.example answers, {'a token is set' if token else 'no token'}"
 

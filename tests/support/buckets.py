@@ -74,7 +74,8 @@ def faults(
     """Put a proxy before the server that the environment names.
 
     Args:
-        decide: given method and path, one of FAULTS, or None.
+        decide: given method and path, one of FAULTS, or "unconditional" for a server that
+            disregards conditions, or None.
         delay: seconds that every request takes longer.
 
     Yields:
@@ -101,7 +102,10 @@ def faults(
                 self.cut()
                 return
             connection = HTTPConnection(server)
-            connection.request(self.command, self.path, body, dict(self.headers))
+            headers = dict(self.headers)
+            if fault == "unconditional":
+                headers = {n: v for n, v in headers.items() if not n.lower().startswith("if-")}
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
             connection.close()

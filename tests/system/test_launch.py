@@ -17,9 +17,7 @@ from fpocli.system.signals import RESUME
 def started(monkeypatch) -> list[list[str]]:
     """The commands that replaced this process."""
     commands = []
-    # Where another test has trained in this process, it has a rank.
-    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
-    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(os, "execv", lambda path, words: commands.append(words))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(sys, "argv", ["/bin/fpo", "train", "--gpus", "4", "--overwrite"])
@@ -45,7 +43,7 @@ def test_more_gpus_than_there_are_are_refused(started):
 
 
 def test_a_launcher_within_a_launcher_is_refused(started):
-    os.environ["RANK"] = "0"
+    os.environ["WORLD_SIZE"] = "2"
     with pytest.raises(UserError, match="a launcher has started this one"):
         launch(2, "cpu")
     assert not started
