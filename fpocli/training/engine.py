@@ -84,6 +84,10 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del found
+        # Left behind by DeepSpeed; it would hide that of Generic from classes made later, such as
+        # sae-lens's.
+        if "__init_subclass__" in vars(torch.nn.Module):
+            del torch.nn.Module.__init_subclass__
 
 
 @contextlib.contextmanager

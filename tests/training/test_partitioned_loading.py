@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import tiny
 import torch
@@ -17,6 +18,8 @@ from fpocli.model.network import load_network
 from fpocli.system.model_folder import find_model
 from fpocli.training.deepspeed_config import deepspeed_config
 from fpocli.training.engine import partitioned, start_processes
+
+T = TypeVar("T")
 
 
 def compare(folder: Path) -> None:
@@ -38,6 +41,12 @@ def compare(folder: Path) -> None:
             assert all(torch.equal(found[name], value) for name, value in expected.items())
         buffers = dict(model.network.named_buffers())
         assert all(torch.equal(buffers[name], value) for name, value in whole.named_buffers())
+
+    # As sae-lens, which is imported later in a process that is not forked.
+    class Made(torch.nn.Module, Generic[T]):
+        pass
+
+    assert Made[int]
     print("compared")
 
 
