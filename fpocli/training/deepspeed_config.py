@@ -60,23 +60,39 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
     return merged
 
 
+def offloads(zero: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is offloaded, and how: `offload_optimizer`, `offload_param`.
+
+    Args:
+        zero: DeepSpeed's `zero_optimization`.
+    """
+    parts = {name: zero.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+    return {name: part for name, part in parts.items() if part.get("device", "none") != "none"}
+
+
 def _check_offload(settings: TrainConfig, zero: dict[str, Any]) -> None:
-    """Refuse an offload with which no checkpoint was shown to be loaded again.
+    """Refuse an offload that DeepSpeed would not do, or with which checkpoints lack a part.
 
     Args:
         settings: of the run.
         zero: DeepSpeed's `zero_optimization`.
 
     Raises:
-        UserError: it is to NVMe, or of a part of the optimiser's state.
+        UserError: it is of a part of the optimiser's state, or needs ZeRO-3.
     """
-    parts = [zero.get(name) or {} for name in ("offload_optimizer", "offload_param")]
-    if any(part.get("device") == "nvme" or part.get("ratio", 1) != 1 for part in parts):
-        raise UserError(
-            f"{settings.deepspeed} offloads to NVMe or in part, where no checkpoint is sure to "
-            "find the optimiser's state",
-            'offload all of it to "device": "cpu"',
-        )
+    for name, part in offloads(zero).items():
+        if part.get("ratio", 1) != 1:
+            raise UserError(
+                f"{settings.deepspeed} offloads a part of the optimiser, which checkpoints do not "
+                "find again",
+                "leave out the ratio",
+            )
+        if settings.zero < 3 and (name == "offload_param" or part["device"] == "nvme"):
+            raise UserError(
+                f"{name} to {part['device']} in {settings.deepspeed} needs ZeRO-3, and would "
+                "otherwise not be done",
+                "add --zero 3",
+            )
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fpocli.config import TrainConfig
 from fpocli.model.language_model import FrozenReference, LanguageModel
 from fpocli.system.errors import UserError
 from fpocli.system.ranks import same_on_all_ranks
-from fpocli.training.deepspeed_config import GROUP_SIZE
+from fpocli.training.deepspeed_config import GROUP_SIZE, offloads
 
 # What each optimiser keeps of every weight, beside the number of steps.
 MOMENTS = {
@@ -70,10 +70,14 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
 
     Args:
         config: DeepSpeed's, from `deepspeed_config`.
+
+    Raises:
+        UserError: they are to be offloaded to NVMe, for which this host lacks a library.
     """
     if config["zero_optimization"]["stage"] < 3:
         yield
         return
+    _require_aio(config["zero_optimization"])
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # transformers keeps a weak reference to it.
@@ -88,6 +92,17 @@ def partitioned(config: dict[str, Any]) -> Iterator[None]:
         # sae-lens's.
         if "__init_subclass__" in vars(torch.nn.Module):
             del torch.nn.Module.__init_subclass__
+
+
+def _require_aio(zero: dict[str, Any]) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    to_nvme = any(part["device"] == "nvme" for part in offloads(zero).values())
+    if to_nvme and not AsyncIOBuilder().is_compatible():
+        raise UserError(
+            "DeepSpeed's offload to NVMe is compiled with libaio, which is not installed",
+            "apt-get install libaio-dev g++, or offload to the CPU",
+        )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.runtime.zero import GatheredParameters
 from runs import command, finish, finish_all, read, run, same
 from safetensors.torch import load_file, save_file
@@ -125,17 +126,38 @@ def test_a_run_goes_on_with_another_number_of_processes(
         assert one == pytest.approx(other, abs=2e-3)
 
 
+def offload(folder: Path, optimizer: str | None = None, param: str | None = None) -> Path:
+    """A DeepSpeed file that offloads to these devices."""
+    zero = {}
+    if optimizer:
+        zero["offload_optimizer"] = {"device": optimizer, "nvme_path": f"{folder}/nvme"}
+    if param:
+        zero["offload_param"] = {"device": param, "nvme_path": f"{folder}/nvme"}
+        # In elements; the largest parameter has to fit.
+        zero["offload_param"] |= {"buffer_size": 10**5, "buffer_count": 8, "max_in_cpu": 0}
+    file = folder / "offload.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    return file
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("flags", [(), ("--no-bf16",)])
-def test_offloaded_moments_are_saved_and_loaded(material, store_path, tmp_path, zero, flags):
-    """DeepSpeed's offload of the optimiser to the CPU."""
-    offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    (tmp_path / "offload.json").write_text(json.dumps(offload))
+@pytest.mark.parametrize(
+    ("zero", "to"),
+    [
+        (2, {"optimizer": "cpu"}),
+        (3, {"optimizer": "cpu"}),
+        (3, {"optimizer": "cpu", "param": "cpu"}),
+        # These need libaio-dev and g++.
+        (3, {"optimizer": "nvme"}),
+        (3, {"optimizer": "nvme", "param": "nvme"}),
+    ],
+)
+def test_what_is_offloaded_is_saved_and_loaded(material, store_path, tmp_path, zero, to, flags):
+    """On two processes, then on three; as a run without offloading."""
     out, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    settings = {"zero": zero, "deepspeed": tmp_path / "offload.json"}
-    run(material, unbroken, *flags, processes=2, **settings)
-    words = command(material, out, *flags, **settings, **SAVED)
+    run(material, unbroken, *flags, processes=2, zero=zero)
+    words = command(material, out, *flags, zero=zero, deepspeed=offload(tmp_path, **to), **SAVED)
     train(words, 2, in_many_parts)
     saved = go_back(out, 2)
     train(words, 3, partial(save_what_was_loaded, tmp_path / "again"))
@@ -144,20 +166,32 @@ def test_offloaded_moments_are_saved_and_loaded(material, store_path, tmp_path, 
     assert one == pytest.approx(other, abs=2e-3 if not flags else 2e-5)
 
 
-@pytest.mark.parametrize(
-    "offload",
-    [
-        {"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}},
-        {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}},
-        {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
-    ],
-)
-def test_an_offload_that_no_checkpoint_finds_is_refused(tmp_path, offload):
+def config_of(file: Path, zero: int) -> dict:
+    return deepspeed_config(TrainConfig(cache="unused", zero=zero, deepspeed=str(file)))
+
+
+def test_an_offload_of_a_part_is_refused(tmp_path):
+    """No checkpoint would have the rest."""
     file = tmp_path / "offload.json"
-    file.write_text(json.dumps({"zero_optimization": offload}))
-    settings = TrainConfig(cache="unused", zero=3, deepspeed=str(file))
-    with pytest.raises(UserError, match="offloads to NVMe or in part"):
-        deepspeed_config(settings)
+    part = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    file.write_text(json.dumps({"zero_optimization": part}))
+    with pytest.raises(UserError, match="offloads a part of the optimiser"):
+        config_of(file, 3)
+
+
+@pytest.mark.parametrize("to", [{"optimizer": "nvme"}, {"param": "nvme"}, {"param": "cpu"}])
+def test_an_offload_that_would_not_be_done_is_refused(tmp_path, to):
+    file = offload(tmp_path, **to)
+    assert config_of(file, 3)
+    with pytest.raises(UserError, match="needs ZeRO-3"):
+        config_of(file, 2)
+
+
+def test_offloading_to_nvme_says_what_is_missing(tmp_path, monkeypatch):
+    config = config_of(offload(tmp_path, optimizer="nvme"), 3)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)
+    with pytest.raises(UserError, match="libaio, which is not installed"):
+        engine.partitioned(config).__enter__()
 
 
 def test_a_damaged_checkpoint_is_refused(material, store_path, tmp_path):
