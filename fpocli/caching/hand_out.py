@@ -175,9 +175,10 @@ class HandOut:
             most = _DEATHS * self._number()
             if self._failed_starts >= most and not any(a.started for a in self._actors):
                 raise UserError(
-                    f"{most} workers ended before they had loaded the model: {error}",
+                    f"{most} workers ended before they had loaded the model: {_reason(error)}",
                     f"is there enough memory? {_LOGS}",
                 )
+        say(f"a worker was lost, and what it had is scored again: {_reason(error)}")
         first, *others = [job for _, job in lost.asked]
         # What it was about to do comes first again.
         self._waiting.extendleft(job for job in reversed(others) if job)
@@ -217,3 +218,8 @@ class HandOut:
             job = _Job(block, frozenset(self._crashing[block]))
             self._deaths[job] = 0
             self._waiting.append(job)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of Ray's; those that follow name its parts."""
+    return str(error).strip().partition("\n")[0]

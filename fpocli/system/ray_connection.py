@@ -1,19 +1,26 @@
 """The connection to Ray: to a cluster, or to processes of this command's own. The only file that
 imports it."""
 
+import io
 import os
+import re
 import signal
 import socket
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from fpocli.system.console import say
 from fpocli.system.errors import UserError
 
 # Seconds that the head of a cluster has to answer.
 _PATIENCE = 10.0
+# Of Ray's thread that prints what its daemons report, and the most characters of such a report.
+_REPORTER, _LONGEST = "ray_listen_error_messages", 200
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @contextmanager
@@ -42,8 +49,7 @@ def connected_ray(address: str | None, workers: int | None = None) -> Iterator[A
         cpus = max(os.cpu_count() or 1, workers or 1)
         options = {"address": "local", "num_cpus": cpus, "include_dashboard": False}
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-    # Ray prints what its daemons report to stdout, which is for data.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(_Reports()):
         handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(**options, **quiet)
@@ -57,6 +63,29 @@ def connected_ray(address: str | None, workers: int | None = None) -> Iterator[A
             yield ray
         finally:
             ray.shutdown()
+
+
+class _Reports(io.TextIOBase):
+    """Stdout, which is for data: what Ray's daemons report there becomes messages, such as that a
+    host is lost. The many lines of its log that follow are left out, and repetitions."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def write(self, text: str) -> int:
+        """Print the first line of a report; other text goes to stderr."""
+        if threading.current_thread().name != _REPORTER:
+            return sys.stderr.write(text)
+        first = _COLOURS.sub("", text).strip().partition("\n")[0]
+        first = textwrap.shorten(first.removeprefix("(raylet) "), _LONGEST, placeholder=" ...")
+        if first and first not in self._told:
+            say(f"Ray: {first}")
+        self._told.add(first)
+        return len(text)
+
+    def flush(self) -> None:
+        """As a stream is expected to have."""
+        sys.stderr.flush()
 
 
 def _require_head(address: str) -> None:
