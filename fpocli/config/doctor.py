@@ -13,7 +13,7 @@ from fpocli.config.shared import JSON
 class DoctorConfig:
     """Check this machine: versions, devices, disk, hub, and every kernel against transformers.
 
-    With --bucket and --ray also whether stores can be written there, and its hosts score alike.
+    On request also a bucket for stores (--bucket) and every host of a Ray cluster (--ray).
     """
 
     bucket: Annotated[
