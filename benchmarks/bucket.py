@@ -144,7 +144,7 @@ of 1,024 features; the store of tdpo2 holds the {TOKENS} likeliest next tokens. 
 the training.
 
 {machine()}
-Command: `python benchmarks/bucket.py {" ".join(sys.argv[1:])}`.
+Command: `{" ".join(["python benchmarks/bucket.py", *sys.argv[1:]])}`.
 
 {table(heads, cells)}
 

@@ -1,9 +1,10 @@
-"""A bounded copy on a local disk of what training and evaluation read of a store in a bucket.
+"""What training and evaluation keep of a store in a bucket: the indices of its shards, in memory,
+and a bounded copy of all they read, on a local disk.
 
-It is in the folder FPO_CACHE_DIR; without that variable there is none. Every entry is a file of its
-own: a chunk, or the index of a shard. Each ends with its crc32c, so a damaged entry is noticed and
-read from the bucket again; a shard that is read whole does not, and is not kept. Several processes
-may use a folder at once.
+The copy is in the folder FPO_CACHE_DIR; without that variable there is none. Every entry is a file
+of its own: a chunk, or the index of a shard. Each ends with its crc32c, so a damaged entry is
+noticed and read from the bucket again; a shard that is read whole does not, and is not kept.
+Several processes may use a folder at once.
 """
 
 import asyncio
@@ -32,15 +33,17 @@ _SHARE = 1 / 64
 
 
 def locally_cached(url: str) -> Place:
-    """The place that a path or URL names; what is read in a bucket is kept on the local disk if
-    FPO_CACHE_DIR is set.
+    """The place that a path or URL names, from which much is read; what is read in a bucket is kept
+    on the local disk if FPO_CACHE_DIR is set.
 
     Raises:
         UserError: as `place_of`, or FPO_CACHE_GB is no size.
     """
     place, folder = place_of(url), os.environ.get(_FOLDER)
-    if not folder or not isinstance(place, Bucket):
+    if not isinstance(place, Bucket):
         return place
+    if not folder:
+        return _CachedBucket(place.name, None)
     text = os.environ.get(_SIZE, str(_DEFAULT_GB))
     try:
         gigabytes = float(text)
@@ -129,28 +132,39 @@ class LocalCache:
 
 
 class _CachedBucket(Bucket):
-    """A bucket whose chunks are looked up in a local cache first."""
+    """A bucket whose chunks are looked up in a local cache first, if there is one; the indices of
+    shards, which every row needs, are kept in memory: 16 bytes of each chunk."""
 
-    def __init__(self, url: str, cache: LocalCache) -> None:
+    def __init__(self, url: str, cache: LocalCache | None) -> None:
         super().__init__(url)
         self._cache = cache
 
     def for_zarr(self) -> Any:
         """See Place."""
+        from zarr.abc.store import SuffixByteRequest
         from zarr.storage import WrapperStore
 
         # Of a store that was overwritten or repaired, no older entry is used.
         cache, store = self._cache, f"{self.name} {self.version('zarr.json')}"
+        indices: dict[str, bytes] = {}
 
         class Cached(WrapperStore[Any]):
             async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
                 if key.endswith("zarr.json"):
                     return await super().get(key, prototype, byte_range)
                 name = f"{store} {key} {byte_range}"
-                if (known := await asyncio.to_thread(cache.get, name)) is not None:
+                known = indices.get(name)
+                if cache and known is None:
+                    known = await asyncio.to_thread(cache.get, name)
+                if known is not None:
                     return prototype.buffer.from_bytes(known)
                 found = await super().get(key, prototype, byte_range)
-                if found is not None:
+                if found is None:
+                    return None
+                # A shard's index is at its end.
+                if isinstance(byte_range, SuffixByteRequest) and _is_whole(found.to_bytes()):
+                    indices[name] = found.to_bytes()
+                if cache:
                     await asyncio.to_thread(cache.put, name, found.to_bytes())
                 return found
 

@@ -10,6 +10,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import torch
+import zarr
 from buckets import faults, s3_server
 from stores import cache_config, make_loader
 
@@ -102,6 +103,20 @@ def test_an_epoch_is_read_once(url, in_folder):
         check(0)
         shutil.rmtree(folder)
         check(10**6)
+
+
+def test_the_index_of_a_shard_is_read_once(url, in_folder, monkeypatch):
+    """Also without a local cache."""
+    monkeypatch.delenv("FPO_CACHE_DIR")
+    expected = zarr.open_group(in_folder, mode="r")["ref/top/logp"]
+    seen = []
+    with faults(lambda method, path: seen.append(path)):
+        for place, requests in ((place_of(url), 12), (locally_cached(url), 7)):
+            rows = zarr.open_group(place.for_zarr(), mode="r")["ref/top/logp"]
+            seen.clear()
+            for row in range(6):
+                np.testing.assert_array_equal(rows[row], expected[row])
+            assert len(seen) == requests
 
 
 def test_another_store_of_the_same_name_is_not_read_from_it(url, in_folder):
