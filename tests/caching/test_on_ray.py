@@ -85,8 +85,17 @@ def descendants(name):
 
 
 def test_two_workers_write_what_one_process_does(start, many, tmp_path):
-    """And a second command completes what a first one began when it was killed; nothing of Ray
-    is left of either."""
+    """And nothing of Ray is left."""
+    command = start(workers=2)
+    wait_until(lambda: len(descendants(MARK)) > 3)
+    assert command.wait(300) == 0, command.printed()
+    assert_equal(tmp_path / "ref.zarr", many[1])
+    wait_until(lambda: not descendants(MARK))
+
+
+@pytest.mark.long
+def test_what_a_killed_command_began_is_completed(start, many, tmp_path):
+    """Of that, too, nothing of Ray is left."""
     path = tmp_path / "ref.zarr"
     killed = start(workers=2)
     wait_until(lambda: scored_blocks(path) >= 3)

@@ -181,9 +181,8 @@ def test_gpus_is_in_the_command_that_resumes(unbroken, material, store_path, tmp
     _, messages = process.communicate()
     assert process.returncode != 0
     assert printed(messages) == ["fpo", *words]
-    again = start(["fpo", *words])
-    _, messages = again.communicate()
-    assert again.returncode == 0, messages[-3000:]
+    # What it starts in its place.
+    run(material, out, "--no-bf16", processes=2, **SETTINGS)
     equal(out, unbroken, 0)
 
 

@@ -41,13 +41,19 @@ def in_folder(material, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def bucket():
+    with s3_server() as url:
+        yield url
+
+
 @pytest.fixture
-def url(in_folder, tmp_path, monkeypatch):
+def url(bucket, in_folder, tmp_path, monkeypatch):
     """The same store in a bucket, with a local cache."""
-    with s3_server() as bucket:
-        upload(in_folder, f"{bucket}/ref.zarr")
-        monkeypatch.setenv("FPO_CACHE_DIR", str(tmp_path / "local"))
-        yield f"{bucket}/ref.zarr"
+    url = f"{bucket}/{tmp_path.name}/ref.zarr"
+    upload(in_folder, url)
+    monkeypatch.setenv("FPO_CACHE_DIR", str(tmp_path / "local"))
+    return url
 
 
 def upload(path, url):
