@@ -74,7 +74,7 @@ def bucket(url: str) -> Iterator[Check]:
     elif not gone:
         yield Check(name, "failed", "a file is still there after it was deleted", "allow it")
     else:
-        # Refused writes read the file once more.
+        # Seven requests, as writes that were refused read the file once more.
         found = f"written, read and deleted; {took / 7 * 1e3:.0f} ms a request"
         yield Check(name, "ok", f"{found}; conditional writes are respected")
 
@@ -87,9 +87,10 @@ def ray(address: str) -> Iterator[Check]:
     """
     try:
         with progress("Asking the cluster", None), connected_ray(address) as ray:
-            yield from _hosts(ray)
+            checks = list(_hosts(ray))
     except UserError as error:
-        yield Check("Ray", "failed", str(error), error.hint)
+        checks = [Check("Ray", "failed", str(error), error.hint)]
+    yield from checks
 
 
 def _hosts(ray: Any) -> Iterator[Check]:
@@ -106,13 +107,13 @@ def _hosts(ray: Any) -> Iterator[Check]:
     ]
     resources = ray.cluster_resources()
     gpus, cpus = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
-    total = f"{len(hosts)} hosts for workers, {gpus} GPUs, {cpus} CPUs"
+    total = f"hosts for workers: {len(hosts)}, GPUs: {gpus}, CPUs: {cpus}"
     yield Check("Ray", "ok" if hosts else "failed", total, "" if hosts else "start workers of Ray")
     expected = versions()
     for host, answer in zip(hosts, asked, strict=True):
         name = f"Ray, {host['NodeManagerAddress']}"
         own = {kind: int(host["Resources"].get(kind, 0)) for kind in ("GPU", "CPU")}
-        found = f"{own['GPU']} GPUs, {own['CPU']} CPUs"
+        found = f"GPUs: {own['GPU']}, CPUs: {own['CPU']}"
         try:
             there = ray.get(answer, timeout=_PATIENCE)
         except ray.exceptions.RayTaskError as error:

@@ -1,5 +1,4 @@
-"""The connection to Ray: to a cluster, or to processes of this command's own. The only file that
-imports it."""
+"""The connection to Ray: to a cluster, or to processes of this command's own."""
 
 import io
 import os

@@ -69,10 +69,10 @@ def test_every_host_of_a_cluster_is_asked(cluster, monkeypatch):
     monkeypatch.setattr("fpocli.diagnosis.self_test.self_test", lambda: iter(()))
     done = CliRunner().invoke(cli.app, ["doctor", "--ray", cluster.address])
     assert done.exit_code == 0, done.output
-    assert "ok      Ray: 1 hosts for workers, 0 GPUs, 2 CPUs\n" in done.stdout
+    assert "ok      Ray: hosts for workers: 1, GPUs: 0, CPUs: 2\n" in done.stdout
     (host,) = [line for line in done.stdout.splitlines() if line.startswith("ok      Ray, ")][:1]
     versions = ", ".join(f"{what} {version}" for what, version in network.versions().items())
-    assert host.endswith(f": 0 GPUs, 2 CPUs, {versions}")
+    assert host.endswith(f": GPUs: 0, CPUs: 2, {versions}")
 
 
 def test_a_host_with_another_version_fails(cluster, monkeypatch):
