@@ -56,10 +56,11 @@ def bucket(url: str) -> Iterator[Check]:
             bucket = Bucket(url)
             suffix, text = f".doctor-{secrets.token_hex(4)}", secrets.token_hex(8)
             began = time.perf_counter()
-            first = bucket.create_beside(suffix, text)
+            first = bucket.create_beside(suffix, "this process")
             try:
                 second = bucket.create_beside(suffix, "another process")
-                stale = bucket.replace_beside(suffix, "another process", "another tag")
+                last = first and bucket.replace_beside(suffix, text, first)
+                stale = first and bucket.replace_beside(suffix, "another process", first)
                 read = bucket.read_tagged_beside(suffix)
             finally:
                 bucket.write_beside(suffix, "")
@@ -68,14 +69,14 @@ def bucket(url: str) -> Iterator[Check]:
     except UserError as error:
         yield Check(name, "failed", str(error), error.hint)
         return
-    if second or stale or read != (text, first):
+    if second or stale or read != (text, last):
         advice = "two processes could write one store: use a bucket with conditional writes"
         yield Check(name, "failed", "a file that was there was written over", advice)
     elif not gone:
         yield Check(name, "failed", "a file is still there after it was deleted", "allow it")
     else:
-        # Seven requests, as writes that were refused read the file once more.
-        found = f"written, read and deleted; {took / 7 * 1e3:.0f} ms a request"
+        # Eight requests, as writes that were refused read the file once more.
+        found = f"written, read and deleted; {took / 8 * 1e3:.0f} ms a request"
         yield Check(name, "ok", f"{found}; conditional writes are respected")
 
 

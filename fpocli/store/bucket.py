@@ -25,6 +25,8 @@ _RETRIES = {"max_retries": 12, "retry_timeout": timedelta(minutes=3)}
 _ATTEMPTS, _PAUSE = 4, 0.5
 # Reads of one call that wait for their answers at once.
 _AT_ONCE = 32
+# What changes when a file is written: S3 and Azure compare its e_tag, Google Cloud its version.
+Tag = dict[str, str]
 
 
 class Bucket:
@@ -113,10 +115,10 @@ class Bucket:
         yield from (about["path"] for part in parts for about in part)
 
     def clear(self) -> None:
-        """See Place. The root's metadata go first, so that the rest is no store."""
-        self.delete("zarr.json")
-        if keys := list(self.files()):
+        """See Place. It takes many requests; the root's metadata go last."""
+        if keys := [key for key in self.files() if key != "zarr.json"]:
             self._ask(self._obstore.delete, self._inside, keys)
+        self.delete("zarr.json")
 
     def clear_partial(self) -> None:
         """See Place. A bucket has no partial files."""
@@ -175,7 +177,7 @@ class Bucket:
 
     # -- documents of which one process is the owner ----------------------------------------------
 
-    def create_beside(self, suffix: str, text: str) -> str | None:
+    def create_beside(self, suffix: str, text: str) -> Tag | None:
         """Write the file beside the store if there is none; its tag, None if there is one.
 
         Args:
@@ -184,27 +186,27 @@ class Bucket:
         """
         return self._put(suffix, text, "create")
 
-    def replace_beside(self, suffix: str, text: str, tag: str) -> str | None:
+    def replace_beside(self, suffix: str, text: str, tag: Tag) -> Tag | None:
         """Replace that file if it still has this tag; its new one, None if it has not."""
-        return self._put(suffix, text, {"e_tag": tag})
+        return self._put(suffix, text, tag)
 
-    def read_tagged_beside(self, suffix: str) -> tuple[str, str] | None:
+    def read_tagged_beside(self, suffix: str) -> tuple[str, Tag] | None:
         """Text and tag of that file; None if there is none."""
 
-        def read() -> tuple[str, str]:
+        def read() -> tuple[str, Tag]:
             found = self._obstore.get(self._bucket, self._prefix + suffix)
-            return bytes(found.bytes()).decode(), str(found.meta["e_tag"])
+            return bytes(found.bytes()).decode(), _tag(found.meta)
 
         try:
             return self._ask(read)
         except FileNotFoundError:
             return None
 
-    def _put(self, suffix: str, text: str, mode: Any) -> str | None:
+    def _put(self, suffix: str, text: str, mode: Any) -> Tag | None:
         errors, key = self._obstore.exceptions, self._prefix + suffix
         try:
             put = self._ask(self._obstore.put, self._bucket, key, text.encode(), mode=mode)
-            return str(put["e_tag"])
+            return _tag(put)
         except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
             # Perhaps by an attempt of this process whose answer was lost.
             found = self.read_tagged_beside(suffix)
@@ -241,3 +243,8 @@ class Bucket:
         """Refuse to ask again after the last attempt, or where the answer would be the same."""
         if attempt == _ATTEMPTS or isinstance(error, self._definite):
             raise cannot_reach(self.name, error) from error
+
+
+def _tag(about: Any) -> Tag:
+    """That of obstore's answer; S3 gives no version where a bucket keeps none."""
+    return {name: about[name] for name in ("e_tag", "version") if about[name]}

@@ -54,7 +54,7 @@ class Place(Protocol):
         """The keys of all files whose key begins with a prefix that ends in a slash, or is ""."""
 
     def clear(self) -> None:
-        """Delete everything; a crash leaves no part that could be taken for a store."""
+        """Delete everything, the root's metadata last or all at once."""
 
     def clear_partial(self) -> None:
         """Delete what crashes left of files that were being written. Nobody may write meanwhile."""
