@@ -98,12 +98,19 @@ def end(code: int, why: str) -> NoReturn:
     # A pipe that nobody reads, or a disk that is gone, must not prevent the end.
     threading.Timer(_PATIENCE, os._exit, [code]).start()
     _lock.acquire()
-    for callback in reversed(_callbacks):
-        with suppress(Exception):
-            callback()
+    # A bucket that cannot be reached must not prevent the message.
+    releasing = threading.Thread(target=_release, daemon=True)
+    releasing.start()
+    releasing.join(_PATIENCE / 2)
     if why and not _told.is_set():
         _print(why)
     os._exit(code)
+
+
+def _release() -> None:
+    for callback in reversed(_callbacks):
+        with suppress(Exception):
+            callback()
 
 
 def _print(why: str) -> None:

@@ -193,6 +193,7 @@ def test_a_killed_process_is_waited_for_and_its_store_completed(bucket, material
         assert command.running()
     command.close()
     assert place_of(url).read_beside(".owner.json") != ""
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.2)
     monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
     assert cache(config).meta["state"] == "complete"
     assert find_damage(Store.open(url)) == []
