@@ -135,7 +135,7 @@ def _cache(
 
     # -- token ids of all pairs, once ------------------------------------------------------------
     origin = describe_origin(config, encoders)
-    store = open_or_create(config, place, identity, origin, tokenizer, source)
+    store = open_or_create(config, place, identity, origin, tokenizer, source, lock)
 
     # -- the reference's scores, block by block ---------------------------------------------------
     if blocks := store.unscored_blocks():
@@ -153,7 +153,7 @@ def _cache(
     # -- every block read back, and the store marked complete --------------------------------------
     store = StoreWriter.open(place)
     if store.meta["state"] != "complete":
-        store.finish()
+        store.finish(lock.check)
     rows = store.read_array("source_row")[store.non_finite].tolist()
     listed = place.read_beside(DROPPED)
     if (now := list_non_finite(listed, rows)) != listed:

@@ -25,6 +25,7 @@ from fpocli.store.verify import find_damage
 from fpocli.store.writer import StoreWriter
 from fpocli.system.console import progress, say, warn
 from fpocli.system.errors import UserError
+from fpocli.system.owner import OwnerLock
 
 # The list of the rows that are not in the store is beside it, under its name with this.
 DROPPED = ".dropped.jsonl"
@@ -37,19 +38,22 @@ def open_or_create(
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
     source: Source,
+    lock: OwnerLock,
 ) -> StoreWriter:
     """The store of this command: the one an earlier command began, or a new one with the token ids
     of all pairs.
 
     Raises:
-        UserError: --out holds something else, or no pair is left after tokenising.
+        UserError: --out holds something else, no pair is left after tokenising, or the lock is
+            lost meanwhile.
     """
     StoreWriter.require_replaceable(place)
     if place.exists() and not (config.overwrite or StoreWriter.unfinished(place)):
         if config.repair:
-            return _repair(config, place, identity, origin, tokenizer, source)
+            return _repair(config, place, identity, origin, tokenizer, source, lock)
         store = StoreWriter.open(place)
         check_same_settings(config, store, identity)
+        lock.check()
         store.record_allowed(identity["model"])
         done = store.blocks - len(store.unscored_blocks())
         if done:
@@ -58,6 +62,8 @@ def open_or_create(
     pairs, tokens = _tokenise(config, tokenizer, source)
     about = identity | origin | {"pairs": pairs}
     _print_size(place, about, tokens)
+    # Tokenising may take hours.
+    lock.check()
     place.write_beside(DROPPED, tokenizer.dropped.listed())
     if tokenizer.dropped.counts:
         say(f"dropped rows are listed in {place.beside(DROPPED)}")
@@ -72,6 +78,7 @@ def _repair(
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
     source: Source,
+    lock: OwnerLock,
 ) -> StoreWriter:
     """The store without its damaged blocks; metadata and token ids are written again."""
     about = identity | origin
@@ -100,9 +107,11 @@ def _repair(
         kept = (*identity, *origin, "created", "allowed")
         about = {name: store.meta[name] for name in kept if name in store.meta}
     pairs, tokens = _tokenise(config, tokenizer, source)
+    lock.check()
     store = StoreWriter.rewrite_metadata(place, about | {"pairs": pairs}, tokens)
     for block, message in find_damage(store):
         warn(message)
+        lock.check()
         if block is not None:
             store.mark_unscored(block)
     say(f"{len(store.unscored_blocks())} of {store.blocks} blocks will be scored again")

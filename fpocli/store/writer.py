@@ -4,6 +4,7 @@ The order of writing is in docs/format.md. Shapes: N pairs, b pairs of one block
 """
 
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -184,9 +185,12 @@ class StoreWriter(Store):
         self._array("blocks/digest")[block] = 0
         self._done.discard(block)
 
-    def finish(self) -> None:
+    def finish(self, may_write: Callable[[], object] = lambda: None) -> None:
         """Read every block back, compute mean and frequency from their totals, and mark the store
         complete.
+
+        Args:
+            may_write: called before anything is written; raises if another process writes by then.
 
         Raises:
             UserError: a block is missing or damaged, or all values are non-finite.
@@ -203,7 +207,9 @@ class StoreWriter(Store):
             )
         if non_finite:
             self.meta["pairs"]["not_finite"] = non_finite
-        for site, (mean, frequency) in self.sum_totals().items():
+        totals = self.sum_totals()
+        may_write()
+        for site, (mean, frequency) in totals.items():
             self._array(f"features/{site}/mean")[:] = mean
             self._array(f"features/{site}/frequency")[:] = frequency
         self._set_state("complete")
@@ -258,6 +264,9 @@ class StoreWriter(Store):
     def remove(place: Place) -> None:
         """Delete a store, or the remains of an interrupted `create`; never anything else."""
         StoreWriter.require_replaceable(place)
+        if place.exists():
+            # Where a crash leaves a part, it is a store that was begun, and starts over.
+            write_root(place, {"format": FORMAT})
         place.clear()
 
     @staticmethod

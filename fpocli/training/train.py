@@ -1,6 +1,7 @@
 """fpo train: read the store, score with the policy, step, log, save."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,17 @@ def train(settings: TrainConfig) -> Path:
             f"gpus is {settings.gpus}, but the number of processes is {world}",
             "use the command fpo train --gpus, which starts them; from Python, use torchrun",
         )
-    with heartbeat(rank, world), locked_run_folder(Path(settings.out)):
-        return _train(settings, store, device, rank, world)
+    with heartbeat(rank, world), locked_run_folder(Path(settings.out)) as may_write:
+        return _train(settings, store, device, rank, world, may_write)
 
 
 def _train(
-    settings: TrainConfig, store: Store, device: torch.device, rank: int, world: int
+    settings: TrainConfig,
+    store: Store,
+    device: torch.device,
+    rank: int,
+    world: int,
+    may_write: Callable[[], None],
 ) -> Path:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
@@ -221,6 +227,7 @@ def _train(
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
+                may_write()
                 save_checkpoint(
                     engine, run.checkpoints, step + 1, held_alpha.alpha, settings.keep_checkpoints
                 )
@@ -231,6 +238,7 @@ def _train(
 
     # -- the result -----------------------------------------------------------------------------
     state = gather_weights(engine)
+    may_write()
     if state is not None:
         run.save_model(model.network, state, tokenizer, store)
         say(f"the trained model is in {run.final}")
