@@ -79,10 +79,11 @@ def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float
     Raises:
         UserError: it is damaged, or of an earlier version. All ranks raise.
     """
-    newest = newest_checkpoint(folder)
+    ranks = Ranks.connected()
+    # On another host a listing of the folder may be a minute old.
+    newest: Path | None = ranks.of_first(newest_checkpoint(folder))
     if newest is None:
         return 0, alpha
-    ranks = Ranks.connected()
     shapes = {state.name: state.shape for state in _states(engine)}
     checkpoint: Checkpoint = ranks.on_each(
         lambda: open_checkpoint(newest, ranks.rank, ranks.world, shapes)

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,19 @@ from fpocli.training.checkpoints import newest_checkpoint
 
 
 @contextmanager
-def locked_run_folder(folder: Path) -> Iterator[None]:
+def locked_run_folder(folder: Path) -> Iterator[Callable[[], None]]:
     """Lock a run's folder for the processes of this run; rank 0 holds the lock.
+
+    Yields:
+        what all ranks call before they write to it; it raises if the lock is lost.
 
     Raises:
         UserError: another run is using it.
     """
     with ExitStack() as stack:
-        Ranks.connected().on_first(lambda: stack.enter_context(WriterLock(folder)))
-        yield
+        ranks, lock = Ranks.connected(), WriterLock(folder)
+        ranks.on_first(lambda: stack.enter_context(lock))
+        yield lambda: ranks.on_first(lock.check)
 
 
 class RunFolder:
@@ -60,7 +65,8 @@ class RunFolder:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
         Ranks.connected().on_first(lambda: self._open_or_create(config, identity))
-        self.finished = (self.final / "config.json").is_file()
+        Ranks.connected().on_each(self._require_shared)
+        self.finished = Ranks.connected().of_first((self.final / "config.json").is_file())
 
     def _open_or_create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
         known = self.folder / "run.json"
@@ -82,6 +88,14 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(known, json.dumps(identity, indent=1))
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def _require_shared(self) -> None:
+        """Refuse a host's own folder: the part that its ranks write of checkpoints would be lost."""
+        if not (self.folder / "run.json").is_file():
+            raise UserError(
+                f"{self.folder} on {socket.gethostname()} is not the folder of rank 0",
+                "choose --out on a file system that all hosts share",
+            )
 
     def resume_at(self, step: int) -> list[dict[str, Any]]:
         """Remove what was logged after the checkpoint that training resumes from. All ranks must
