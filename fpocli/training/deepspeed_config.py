@@ -51,6 +51,11 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         changed.append("the ZeRO stage")
     if merged["zero_optimization"].get("compute_grad_norm") is False:
         changed.append("the gradient norm")
+    for name in ("offload_optimizer", "offload_param"):
+        if not isinstance(merged["zero_optimization"].get(name) or {}, dict):
+            raise UserError(
+                f"{name} in {settings.deepspeed} is not an object", 'write {"device": "cpu"}'
+            )
     _check_offload(settings, merged["zero_optimization"])
     if changed:
         raise UserError(
