@@ -90,7 +90,7 @@ class RunFolder:
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
     def _require_shared(self) -> None:
-        """Refuse a host's own folder: the part that its ranks write of checkpoints would be lost."""
+        """Refuse a folder of this host alone: its ranks' parts of checkpoints would be lost."""
         if not (self.folder / "run.json").is_file():
             raise UserError(
                 f"{self.folder} on {socket.gethostname()} is not the folder of rank 0",
