@@ -83,9 +83,8 @@ class RayWorkers:
             raise UserError(
                 "Ray has no GPU", "say on how many processes the CPUs are shared out: --workers N"
             )
-        # No more than one host has.
-        most = max(int(host["Resources"].get("CPU", 0)) for host in self._ray.nodes())
-        return {"num_gpus": 0, "num_cpus": max(1, min(most, int(here.get("CPU", 1)) // workers))}
+        cores = [int(host["Resources"].get("CPU", 0)) for host in self._ray.nodes()]
+        return {"num_gpus": 0, "num_cpus": cores_of_each(workers, cores)}
 
     @property
     def device(self) -> torch.device:
@@ -124,6 +123,17 @@ class RayWorkers:
     def _number(self) -> int:
         """How many workers there should be: hosts may join and leave at any time."""
         return self._config.workers or max(1, int(self._ray.cluster_resources().get("GPU", 0)))
+
+
+def cores_of_each(workers: int, cores: list[int]) -> int:
+    """The most cores that each worker may have, so that all find room.
+
+    Args:
+        workers: how many there are to be.
+        cores: of each host.
+    """
+    shares = range(max(1, sum(cores) // workers), 1, -1)
+    return next((n for n in shares if sum(host // n for host in cores) >= workers), 1)
 
 
 def _absolute(source: str) -> str:

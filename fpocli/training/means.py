@@ -73,3 +73,15 @@ class Means:
             "lower --lr (new --out, or --overwrite)",
         )
         return same_on_all_ranks(error)
+
+
+def values_to_show(line: dict[str, float]) -> dict[str, float]:
+    """What is shown while training runs, of a line of metrics."""
+    shown = {name: line[name] for name in ("loss", "u", "margin", "reward_accuracy")}
+    if "distance_chosen" in line:
+        shown["D"] = (line["distance_chosen"] + line["distance_rejected"]) / 2
+    if "kl_chosen" in line:
+        shown["K"] = (line["kl_chosen"] + line["kl_rejected"]) / 2
+    if "alpha" in line:
+        shown["alpha"] = line["alpha"]
+    return shown

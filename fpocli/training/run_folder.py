@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from fpocli.system.json_yaml import read_json, read_yaml
 from fpocli.system.lock import WriterLock
 from fpocli.system.ranks import Ranks, is_first_rank
 from fpocli.training.checkpoints import newest_checkpoint
+
+# Seconds after which NFS shows a file that another host has written.
+_LATE = 65.0
 
 
 @contextmanager
@@ -91,7 +95,11 @@ class RunFolder:
 
     def _require_shared(self) -> None:
         """Refuse a folder of this host alone: its ranks' parts of checkpoints would be lost."""
-        if not (self.folder / "run.json").is_file():
+        began = time.monotonic()
+        while not (self.folder / "run.json").is_file():
+            if time.monotonic() - began < _LATE:
+                time.sleep(0.1)
+                continue
             raise UserError(
                 f"{self.folder} on {socket.gethostname()} is not the folder of rank 0",
                 "choose --out on a file system that all hosts share",

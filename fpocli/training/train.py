@@ -48,7 +48,7 @@ from fpocli.training.first_step import (
 )
 from fpocli.training.held_out import held_out_means
 from fpocli.training.hold import HeldAlpha
-from fpocli.training.means import Means
+from fpocli.training.means import Means, values_to_show
 from fpocli.training.memory import MemoryMeter
 from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.pair_loader import PairLoader
@@ -79,27 +79,23 @@ def train(settings: TrainConfig) -> Path:
             "use the command fpo train --gpus, which starts them; from Python, use torchrun",
         )
     with heartbeat(rank, world), locked_run_folder(Path(settings.out)) as may_write:
-        return _train(settings, store, device, rank, world, may_write)
+        return _train(settings, store, device, may_write)
 
 
 def _train(
-    settings: TrainConfig,
-    store: Store,
-    device: torch.device,
-    rank: int,
-    world: int,
-    may_write: Callable[[], None],
+    settings: TrainConfig, store: Store, device: torch.device, may_write: Callable[[], None]
 ) -> Path:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
     sites = sites_of(store, settings.at) if settings.constraint == "features" else []
+    world = Ranks.connected().world
     loader = PairLoader(
         store,
         batch_size=settings.batch_size,
         packed_length=settings.packed_length or default_packed_length(device),
         eval_fraction=settings.eval_fraction,
         seed=settings.seed,
-        rank=rank,
+        rank=Ranks.connected().rank,
         world=world,
         sites=[str(site) for site in sites],
     )
@@ -223,7 +219,7 @@ def _train(
             held_alpha.update(line)
             chosen_fall.watch(line)
             bar.advance(0, pairs=loader.size(step), tokens=tokens)
-            bar.show(_shown(line))
+            bar.show(values_to_show(line))
             if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
                 measure(step + 1)
             if (step + 1) % settings.save_every == 0 and step + 1 < steps:
@@ -253,18 +249,6 @@ def _kl_text(settings: TrainConfig, store: Store) -> str:
     if store.distributions is None or settings.exact_kl:
         return " with the reference in memory"
     return f" with {store.distributions.words} of the store"
-
-
-def _shown(line: dict[str, float]) -> dict[str, float]:
-    """What is shown while training runs, of a line of metrics."""
-    shown = {name: line[name] for name in ("loss", "u", "margin", "reward_accuracy")}
-    if "distance_chosen" in line:
-        shown["D"] = (line["distance_chosen"] + line["distance_rejected"]) / 2
-    if "kl_chosen" in line:
-        shown["K"] = (line["kl_chosen"] + line["kl_rejected"]) / 2
-    if "alpha" in line:
-        shown["alpha"] = line["alpha"]
-    return shown
 
 
 def _load_models(

@@ -13,7 +13,7 @@ import transformers
 from stores import cache_config, contents, make_loader, set_attributes, write_pairs
 
 from fpocli import UserError, cache
-from fpocli.caching import block_scorer
+from fpocli.caching import block_scorer, open_store
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.site import Site
 from fpocli.model import packing
@@ -479,3 +479,21 @@ def test_the_id_at_neuronpedia_is_kept_where_sae_lens_knows_it(material, tmp_pat
     assert cache(config).neuronpedia(site) == "tiny/3-res"
     # It is no part of the content: a store that was made before it was known is resumed.
     assert cache(before).neuronpedia(site) is None
+
+
+def test_a_lock_that_is_lost_while_tokenising_deletes_nothing(material, tmp_path, monkeypatch):
+    out = tmp_path / "ref.zarr"
+    cache(cache_config(material, out, block=8))
+    tokenise = open_store._tokenise
+
+    def slow(*arguments):
+        found = tokenise(*arguments)
+        (tmp_path / "ref.zarr.lock").unlink()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(open_store, "_tokenise", slow)
+        with pytest.raises(UserError, match="was removed while this process was writing"):
+            cache(cache_config(material, out, block=4, overwrite=True))
+    store = Store.open(out)
+    assert store.meta["state"] == "complete" and store.block_size == 8

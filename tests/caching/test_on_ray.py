@@ -14,6 +14,7 @@ from ray.cluster_utils import Cluster
 from stores import assert_equal, cache_config, write_pairs
 
 from fpocli import UserError, cache
+from fpocli.caching.on_ray import cores_of_each
 from fpocli.store.reader import Store
 
 # A variable in the environment of the programs that a command starts.
@@ -109,6 +110,14 @@ def test_what_a_killed_command_began_is_completed(start, many, tmp_path):
     assert "blocks are scored" in again.messages()
     assert_equal(path, many[1])
     wait_until(lambda: not descendants(MARK))
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "each"),
+    [(2, [8], 4), (3, [8, 8], 4), (3, [8], 2), (5, [2], 1), (1, [8, 8], 8), (3, [0, 3, 5], 2)],
+)
+def test_the_cores_are_shared_out_so_that_all_workers_find_room(workers, cores, each):
+    assert cores_of_each(workers, cores) == each
 
 
 def test_what_is_missing_is_named(material, tmp_path, monkeypatch):

@@ -6,11 +6,12 @@ import json
 import random
 import signal
 import threading
+import time
 from datetime import timedelta
 
 import numpy as np
 import pytest
-from buckets import FAULTS, faults, s3_server
+from buckets import FAULTS, faults, google_server, s3_server
 from processes import Command, flags, results
 from runs import run, same
 from stores import cache_config, contents
@@ -198,6 +199,92 @@ def test_a_killed_process_is_waited_for_and_its_store_completed(bucket, material
     assert cache(config).meta["state"] == "complete"
     assert find_damage(Store.open(url)) == []
     assert place_of(url).read_beside(".owner.json") == ""
+
+
+def test_google_cloud_compares_versions(tmp_path, monkeypatch):
+    """Where S3 compares e_tags."""
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.1)
+    monkeypatch.setattr(bucket_lock, "_LOST", 1.0)
+    with google_server(tmp_path) as url:
+        place = Bucket(f"{url}/ref.zarr")
+        tag = place.create_beside(".x", "one")
+        assert place.create_beside(".x", "two") is None
+        assert (other := place.replace_beside(".x", "two", tag)) not in (None, tag)
+        assert place.replace_beside(".x", "three", tag) is None
+        assert place.read_tagged_beside(".x") == ("two", other)
+        with BucketLock(place) as lock:
+            time.sleep(2)
+            lock.check()
+            with pytest.raises(UserError, match="another process is writing"):
+                BucketLock(Bucket(f"{url}/ref.zarr")).__enter__()
+        with BucketLock(place) as lock:
+            lock.check()
+
+
+def test_two_are_never_sure_that_they_own_it(bucket, monkeypatch):
+    """The refreshes of the first are refused, and repeated for minutes."""
+    monkeypatch.setattr(bucket_lock, "_REFRESH", 0.5)
+    monkeypatch.setattr(bucket_lock, "_LOST", 3.0)
+    refuse = threading.Event()
+
+    def decide(method, path):
+        return "503" if refuse.is_set() and method == "PUT" and "owner" in path else None
+
+    direct = Bucket(f"{bucket}/two.zarr")
+    with faults(decide):
+        refused = Bucket(f"{bucket}/two.zarr")
+        first = BucketLock(refused)
+        first.__enter__()
+        first.check()
+        refuse.set()
+        with BucketLock(direct) as second:
+            second.check()
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(checked(first)))
+            thread.start()
+            thread.join(2)
+            # It has been told, or is still waiting for its answer.
+            assert True not in answers
+            refuse.clear()
+            thread.join(60)
+            assert answers == [False]
+            second.check()
+        with pytest.raises(UserError, match="another one writes"):
+            first.__exit__(None, None, None)
+            first.check()
+
+
+def checked(lock):
+    try:
+        lock.check()
+    except UserError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("left", ["all", "some", "root"])
+def test_an_interrupted_overwrite_starts_over(bucket, material, monkeypatch, left):
+    """By the same command, which then is one without --overwrite."""
+    url = f"{bucket}/overwritten-{left}.zarr"
+    cache(cache_config(material, url, block=8))
+
+    def clear(self):
+        """As if the process ended between two requests."""
+        keys = [key for key in self.files() if key != "zarr.json"]
+        gone = {"all": [], "some": [key for key in keys if "blocks" in key], "root": keys}[left]
+        for key in gone:
+            self.delete(key)
+        raise UserError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "clear", clear)
+        with pytest.raises(UserError, match="stopped here"):
+            cache(cache_config(material, url, block=4, overwrite=True))
+    with pytest.raises(UserError):
+        Store.open(url)
+    store = cache(cache_config(material, url, block=4))
+    assert store.meta["state"] == "complete" and store.block_size == 4
+    assert find_damage(store) == []
 
 
 @pytest.mark.parametrize(

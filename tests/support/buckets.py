@@ -1,6 +1,8 @@
 """An S3 server on this machine, in a process of its own (moto), and a proxy before it that injects
-faults."""
+faults; and a few lines that answer as Google Cloud does."""
 
+import itertools
+import json
 import os
 import socket
 import subprocess
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from unittest.mock import patch
 from urllib.parse import urlsplit
 
@@ -147,3 +150,63 @@ def faults(
     finally:
         proxy.shutdown()
         proxy.server_close()
+
+
+@contextmanager
+def google_server(folder: Path) -> Iterator[str]:
+    """The URL of a bucket of Google Cloud's. A file's version is its generation, and a condition
+    names that: the answer to a write with another one is 412.
+
+    Args:
+        folder: for the file of credentials.
+    """
+    files: dict[str, tuple[bytes, int]] = {}
+    generations, lock = itertools.count(1000), threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def answer(self, code: int, content: bytes = b"", generation: int = 0) -> None:
+            self.send_response(code)
+            self.send_header("ETag", f'"{generation}"')
+            self.send_header("x-goog-generation", str(generation))
+            self.send_header("Last-Modified", "Mon, 30 Nov 2026 10:00:00 GMT")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_PUT(self) -> None:
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            wanted, key = self.headers.get("x-goog-if-generation-match"), self.path
+            with lock:
+                _, known = files.get(key, (b"", 0))
+                if wanted is not None and wanted != str(known):
+                    self.answer(412)
+                    return
+                files[key] = content, next(generations)
+            self.answer(200, b"", files[key][1])
+
+        def do_GET(self) -> None:
+            found = files.get(self.path)
+            self.answer(200, *found) if found else self.answer(404)
+
+        def do_DELETE(self) -> None:
+            files.pop(self.path, None)
+            self.answer(204)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = _Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    account = {
+        "gcs_base_url": f"http://127.0.0.1:{server.server_address[1]}", "disable_oauth": True,
+        "client_email": "", "private_key": "", "private_key_id": "",
+    }  # fmt: skip
+    (folder / "account.json").write_text(json.dumps(account))
+    try:
+        with patch.dict(os.environ, {"GOOGLE_SERVICE_ACCOUNT": str(folder / "account.json")}):
+            yield "gs://bucket"
+    finally:
+        server.shutdown()
+        server.server_close()

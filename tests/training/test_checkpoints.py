@@ -179,6 +179,13 @@ def test_an_offload_of_a_part_is_refused(tmp_path):
         config_of(file, 3)
 
 
+def test_an_offload_that_is_no_object_is_refused(tmp_path):
+    file = tmp_path / "offload.json"
+    file.write_text('{"zero_optimization": {"offload_optimizer": "cpu"}}')
+    with pytest.raises(UserError, match="is not an object"):
+        config_of(file, 3)
+
+
 @pytest.mark.parametrize("to", [{"optimizer": "nvme"}, {"param": "nvme"}, {"param": "cpu"}])
 def test_an_offload_that_would_not_be_done_is_refused(tmp_path, to):
     file = offload(tmp_path, **to)

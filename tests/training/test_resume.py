@@ -1,14 +1,19 @@
 """Runs that were killed are resumed; another run in the folder is refused."""
 
 import json
+import os
 import shutil
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 import yaml
+from processes import results, together
 from runs import command, finish, finish_all, read, run, same, start
 from safetensors.torch import load_file
 
+from fpocli.training import checkpoints, run_folder
 from fpocli.training.run_folder import read_run
 
 
@@ -99,3 +104,51 @@ def test_the_settings_of_an_earlier_version_are_read(baseline, material, tmp_pat
     shutil.rmtree(out / "final")
     done = finish(command(material, out, "--no-bf16", save_every=2))
     assert "lr is 0.002 there, 0.001 here" in done.stderr
+
+
+def test_a_run_without_its_lock_saves_nothing_more(material, store_path, tmp_path):
+    out = tmp_path / "run"
+    process = start(command(material, out, "--no-bf16", epochs=40, save_every=1))
+    while not (out / "checkpoints/step-2").exists():
+        assert process.running()
+        time.sleep(0.002)
+    (tmp_path / "run.lock").unlink()
+    (done,) = results(process)
+    assert done.returncode == 2
+    assert "was removed while this process was writing" in done.stderr
+    assert not (out / "final").exists()
+
+
+def list_late() -> None:
+    """In this process, as NFS may: a folder is listed without its newest checkpoint."""
+    listed = checkpoints._checkpoints
+    checkpoints._checkpoints = lambda folder: listed(folder)[:-1]
+
+
+def test_all_ranks_resume_from_one_checkpoint(material, store_path, tmp_path):
+    """That of rank 0, though rank 1 does not see it yet."""
+    out = tmp_path / "run"
+    words = command(material, out, "--no-bf16", epochs=2, save_every=2, keep_checkpoints=3)
+    finish_all(words, 2)
+    whole = read(out)
+    shutil.rmtree(out / "final")
+    for done in results(*together(words[3:], 2, [None, list_late])):
+        assert done.returncode == 0, done.stderr
+    same(read(out), whole, 1e-6)
+
+
+def in_folder(path: Path) -> None:
+    """Let this process be on a host with a disk of its own."""
+    path.mkdir()
+    os.chdir(path)
+    run_folder._LATE = 0.5
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused(material, store_path, tmp_path):
+    """The checkpoints would lack the parts of all other hosts."""
+    words = command(material, "run", "--no-bf16")[3:]
+    hosts = [partial(in_folder, tmp_path / name) for name in ("one", "other")]
+    ended = results(*together(words, 2, hosts))
+    assert {done.returncode for done in ended} == {2}
+    said = "".join(done.stderr for done in ended)
+    assert said.count("error: ") == 1 and "is not the folder of rank 0" in said
