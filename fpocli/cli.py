@@ -258,9 +258,12 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     # Otherwise torch prints C++ frames for every message that a lost process does not receive.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # DeepSpeed warns that there is no GPU whenever a library imports it.
+    # DeepSpeed warns that there is no GPU whenever a library imports it, and of RMSprop under ZeRO.
     logging.getLogger("DeepSpeed").addFilter(
-        lambda record: "Setting accelerator" not in record.getMessage()
+        lambda record: (
+            "Setting accelerator" not in record.getMessage()
+            and "untested optimizer" not in record.getMessage()
+        )
     )
     json_logs = "--json-logs" in sys.argv
     try:

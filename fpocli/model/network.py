@@ -53,6 +53,8 @@ def load_network(
 
     # Its bars for reading and writing shards would stand between fpo's own lines.
     logging.disable_progress_bar()
+    # Missing weights become an error below. Where sae-lens is imported, it has silenced this too.
+    logging.set_verbosity_error()
     config = _read_config(folder)
     loaded: Any
     try:

@@ -53,7 +53,9 @@ def connected_ray(address: str | None, workers: int | None = None) -> Iterator[A
         try:
             ray.init(**options, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise _unreachable(error) from error
+            # Ray 2.60 makes a token when it starts on a host, such as for --workers, and a head
+            # started there later asks for it, of a HOST:PORT only where this variable is set.
+            raise _unreachable(error, "; set RAY_AUTH_MODE=token if it asks for one") from error
         finally:
             # Ray has replaced it.
             if threading.current_thread() is threading.main_thread():
@@ -98,8 +100,8 @@ def _require_head(address: str) -> None:
         raise _unreachable(error) from error
 
 
-def _unreachable(error: Exception) -> UserError:
+def _unreachable(error: Exception, more: str = "") -> UserError:
     return UserError(
         f"Ray cannot be reached: {error}",
-        "check --ray: the HOST:PORT of its head, or auto for the cluster of this host",
+        "check --ray: the HOST:PORT of its head, or auto for the cluster of this host" + more,
     )
