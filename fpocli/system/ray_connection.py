@@ -17,8 +17,8 @@ from fpocli.system.errors import UserError
 
 # Seconds that the head of a cluster has to answer.
 _PATIENCE = 10.0
-# Of Ray's thread that prints what its daemons report, and the most characters of such a report.
-_REPORTER, _LONGEST = "ray_listen_error_messages", 200
+# How a report of Ray's daemons begins, and how much of one is printed.
+_REPORT, _LONGEST = re.compile(r"\((raylet|autoscaler)[^)]*\) "), 200
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -72,17 +72,25 @@ class _Reports(io.TextIOBase):
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._line_follows = False
 
     def write(self, text: str) -> int:
         """Print the first line of a report; other text goes to stderr."""
-        if threading.current_thread().name != _REPORTER:
-            return sys.stderr.write(text)
-        first = _COLOURS.sub("", text).strip().partition("\n")[0]
-        first = textwrap.shorten(first.removeprefix("(raylet) "), _LONGEST, placeholder=" ...")
-        if first and first not in self._told:
-            say(f"Ray: {first}")
-        self._told.add(first)
+        plain = _COLOURS.sub("", text)
+        # print() writes the end of a line by itself.
+        ends, self._line_follows = self._line_follows and text == "\n", False
+        if report := _REPORT.match(plain):
+            self._line_follows = True
+            self._tell(plain[report.end() :])
+        elif not ends:
+            sys.stderr.write(text)
         return len(text)
+
+    def _tell(self, report: str) -> None:
+        first = report.strip().partition("\n")[0]
+        if first not in self._told:
+            say(f"Ray: {textwrap.shorten(first, _LONGEST, placeholder=' ...')}")
+        self._told.add(first)
 
     def flush(self) -> None:
         """As a stream is expected to have."""
