@@ -73,7 +73,13 @@ def cache(config: CacheConfig) -> Store:
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):
         raise UserError("a site is named twice", "name each --layer once, or with another --site")
-    source = open_source(config.data, config.split, config.limit)
+    source = open_source(
+        config.data,
+        config.split,
+        config.limit,
+        config_name=config.config_name,
+        score_margin=config.score_margin,
+    )
     require_a_pair(source, config.strict)
     trust = config.trust_remote_code
     folder = find_model(config.model, weights=False, trust_remote_code=trust)

@@ -12,7 +12,7 @@ from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import open_source
+from fpocli.data.sources import Source, open_source
 from fpocli.features.known_saes import default_saes
 from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
@@ -121,30 +121,33 @@ def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[st
 
 def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
     """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
-    counts = (config.data, config.split, config.limit, model, config.chat_template)
-    return _counted(*counts, config.max_length, config.max_prompt_length)
+    source = (config.data, config.split, config.config_name, config.score_margin)
+    limits = (config.max_length, config.max_prompt_length)
+    return _counted(source, config.limit, model, config.chat_template, limits)
 
 
 @cache
 def _counted(
-    data: str,
-    split: str | None,
+    source: tuple[str, str | None, str | None, float],
     limit: int | None,
     model: str,
     template: str | None,
-    length: int,
-    prompt_length: int,
+    limits: tuple[int, int],
 ) -> tuple[int, int, int]:
     dropped = DroppedRows()
     folder = find_model(model, weights=False)
-    tokenizer = PairTokenizer(folder, template, length, prompt_length, dropped)
-    first = open_source(data, split, min(limit or SAMPLE, SAMPLE))
+    tokenizer = PairTokenizer(folder, template, *limits, dropped)
+    data, split, name, margin = source
+
+    def opened(rows: int | None) -> Source:
+        return open_source(data, split, rows, config_name=name, score_margin=margin)
+
     with progress("Counting tokens", None):
         sizes = [
             (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
-            for pair in tokenizer(read_pairs(first, dropped))
+            for pair in tokenizer(read_pairs(opened(min(limit or SAMPLE, SAMPLE)), dropped))
         ]
-        rows = sum(1 for _ in open_source(data, split, limit).rows())
+        rows = sum(1 for _ in opened(limit).rows())
     if not sizes:
         raise dropped.nothing_left()
     scale = rows / max(dropped.read, 1)

@@ -46,14 +46,27 @@ class CacheConfig:
     data: Annotated[
         str,
         Option(
-            help="Preference pairs: a hub id, a JSON, JSONL or Parquet file, or a saved data set."
+            help="Preference pairs: a hub id (OWNER/NAME, OWNER/NAME@REVISION), a JSONL, JSON, CSV "
+            "or Parquet file, the first three also .gz or .zst, a folder of Parquet files, or a "
+            "saved data set. docs/data.md has the layouts of rows.",
         ),
     ] = DEFAULT_DATA
     split: Annotated[
         str | None,
         Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
     ] = None
+    config_name: Annotated[
+        str | None, Option(help="Configuration (subset) of a data set on the hub.")
+    ] = None
     limit: Annotated[int | None, Option(min=1, help="Read only this many rows.")] = None
+    score_margin: Annotated[
+        float,
+        Option(
+            min=0.0,
+            help="Of rows with several scored answers, the best is chosen and the worst rejected; "
+            "drop those whose scores differ by less.",
+        ),
+    ] = 0.0
     strict: Annotated[
         bool, Option("--strict", help="Stop at the first row of the data that cannot be used.")
     ] = False

@@ -5,6 +5,8 @@ Layouts, recognised row by row:
     messages        prompt is a list of messages; chosen, rejected are the assistant's messages
     UltraFeedback   chosen, rejected are whole conversations, with or without a prompt column
     HH-RLHF         chosen, rejected are transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..."
+
+conversions.py first makes rows of these of other tools' layouts.
 """
 
 import re
@@ -12,6 +14,7 @@ from collections.abc import Generator
 from contextlib import closing
 from typing import Any
 
+from fpocli.data.conversions import convert
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.pairs import BadRow, Message, Pair
 from fpocli.data.sources import Source
@@ -19,7 +22,7 @@ from fpocli.data.sources import Source
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 _TOOL_FIELDS = ("tool_calls", "function_call")
-_TOOL_ROLES = ("tool", "function")
+_TOOL_ROLES = ("tool", "function", "function_call")
 
 
 def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
@@ -30,7 +33,7 @@ def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                pair = parse_row(row, number, place)
+                pair = parse_row(row, number, place, source.score_margin)
             except BadRow as bad:
                 detail, hint = bad.detail, ""
                 # The row that an error may name.
@@ -54,8 +57,14 @@ def require_a_pair(source: Source, strict: bool) -> None:
             raise dropped.nothing_left()
 
 
-def parse_row(row: Any, number: int, place: str) -> Pair:
+def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> Pair:
     """The pair in a row.
+
+    Args:
+        row: as it was read.
+        number: of the row in its source.
+        place: where to find it.
+        score_margin: of scored answers, by how much the best must exceed the worst.
 
     Raises:
         BadRow: there is none, or it cannot be used.
@@ -64,6 +73,7 @@ def parse_row(row: Any, number: int, place: str) -> Pair:
         raise BadRow("not an object", f"it is {type(row).__name__}")
     if row.get("tools"):
         raise BadRow("tool calls", "a column tools")
+    row = convert(row, score_margin)
     for name in ("chosen", "rejected"):
         if name not in row:
             raise BadRow("missing field", name)
@@ -170,20 +180,10 @@ def nearest_layout(row: dict[str, Any]) -> str:
     """How to turn a row of another well-known layout into one that fpo reads."""
     columns = row.keys()
     texts = "write prompt, chosen and rejected as text"
-    if _has_message_with(row, "from"):
+    if "output" in columns and "instruction" in columns:
         return (
-            "this looks like ShareGPT, which fpo does not read yet; the nearest layout is "
-            "messages: rename from and value to role and content, human and gpt to user and "
-            "assistant, and conversations to prompt"
-        )
-    if {"completion", "label"} <= columns:
-        return (
-            "this looks like KTO: one answer with a label. fpo needs two answers to the same prompt"
-        )
-    if "instruction" in columns:
-        return (
-            "this looks like Alpaca; the nearest layout is text: put instruction and input into "
-            "prompt, and the two answers into chosen and rejected"
+            "this looks like Alpaca with one answer; fpo needs two: chosen and rejected, or a list "
+            "output with the better one first"
         )
     if {"messages"} & columns or "conversations" in columns:
         return (
@@ -198,12 +198,3 @@ def nearest_layout(row: dict[str, Any]) -> str:
             "text (docs/data.md)"
         )
     return f"the nearest layout is text: {texts} (docs/data.md)"
-
-
-def _has_message_with(row: dict[str, Any], name: str) -> bool:
-    """Whether a column is a message with a field of this name, or a list of such messages."""
-    for value in row.values():
-        first = value[0] if isinstance(value, list) and value else value
-        if isinstance(first, dict) and name in first:
-            return True
-    return False

@@ -1,7 +1,6 @@
 """Where preference data come from: files, saved data sets and the hub -> raw rows."""
 
 import hashlib
-import json
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fpocli.config import DEFAULT_DATA
-from fpocli.data.pairs import BadRow
+from fpocli.data.files import KINDS, file_rows, kind_of
 from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
-
-_READ = (".json", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -26,10 +23,12 @@ class Source:
     Args:
         open_rows: starts reading its rows.
         identity: what the store records of it.
+        score_margin: of scored answers, by how much the best must exceed the worst.
     """
 
     open_rows: Callable[[], Generator[tuple[str, Any]]]
     identity: dict[str, Any]
+    score_margin: float = 0.0
 
     def rows(self) -> Generator[tuple[str, Any]]:
         """Its rows from the first one on, up to the limit. Each has its place, such as
@@ -39,103 +38,94 @@ class Source:
             yield from islice(rows, self.identity["limit"])
 
 
-def open_source(data: str, split: str | None, limit: int | None) -> Source:
+def open_source(
+    data: str,
+    split: str | None,
+    limit: int | None,
+    *,
+    config_name: str | None = None,
+    score_margin: float = 0.0,
+) -> Source:
     """Open preference data.
 
     Args:
-        data: a JSON, JSONL or Parquet file, a folder of datasets' save_to_disk, or a hub id.
+        data: a file (see files.py), a folder of Parquet files or of datasets' save_to_disk, or a
+            hub id, OWNER/NAME or OWNER/NAME@REVISION.
         split: the split of a data set; None is its default.
         limit: read only this many rows.
+        config_name: of the data set on the hub.
+        score_margin: of scored answers, by how much the best must exceed the worst.
 
     Raises:
         UserError: it does not exist, or is of a kind that fpo does not read.
     """
     path = Path(data)
     open_rows: Callable[[], Generator[tuple[str, Any]]]
+    revision, fingerprint = None, ""
+    parquet: list[Path] = []
+    if path.is_dir() and not _is_saved(path):
+        parquet, split = _parquet_folder(path, split)
     if path.is_file():
-        _check_kind(path)
-        open_rows, revision, split = partial(_file_rows, path), None, None
-        with path.open("rb") as stream:
-            fingerprint = hashlib.file_digest(stream, "sha256").hexdigest()
-    elif path.suffix in _READ and not path.is_dir():
+        if not kind_of(path):
+            raise UserError(
+                f"the data file {path} is not one of {', '.join(KINDS)}",
+                "convert it to JSONL: one JSON object per line",
+            )
+        open_rows, fingerprint, split = partial(file_rows, path), _sha256(path), None
+    elif parquet:
+        open_rows = partial(_rows_of, parquet)
+        sums = "".join(f"{file.relative_to(path)} {_sha256(file)}\n" for file in parquet)
+        fingerprint = hashlib.sha256(sums.encode()).hexdigest()
+    elif kind_of(path) and not path.is_dir():
         raise UserError(f"the data file {data} does not exist", "check the path of --data")
     else:
         split = split or ("train_prefs" if data == DEFAULT_DATA else "train")
-        table = _load_dataset(data, path, split)
+        table = _load_dataset(data, path, split, config_name)
         split = str(table.split or split)
         open_rows = partial(_table_rows, data, table)
         fingerprint = table._fingerprint
         checksums = table.info.download_checksums or {}
         revision = next((url.split("@")[1].split("/")[0] for url in checksums if "@" in url), None)
-    identity = {
+    identity: dict[str, Any] = {
         "source": data,
         "split": split,
         "revision": revision,
         "limit": limit,
         "fingerprint": fingerprint,
     }
-    return Source(open_rows, identity)
+    if config_name:
+        identity["config_name"] = config_name
+    if score_margin:
+        identity["score_margin"] = score_margin
+    return Source(open_rows, identity, score_margin)
 
 
-def _check_kind(path: Path) -> None:
-    """Refuse a file that is not JSON, JSONL or Parquet by its name."""
-    if path.suffix in _READ:
-        return
-    hints = {
-        ".csv": "convert it: pandas.read_csv(FILE).to_json('pairs.jsonl', orient='records', "
-        "lines=True)",
-        ".gz": "decompress it first: gunzip --keep FILE",
-        ".zst": "decompress it first: unzstd FILE",
-    }
-    raise UserError(
-        f"the data file {path} is not one of {', '.join(_READ)}",
-        hints.get(path.suffix, "convert it to JSONL: one JSON object per line"),
-    )
+def _parquet_folder(path: Path, split: str | None) -> tuple[list[Path], str | None]:
+    """The Parquet files of a folder and the split that they are; none if it has none. Of names such
+    as train-00000-of-00002.parquet, or a folder train, those of one split are taken."""
+    files = sorted(path.rglob("*.parquet"))
+    wanted = split or "train"
+    of_split = [file for file in files if wanted in (file.stem.partition("-")[0], file.parent.name)]
+    if files and split and not of_split:
+        raise UserError(
+            f"{path} has no Parquet files of the split {split}",
+            f"it has {', '.join(str(file.relative_to(path)) for file in files[:5])}",
+        )
+    return (of_split, wanted) if of_split else (files, None)
+
+
+def _rows_of(files: list[Path]) -> Generator[tuple[str, Any]]:
+    for file in files:
+        yield from file_rows(file)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _table_rows(data: str, table: Any) -> Generator[tuple[str, Any]]:
     yield from ((f"{data}, row {i}", row) for i, row in enumerate(table))
-
-
-def _file_rows(path: Path) -> Generator[tuple[str, Any]]:
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-        from pyarrow import ArrowException
-
-        try:
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-        # A date beyond year 9999 is a ValueError or OverflowError.
-        except (ArrowException, OSError, ValueError, OverflowError) as error:
-            raise UserError(f"{path} is not readable Parquet: {error}") from error
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {error.lineno}: {error.msg}",
-                "one JSON object per line goes into a file named .jsonl",
-            ) from error
-        except UnicodeDecodeError as error:
-            number = error.object.count(b"\n", 0, error.start) + 1
-            raise UserError(f"{path}, line {number}: not valid UTF-8, {error.reason}") from error
-        # Brackets nested too deeply, or a number of thousands of digits.
-        except (RecursionError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON: {error}") from error
-        if not isinstance(rows, list):
-            raise UserError(f"{path} is not a JSON list of pairs", "write [{...}, {...}]")
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-    else:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield f"{path}, line {number}", json.loads(line.decode("utf-8-sig"))
-                # Brackets nested too deeply raise RecursionError.
-                except (ValueError, RecursionError) as error:
-                    yield f"{path}, line {number}", BadRow("broken line", str(error))
 
 
 def _check_saved(path: Path) -> None:
@@ -154,7 +144,12 @@ def _check_saved(path: Path) -> None:
         )
 
 
-def _load_dataset(data: str, path: Path, split: str) -> Any:
+def _is_saved(path: Path) -> bool:
+    """Whether a folder is one of datasets' save_to_disk."""
+    return any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _load_dataset(data: str, path: Path, split: str, config_name: str | None) -> Any:
     import datasets
 
     if path.is_dir():
@@ -171,9 +166,10 @@ def _load_dataset(data: str, path: Path, split: str) -> Any:
         if split not in saved:
             raise UserError(f"{data} has no split {split}", f"it has {', '.join(saved)}")
         return saved[split]
+    name, _, revision = data.partition("@")
     with hub_errors(f"the data set {data}"):
         try:
-            return datasets.load_dataset(data, split=split)
+            return datasets.load_dataset(name, config_name, split=split, revision=revision or None)
         except datasets.exceptions.DatasetNotFoundError as error:
             raise UserError(
                 f"the data set {data} is neither a local path nor on the hub",
@@ -181,5 +177,6 @@ def _load_dataset(data: str, path: Path, split: str) -> Any:
             ) from error
         except ValueError as error:
             raise UserError(
-                f"the data set {data} cannot be read: {error}", "name another --split"
+                f"the data set {data} cannot be read: {error}",
+                "name another --split or --config-name",
             ) from error

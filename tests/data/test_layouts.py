@@ -1,8 +1,11 @@
 """Every layout and kind of file gives the same pairs; every mistake is reported with its place."""
 
+import csv
+import gzip
 import json
 
 import datasets
+import pyarrow
 import pytest
 
 from fpocli.data.dropped import DroppedRows
@@ -18,6 +21,10 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def said(speaker, text):
+    return {"from": speaker, "value": text}
 
 
 # Tabs, both line ends, trailing blanks, a line separator that str.splitlines would cut at.
@@ -53,6 +60,58 @@ LAYOUTS = {
     "whole conversations": (
         {"prompt": TALK, "chosen": [*TALK, assistant(GOOD)], "rejected": [*TALK, assistant(BAD)]},
         TALK,
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [
+                said("human", "Hi"),
+                said("gpt", "Hello\n"),
+                said("human", ASK["content"]),
+            ],
+            "chosen": said("gpt", GOOD),
+            "rejected": said("gpt", BAD),
+            "system": "Be brief.",
+        },
+        TALK,
+    ),
+    "axolotl": (
+        {"messages": TALK, "chosen": assistant(GOOD), "rejected": assistant(BAD)},
+        TALK,
+    ),
+    "Alpaca": (
+        {"instruction": "What", "input": "is x?", "chosen": GOOD, "rejected": BAD},
+        [user("What\nis x?")],
+    ),
+    "Alpaca, older": (
+        {
+            "instruction": ASK["content"],
+            "input": "",
+            "output": [GOOD, BAD],
+            "system": "Be brief.",
+            "history": [["Hi", "Hello\n"]],
+        },
+        TALK,
+    ),
+    "Intel": (
+        {"system": "", "question": ASK["content"], "chosen": GOOD, "rejected": BAD},
+        [ASK],
+    ),
+    "UltraFeedback's scores": (
+        {
+            "source": "evol_instruct",
+            "instruction": ASK["content"],
+            "models": ["m", "n", "o"],
+            "completions": [
+                {"model": "m", "response": "so so", "overall_score": 5.0},
+                {"model": "n", "response": GOOD, "overall_score": 8.5},
+                {"model": "o", "response": BAD, "overall_score": 1.0},
+            ],
+        },
+        [ASK],
+    ),
+    "Argilla's ratings": (
+        {"input": ASK["content"], "generations": [BAD, "so so", GOOD], "ratings": [1, 3, 4]},
+        [ASK],
     ),
     "HH-RLHF": (
         {"chosen": TRANSCRIPT + GOOD, "rejected": TRANSCRIPT + BAD},
@@ -93,7 +152,51 @@ def write_splits(path, rows):
     return path
 
 
-WRITERS = [write_json, write_jsonl, write_parquet, write_dataset, write_splits]
+def write_gz(path, rows):
+    plain = write_jsonl(path, rows)
+    packed = plain.with_name(f"{plain.name}.gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    return packed
+
+
+def write_zst(path, rows):
+    plain = write_json(path, rows)
+    with pyarrow.output_stream(f"{plain}.zst", compression="zstd") as stream:
+        stream.write(plain.read_bytes())
+    return plain.with_name(f"{plain.name}.zst")
+
+
+def write_csv(path, rows):
+    """Cells that are no text as JSON, as other programs write them."""
+    path = path.with_suffix(".csv")
+    with path.open("w", encoding="utf-8-sig", newline="") as stream:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(
+                {n: v if isinstance(v, str | None) else json.dumps(v) for n, v in row.items()}
+            )
+    return path
+
+
+def write_parquet_folder(path, rows):
+    """As in a snapshot of the hub, with another split beside it."""
+    folder = path / "data"
+    folder.mkdir(parents=True)
+    half = len(rows) // 2
+    for number, part in enumerate((rows[:half], rows[half:])):
+        if part:
+            table = datasets.Dataset.from_list(part)
+            table.to_parquet(folder / f"train-{number:05}-of-00002.parquet")
+    datasets.Dataset.from_list(rows[-1:]).to_parquet(folder / "test-00000-of-00001.parquet")
+    return path
+
+
+WRITERS = [
+    write_json, write_jsonl, write_parquet, write_dataset, write_splits, write_gz, write_zst,
+    write_csv, write_parquet_folder,
+]  # fmt: skip
 
 
 def texts(*prompts):
@@ -200,6 +303,35 @@ WRONG_ROWS = [
         "one answer",
     ),
     ({"chosen": "\n\nHuman: q", "rejected": "\n\nHuman: q"}, "wrong role", "assistant"),
+    ({"prompt": "q", "completion": "a", "label": True}, "one answer", "KTO"),
+    ({"input": "q", "generations": ["a", "b"], "ratings": [3, 3]}, "equal scores", "all are 3"),
+    ({"input": "q", "generations": ["a", "b"], "ratings": [3]}, "too few scores", "1 ratings of 2"),
+    ({"input": "q", "responses": ["a", "b"], "scores": [3, None]}, "too few scores", "1 of 2"),
+    (
+        {"instruction": "q", "completions": [{"response": "a", "overall_score": float("nan")}]},
+        "too few scores",
+        "0 of 1",
+    ),
+    (
+        {"conversations": [said("narrator", "q")], "chosen": "a", "rejected": "b"},
+        "unknown speaker",
+        "narrator",
+    ),
+    (
+        {"conversations": [said("human", "q"), said("gpt", "a")], "chosen": "a", "rejected": "b"},
+        "not one answer",
+        "ends with an answer",
+    ),
+    (
+        {"instruction": "q", "history": [["a"]], "chosen": "a", "rejected": "b"},
+        "wrong type",
+        "hist",
+    ),
+    (
+        {"conversations": [said("human", 1)], "chosen": said("gpt", "a"), "rejected": "b"},
+        "wrong type",
+        "",
+    ),
     (["q", "a", "b"], "not an object", "list"),
     ("q", "not an object", "str"),
     (None, "not an object", "NoneType"),
@@ -318,38 +450,115 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path):
     assert refusal(tmp_path).startswith(f"the folder {tmp_path} is not a data set")
 
 
-# -- mistakes that are found before anything expensive is done -----------------------------------
+@pytest.mark.parametrize(("margin", "rows"), [(0.0, [0, 1, 2]), (1.5, [1, 2]), (9.0, [])])
+def test_answers_whose_scores_are_too_close_are_dropped(tmp_path, margin, rows):
+    answers = {"instruction": "q", "generations": ["a", "b", "c"]}
+    path = write_jsonl(
+        tmp_path / "data",
+        [answers | {"ratings": list(scores)} for scores in ((5, 4, 4.5), (1, 2.5, 2), (9, 1, 1))],
+    )
+    dropped = DroppedRows()
+    source = open_source(str(path), None, None, score_margin=margin)
+    pairs = list(read_pairs(source, dropped))
+    assert [pair.row for pair in pairs] == rows
+    assert dropped.counts == ({"scores too close": 3 - len(rows)} if len(rows) < 3 else {})
+    # The first of equal ones.
+    sides = {0: ("a", "b"), 1: ("b", "a"), 2: ("a", "b")}
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [sides[row] for row in rows]
+    # Stores that were made before have no such entry.
+    assert source.identity.get("score_margin", 0.0) == margin
+
+
+def test_a_system_message_is_not_doubled(tmp_path):
+    row = {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "system": "Be another."}
+    assert read(write_jsonl(tmp_path / "data", [row])) == [Pair(TALK, GOOD, BAD, 0)]
+
+
+def test_splits_of_a_folder_of_parquet(tmp_path):
+    path = write_parquet_folder(tmp_path / "set", texts("a", "b", "c"))
+    assert [pair.prompt for pair in read(path, "test")] == [[user("c")]]
+    assert (identity(path)["split"], identity(path, "test")["split"]) == ("train", "test")
+    assert "has no Parquet files of the split dev" in refusal(path, "dev")
+    before = identity(path)["fingerprint"]
+    (path / "data/train-00000-of-00002.parquet").rename(path / "data/train-00002-of-00002.parquet")
+    assert identity(path)["fingerprint"] != before
+    # Names that say nothing of splits.
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(3):
+        write_parquet(other / f"part{number}", texts(str(number)))
+    assert [pair.prompt for pair in read(other)] == [[user(str(number))] for number in range(3)]
+    assert identity(other)["split"] is None
+
+
+def test_revision_and_configuration_of_a_data_set_on_the_hub(monkeypatch):
+    asked = []
+
+    def load_dataset(*arguments, **named):
+        asked.append((arguments, named))
+        return datasets.Dataset.from_list(texts("a"), split="train")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("owner/name@v1.2", None, None, config_name="small")
+    assert asked == [(("owner/name", "small"), {"split": "train", "revision": "v1.2"})]
+    assert source.identity["source"] == "owner/name@v1.2"
+    assert source.identity["config_name"] == "small"
+    assert [pair.prompt for pair in read_pairs(source, DroppedRows())] == [[user("a")]]
+
+
+@pytest.mark.parametrize("write", [write_gz, write_zst])
+def test_a_damaged_compressed_file_is_refused(tmp_path, write):
+    path = write(tmp_path / "data", texts("a", "b"))
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"no archive"):
+        path.write_bytes(content)
+        assert "cannot be decompressed" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
-    [("a.csv", "pandas.read_csv"), ("a.jsonl.gz", "gunzip"), ("a.jsonl.zst", "unzstd")],
+    ("text", "reason"),
+    [
+        ("prompt,chosen,rejected\nq,a,b\nq,a,b,c\n", "line 3: broken line, it has more cells"),
+        ("prompt,chosen,rejected\nq,a,b\nq,a\n", "line 3: null field, rejected"),
+        ('prompt,chosen,rejected\nq,a,"b\n', "after line 1: unexpected end of data"),
+        (
+            "prompt,chosen,rejected\nq,\"[{'role': 'assistant'}]\",b\n",
+            "line 2: wrong type, chosen is no JSON",
+        ),
+        ("prompt,chosen,rejected\nq,\ud800,b\n", "is not valid UTF-8"),
+        ("", "the data have no rows"),
+    ],
 )
-def test_a_file_of_another_kind_is_refused_with_a_way_to_convert_it(tmp_path, name, hint):
+def test_a_broken_table_is_reported_with_its_place(tmp_path, text, reason):
+    path = tmp_path / "data.csv"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError) as caught:
+        require_a_pair(open_source(str(path), None, None), strict=True)
+        read(path)
+    assert reason in caught.value.message
+
+
+def test_json_in_the_answers_of_a_table_stays_text(tmp_path):
+    answer = '{"role": "x"}'
+    path = write_csv(tmp_path / "data", [{"prompt": "q", "chosen": answer, "rejected": "[1]"}])
+    assert read(path) == [Pair([user("q")], answer, "[1]", 0)]
+
+
+# -- mistakes that are found before anything expensive is done -----------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.gz", "a.parquet.gz", "a.tsv", "a.jsonl.bz2"])
+def test_a_file_of_another_kind_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"prompt,chosen,rejected")
-    with pytest.raises(UserError, match=r"is not one of \.json, \.jsonl, \.parquet") as caught:
+    with pytest.raises(UserError, match=r"is not one of \.jsonl, \.json, \.csv, \.parquet"):
         open_source(str(path), None, None)
-    assert hint in caught.value.hint
-
-
-def said(value, text):
-    return {"from": value, "value": text}
 
 
 TOOL_CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}
 OTHER_LAYOUTS = {
-    "ShareGPT": (
-        {
-            "conversations": [said("human", "q")],
-            "chosen": said("gpt", "a"),
-            "rejected": said("gpt", "b"),
-        },
-        "chosen: object with from, value",
-        "ShareGPT",
-    ),
-    "Alpaca": ({"instruction": "q", "input": "", "output": ["a", "b"]}, "output: list", "Alpaca"),
-    "KTO": ({"prompt": "q", "completion": "a", "label": True}, "label: true or false", "KTO"),
+    "Alpaca": ({"instruction": "q", "input": "", "output": "a"}, "output: text", "Alpaca"),
+    "KTO": ({"prompt": "q", "completion": "a", "label": True}, "as for KTO", ""),
     "one conversation": (
         {"messages": [{"role": "user", "content": "q"}]},
         "messages: list of object with role, content",

@@ -1,0 +1,161 @@
+"""Rows as other tools write them -> rows with prompt, chosen and rejected, which layouts.py reads.
+
+    ShareGPT        conversations of {from, value}; chosen and rejected are one such message each
+    Alpaca          instruction and input; chosen and rejected, or output with the better one first
+    scored answers  UltraFeedback's completions or Argilla's generations and ratings: the answer
+                    with the best score against the one with the worst
+    other names     question, instruction or input for the prompt; a column system
+
+What is not recognised is returned as it is.
+"""
+
+import math
+from typing import Any
+
+from fpocli.data.pairs import BadRow
+
+_ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant",
+    "system": "system",
+    # Calls of tools and what they return.
+    "function_call": "function_call", "tool_call": "function_call",
+    "observation": "tool", "tool": "tool", "function": "function", "tool_response": "tool",
+}  # fmt: skip
+# The first of these that a row has is its question.
+_QUESTIONS = ("prompt", "instruction", "question", "input")
+_ANSWERS, _RATINGS = ("generations", "responses"), ("ratings", "rating", "scores")
+_SCORES = ("overall_score", "fine-grained_score", "score", "rating")
+_TEXTS = ("response", "text", "content")
+
+
+def convert(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
+    """The row with prompt, chosen and rejected, as far as it is of one of these layouts.
+
+    Args:
+        row: as it was read.
+        score_margin: of scored answers, by how much the best must exceed the worst.
+
+    Raises:
+        BadRow: it is of a layout that holds no pair, or its scores give none.
+    """
+    if {"completion", "label"} <= row.keys() and "chosen" not in row:
+        raise BadRow("one answer", "a completion and a label, as for KTO; a pair has two answers")
+    made = dict(row)
+    if "chosen" not in row and "rejected" not in row:
+        made |= _two_answers(row, score_margin)
+    if made.keys() & {"chosen", "rejected"}:
+        made |= _prompt(made)
+    for name in ("prompt", "chosen", "rejected"):
+        if name in made:
+            made[name] = _messages(made[name])
+    return made
+
+
+def _two_answers(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
+    """chosen and rejected of answers in a list; nothing if there is none."""
+    output = row.get("output")
+    if isinstance(output, list) and len(output) == 2 and "instruction" in row:
+        return {"chosen": output[0], "rejected": output[1]}
+    if (scored := _scored(row)) is None:
+        return {}
+    known = [(score, answer) for score, answer in scored if _is_number(score)]
+    if len(known) < 2:
+        raise BadRow("too few scores", f"{len(known)} of {len(scored)} answers have one")
+    # Of several equal ones the first.
+    best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
+    if best[0] == worst[0]:
+        raise BadRow("equal scores", f"all are {best[0]:g}")
+    if best[0] - worst[0] < score_margin:
+        raise BadRow("scores too close", f"{best[0]:g} and {worst[0]:g}")
+    return {"chosen": best[1], "rejected": worst[1]}
+
+
+def _scored(row: dict[str, Any]) -> list[tuple[Any, Any]] | None:
+    """Every answer of a row with its score; None if it holds no scored answers."""
+    completions = row.get("completions")
+    if isinstance(completions, list) and all(isinstance(one, dict) for one in completions):
+        name = next((n for n in _SCORES if any(n in one for one in completions)), None)
+        text = next((n for n in _TEXTS if any(n in one for one in completions)), None)
+        return [(one.get(name), one.get(text)) for one in completions] if name and text else None
+    answers, ratings = _first(row, _ANSWERS), _first(row, _RATINGS)
+    if not isinstance(answers, list) or not isinstance(ratings, list):
+        return None
+    if len(answers) != len(ratings):
+        raise BadRow("too few scores", f"{len(ratings)} ratings of {len(answers)} answers")
+    return list(zip(ratings, answers, strict=True))
+
+
+def _prompt(row: dict[str, Any]) -> dict[str, Any]:
+    """prompt, if the row has it under another name, or in parts."""
+    prompt = row.get("prompt")
+    if prompt is None:
+        prompt = _first(row, ("conversations", "messages"))
+        # A side may be the whole conversation.
+        if not isinstance(prompt, list) or _is_talk(row.get("chosen")):
+            prompt = None
+        elif prompt and _role(prompt[-1]) in ("assistant", "gpt"):
+            raise BadRow("not one answer", "the conversation before chosen ends with an answer")
+    if prompt is None:
+        prompt = _first(row, _QUESTIONS)
+        more = row.get("input")
+        if "instruction" in row and isinstance(prompt, str) and isinstance(more, str) and more:
+            prompt = f"{prompt}\n{more}"
+    history, system = row.get("history"), row.get("system")
+    if history and "instruction" in row and isinstance(prompt, str):
+        prompt = [*_turns(history), {"role": "user", "content": prompt}]
+    if isinstance(system, str) and system.strip() and prompt is not None:
+        head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not any(_role(message) == "system" for message in head[:1]):
+            prompt = [{"role": "system", "content": system}, *head]
+    return {} if prompt is None else {"prompt": prompt}
+
+
+def _turns(history: Any) -> list[dict[str, Any]]:
+    """Alpaca's earlier turns, each a question and an answer."""
+    if not isinstance(history, list):
+        raise BadRow("wrong type", "history must be a list of questions and answers")
+    turns: list[dict[str, Any]] = []
+    for turn in history:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow("wrong type", "history must be a list of questions and answers")
+        roles = zip(("user", "assistant"), turn, strict=True)
+        turns += [{"role": role, "content": text} for role, text in roles]
+    return turns
+
+
+def _messages(value: Any) -> Any:
+    """Messages with role and content; a single one as a list of one."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [_message(item) if isinstance(item, dict) else item for item in value]
+
+
+def _message(message: dict[str, Any]) -> dict[str, Any]:
+    if "role" in message or "from" not in message:
+        return message
+    role = message["from"]
+    if not isinstance(role, str) or role not in _ROLES:
+        raise BadRow("unknown speaker", f"a message from {role}")
+    return {"role": _ROLES[role], "content": message.get("value")}
+
+
+def _is_talk(side: Any) -> bool:
+    """Whether a side is a conversation of several messages."""
+    return isinstance(side, list) and len(side) > 1
+
+
+def _role(message: Any) -> Any:
+    return message.get("role", message.get("from")) if isinstance(message, dict) else None
+
+
+def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _is_number(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
