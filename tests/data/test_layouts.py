@@ -3,13 +3,15 @@
 import csv
 import gzip
 import json
+import re
+from pathlib import Path
 
 import datasets
 import pyarrow
 import pytest
 
 from fpocli.data.dropped import DroppedRows
-from fpocli.data.layouts import read_pairs, require_a_pair
+from fpocli.data.layouts import parse_row, read_pairs, require_a_pair
 from fpocli.data.pairs import Pair
 from fpocli.data.sources import open_source
 from fpocli.system.errors import UserError
@@ -448,6 +450,16 @@ def test_an_unknown_split_is_refused(tmp_path):
 def test_a_folder_without_a_data_set_is_refused(tmp_path):
     write_jsonl(tmp_path / "data", texts("a"))
     assert refusal(tmp_path).startswith(f"the folder {tmp_path} is not a data set")
+
+
+def test_the_examples_of_the_page_are_the_same_pair():
+    page = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.S)]
+    assert len(rows) == 10
+    for row in rows:
+        pair = parse_row(row, 0, "")
+        assert [m for m in pair.prompt if m["role"] != "system"] == [user("Name a colour.")]
+        assert (pair.chosen, pair.rejected) == ("Blue.", "Seven.")
 
 
 @pytest.mark.parametrize(("margin", "rows"), [(0.0, [0, 1, 2]), (1.5, [1, 2]), (9.0, [])])
