@@ -6,6 +6,7 @@
 The public API, which the command line uses as well:
 
     cache(CacheConfig)        runs the reference and its SAEs, writes a store, returns it
+    preview(CacheConfig)      shows the first pairs of the data as the model will see them
     train(TrainConfig)        trains a policy against a store, returns the folder of the model
     evaluate(EvalConfig)      measures a policy on a store's pairs, returns the content of eval.json
     compare(CompareConfig)    runs a grid of methods, returns a record for each run
@@ -47,6 +48,7 @@ from fpocli.system.errors import UserError
 
 if TYPE_CHECKING:
     from fpocli.caching.cache import cache
+    from fpocli.caching.preview import preview
     from fpocli.comparison.compare import compare
     from fpocli.diagnosis.doctor import doctor
     from fpocli.evaluation.evaluate import evaluate
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "cache": "fpocli.caching.cache",
+    "preview": "fpocli.caching.preview",
     "train": "fpocli.training.train",
     "evaluate": "fpocli.evaluation.evaluate",
     "compare": "fpocli.comparison.compare",
@@ -102,6 +105,7 @@ __all__ = [
     "evaluate",
     "find",
     "inspect",
+    "preview",
     "report_runs",
     "saes",
     "show",

@@ -123,6 +123,15 @@ _PRESET = Annotated[
     ),
 ]
 
+_DRY_RUN = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Read and tokenise the first 1,000 rows, show the first pairs as the model will see "
+        "them and what is dropped, and end. No model is loaded.",
+    ),
+]
+
 # Flags of every command, which change no result and so are no settings.
 _OUTPUT = {
     "quiet": Annotated[
@@ -172,7 +181,7 @@ def _command(
             made = config(**settings)
             if isinstance(made, TrainConfig) and made.gpus:
                 launch(made.gpus, made.device)
-            getattr(fpocli, function)(made)
+            getattr(fpocli, "preview" if flags.get("dry_run") else function)(made)
         except UserError as error:
             _fail(str(error), error.hint)
         except OSError as error:
@@ -188,7 +197,7 @@ def _command(
             _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
     flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)}
-    flags |= {name: (kind, None) for name, kind in extra.items()}
+    flags |= {name: (kind, False if kind is _DRY_RUN else None) for name, kind in extra.items()}
     flags |= {name: (kind, False) for name, kind in _OUTPUT.items()}
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -220,7 +229,7 @@ def _fail(message: str, hint: str) -> None:
     raise typer.Exit(2)
 
 
-_command("cache", "cache", CacheConfig, {"config": _CONFIG})
+_command("cache", "cache", CacheConfig, {"config": _CONFIG, "dry_run": _DRY_RUN})
 _command("train", "train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
 _command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
 _command("compare", "compare", CompareConfig, {})

@@ -24,7 +24,7 @@ from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import Source, open_source
+from fpocli.data.sources import Source, source_of
 from fpocli.features.site import Site
 from fpocli.model.language_model import check_layers
 from fpocli.model.network import choose_device, read_config
@@ -73,13 +73,7 @@ def cache(config: CacheConfig) -> Store:
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):
         raise UserError("a site is named twice", "name each --layer once, or with another --site")
-    source = open_source(
-        config.data,
-        config.split,
-        config.limit,
-        config_name=config.config_name,
-        score_margin=config.score_margin,
-    )
+    source = source_of(config)
     require_a_pair(source, config.strict)
     trust = config.trust_remote_code
     folder = find_model(config.model, weights=False, trust_remote_code=trust)

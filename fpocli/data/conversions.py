@@ -30,8 +30,9 @@ _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
 _TEXTS = ("response", "text", "content")
 
 
-def convert(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
-    """The row with prompt, chosen and rejected, as far as it is of one of these layouts.
+def convert(row: dict[str, Any], score_margin: float) -> tuple[dict[str, Any], str]:
+    """The row with prompt, chosen and rejected, and the name of its layout; the row as it is, and
+    "", if it is of none of these.
 
     Args:
         row: as it was read.
@@ -42,15 +43,19 @@ def convert(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
     """
     if {"completion", "label"} <= row.keys() and "chosen" not in row:
         raise BadRow("one answer", "a completion and a label, as for KTO; a pair has two answers")
-    made = dict(row)
+    made, layout = dict(row), "Alpaca" if "instruction" in row and "prompt" not in row else ""
     if "chosen" not in row and "rejected" not in row:
         made |= _two_answers(row, score_margin)
+        if "chosen" in made and "output" not in row:
+            layout = "scored answers"
     if made.keys() & {"chosen", "rejected"}:
         made |= _prompt(made)
     for name in ("prompt", "chosen", "rejected"):
         if name in made:
-            made[name] = _messages(made[name])
-    return made
+            before, made[name] = made[name], _messages(made[name])
+            if isinstance(before, list | dict) and "from" in _keys(before):
+                layout = "ShareGPT"
+    return made, layout
 
 
 def _two_answers(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
@@ -141,6 +146,12 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow("unknown speaker", f"a message from {role}")
     return {"role": _ROLES[role], "content": message.get("value")}
+
+
+def _keys(value: list[Any] | dict[str, Any]) -> Any:
+    """Those of a message, or of the first of several."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first.keys() if isinstance(first, dict) else ()
 
 
 def _is_talk(side: Any) -> bool:

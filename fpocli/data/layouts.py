@@ -73,7 +73,7 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
         raise BadRow("not an object", f"it is {type(row).__name__}")
     if row.get("tools"):
         raise BadRow("tool calls", "a column tools")
-    row = convert(row, score_margin)
+    row, layout = convert(row, score_margin)
     for name in ("chosen", "rejected"):
         if name not in row:
             raise BadRow("missing field", name)
@@ -85,9 +85,11 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
     if isinstance(chosen, str) and prompt is not None:
         head = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
         answers = [_message("assistant", text) for text in (chosen, rejected)]
-        return _pair(head, answers, number, place)
+        kind = "text" if isinstance(prompt, str) else "messages"
+        return _pair(head, answers, number, place, layout or kind)
+    kind = "messages"
     if isinstance(chosen, str):
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
+        chosen, rejected, kind = _transcript(chosen), _transcript(rejected), "HH-RLHF"
     else:
         chosen, rejected = _messages(chosen), _messages(rejected)
     if isinstance(prompt, str) and len(chosen) == len(rejected) == 1:
@@ -101,12 +103,15 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
         if rejected[:-1] != head:
             raise BadRow("different prompts", "turns before the last differ")
         chosen, rejected = chosen[-1:], rejected[-1:]
+        kind = kind if kind == "HH-RLHF" else "two conversations"
     if len(chosen) != 1 or len(rejected) != 1:
         raise BadRow("not one answer", "each side must end in one answer after the prompt")
-    return _pair(head, [chosen[0], rejected[0]], number, place)
+    return _pair(head, [chosen[0], rejected[0]], number, place, layout or kind)
 
 
-def _pair(head: list[Message], answers: list[Message], number: int, place: str) -> Pair:
+def _pair(
+    head: list[Message], answers: list[Message], number: int, place: str, layout: str
+) -> Pair:
     if any(answer["role"] != "assistant" for answer in answers):
         raise BadRow("wrong role", "an answer must be an assistant message")
     if not any(message["content"].strip() for message in head):
@@ -114,7 +119,7 @@ def _pair(head: list[Message], answers: list[Message], number: int, place: str) 
     chosen, rejected = (answer["content"] for answer in answers)
     if not chosen.strip() or not rejected.strip():
         raise BadRow("empty response", "" if chosen.strip() else "chosen")
-    return Pair(head, chosen, rejected, number, place)
+    return Pair(head, chosen, rejected, number, place, layout)
 
 
 def _without(head: list[Message], conversation: list[Message]) -> list[Message]:

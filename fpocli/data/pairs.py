@@ -21,6 +21,7 @@ class Pair:
         rejected: the other answer.
         row: its row in the source, from 0.
         place: where to find it, such as "pairs.jsonl, line 3".
+        layout: of the row, as docs/data.md names it.
     """
 
     prompt: list[Message]
@@ -28,6 +29,7 @@ class Pair:
     rejected: str
     row: int
     place: str = field(default="", compare=False)
+    layout: str = field(default="", compare=False)
 
 
 class BadRow(Exception):

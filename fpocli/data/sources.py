@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fpocli.config import DEFAULT_DATA
+from fpocli.config import DEFAULT_DATA, CacheConfig
 from fpocli.data.files import KINDS, file_rows, kind_of
 from fpocli.system.errors import UserError
 from fpocli.system.hub import hub_errors
@@ -98,6 +98,17 @@ def open_source(
     if score_margin:
         identity["score_margin"] = score_margin
     return Source(open_rows, identity, score_margin)
+
+
+def source_of(config: CacheConfig) -> Source:
+    """The data that settings name; raises as `open_source`."""
+    return open_source(
+        config.data,
+        config.split,
+        config.limit,
+        config_name=config.config_name,
+        score_margin=config.score_margin,
+    )
 
 
 def _parquet_folder(path: Path, split: str | None) -> tuple[list[Path], str | None]:

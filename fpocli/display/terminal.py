@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fpocli.system.sparkline import block
 
@@ -131,6 +132,31 @@ def show_pair(shown: dict[str, Any], out: Console) -> None:
             top = ", ".join(f"{item['feature']} ({item['value']:.3f})" for item in about["top"])
             out.print(f"  {side}: {about['nonzero']} features above 0; largest {top}")
     _show_verified(shown, out)
+
+
+_PART_STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+
+
+def show_preview(shown: dict[str, Any], out: Console) -> None:
+    """Print the result of caching.preview.preview."""
+    for pair in shown["pairs"]:
+        out.print(f"{pair['place']}, layout: {pair['layout']}", style="bold")
+        for name, part in pair["parts"].items():
+            scored = "scored" if part["scored"] else "not scored"
+            cut = ", truncated" if part["truncated"] else ""
+            out.print(f"── {name}, {part['tokens']} tokens, {scored}{cut}")
+            text = Text()
+            for piece in part["pieces"]:
+                style = _PART_STYLES[name]
+                text.append(piece["text"], f"{style} reverse" if piece["special"] else style)
+            out.print(text)
+        out.print()
+    layouts = ", ".join(f"{count:,} {name}" for name, count in shown["layouts"].items())
+    out.print(f"template: {shown['template']}; reversed colours are special tokens")
+    out.print(f"layouts: {layouts}")
+    out.print(f"{shown['kept']:,} pairs of the first {shown['read']:,} rows")
+    for reason, count in shown["dropped"].items():
+        out.print(f"dropped {count:,}: {reason}")
 
 
 def _show_verified(shown: dict[str, Any], out: Console) -> None:

@@ -89,7 +89,7 @@ ORDERS = [
     " ".join(order)
     for order in itertools.permutations(["--preset paper-control", "--config c.yaml", "--epochs 5"])
 ]
-EXTRA = {"cache": ["config"], "train": ["config", "preset"], "eval": ["config"]}
+EXTRA = {"cache": ["config", "dry_run"], "train": ["config", "preset"], "eval": ["config"]}
 FLAGS = {"model": "model", "layer": 2, "sae": "sae", "data": "ten.jsonl", "out": "new.zarr"}
 
 

@@ -1,0 +1,103 @@
+"""fpo cache --dry-run: the first pairs as the model will see them. No model is loaded."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from fpocli.config import CacheConfig
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.data.pairs import Pair, TokenIds, TokenPair
+from fpocli.data.sources import source_of
+from fpocli.display.terminal import show_preview
+from fpocli.system.console import data_console, progress
+from fpocli.system.model_folder import find_model
+
+# Rows that are read, and pairs that are shown.
+_ROWS, _SHOWN = 1000, 3
+
+
+def preview(config: CacheConfig) -> dict[str, Any]:
+    """Read and tokenise the first rows, print what was found, and return it.
+
+    Args:
+        config: the settings; those of data and tokeniser are used.
+
+    Returns:
+        `read`, `kept`, `dropped` by reason, `layouts` by name, `template`, and `pairs`: the first
+        ones, each with its row, place, layout and parts; a part has its tokens, whether they are
+        scored and truncated, and pieces of text that are special tokens or not.
+
+    Raises:
+        UserError: the data or the tokeniser cannot be used, or no pair is left.
+    """
+    limit = min(config.limit or _ROWS, _ROWS)
+    source = source_of(replace(config, limit=limit))
+    folder = find_model(config.model, weights=False, trust_remote_code=config.trust_remote_code)
+    dropped = DroppedRows(config.strict)
+    tokenizer = PairTokenizer(
+        folder, config.chat_template, config.max_length, config.max_prompt_length, dropped
+    )
+    layouts: Counter[str] = Counter()
+    places: dict[int, Pair] = {}
+
+    def noted(pairs: Iterable[Pair]) -> Iterator[Pair]:
+        for pair in pairs:
+            layouts[pair.layout] += 1
+            places[pair.row] = pair
+            yield pair
+
+    with progress("Tokenising pairs", limit) as bar:
+        kept = 0
+        first: list[TokenPair] = []
+        for tokens in tokenizer(noted(read_pairs(source, dropped))):
+            kept += 1
+            bar.advance()
+            if len(first) < _SHOWN:
+                first.append(tokens)
+    if not kept:
+        raise dropped.nothing_left()
+    end = tokenizer.end_of_turn
+    shown = {
+        "read": dropped.read,
+        "kept": kept,
+        "dropped": dict(dropped.counts),
+        "layouts": dict(layouts),
+        "template": tokenizer.template_name,
+        "pairs": [
+            {
+                "row": tokens.row,
+                "place": places[tokens.row].place,
+                "layout": places[tokens.row].layout,
+                "parts": {
+                    name: _part(tokenizer.tokenizer, ids, end, scored=name != "prompt")
+                    for name, ids in (
+                        ("prompt", tokens.prompt),
+                        ("chosen", tokens.chosen),
+                        ("rejected", tokens.rejected),
+                    )
+                },
+            }
+            for tokens in first
+        ],
+    }
+    show_preview(shown, data_console())
+    return shown
+
+
+def _part(tokenizer: Any, ids: TokenIds, end: list[int], *, scored: bool) -> dict[str, Any]:
+    """A part of a pair: runs of special and of other tokens, as text."""
+    ids = list(ids)
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {
+        "tokens": len(ids),
+        "scored": scored,
+        "truncated": scored and ids[-len(end) :] != end,
+        "pieces": [
+            {"text": tokenizer.decode(list(run)), "special": is_special}
+            for is_special, run in groupby(ids, special.__contains__)
+        ],
+    }
