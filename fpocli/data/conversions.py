@@ -110,7 +110,7 @@ def _prompt(row: dict[str, Any]) -> dict[str, Any]:
     history, system = row.get("history"), row.get("system")
     if history and "instruction" in row and isinstance(prompt, str):
         prompt = [*_turns(history), {"role": "user", "content": prompt}]
-    if isinstance(system, str) and system.strip() and prompt is not None:
+    if isinstance(system, str) and system.strip() and isinstance(prompt, str | list):
         head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not any(_role(message) == "system" for message in head[:1]):
             prompt = [{"role": "system", "content": system}, *head]

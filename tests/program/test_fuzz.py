@@ -6,6 +6,7 @@ UserError, hang, or give another result than a naive reader. `pytest -m long` tr
 
 import contextlib
 import copy
+import csv
 import dataclasses
 import functools
 import io
@@ -352,6 +353,87 @@ def check_parquet(folder, given):
         assert found == expected(table.to_pylist())
 
 
+OTHER_ROWS = [
+    {"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "a"},
+     "rejected": {"from": "gpt", "value": "b"}, "system": "x"},
+    {"messages": [says("user", "Hi")], "chosen": says("assistant", "a"),
+     "rejected": says("assistant", "b")},
+    {"instruction": "Hi", "input": "you", "output": ["a", "b"], "history": [["c", "d"]]},
+    {"system": "x", "question": "Hi", "chosen": "a", "rejected": "b"},
+    {"instruction": "Hi", "completions": [{"response": "a", "overall_score": 2.0},
+                                          {"response": "b", "overall_score": 1}]},
+    {"input": "Hi", "generations": ["a", "b", "c"], "ratings": [3, 1, 2.5]},
+    {"prompt": "Hi", "completion": "a", "label": True},
+]  # fmt: skip
+
+
+def texts_in(value):
+    """Every text of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        yield from texts_in(item)
+
+
+@st.composite
+def other_layouts(draw):
+    row = st.sampled_from(OTHER_ROWS)
+    return draw(st.lists(row | row.flatmap(edited), min_size=1, max_size=4))
+
+
+def check_other_layouts(folder, rows):
+    """Nothing is made up: every text of a pair is one of the row, or two of them on two lines."""
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, prompt, chosen, rejected in attempt(kept, file) or ():
+        texts = set(texts_in(rows[number]))
+        texts |= {f"{one}\n{other}" for one in texts for other in texts}
+        assert {chosen, rejected, *(said for _, said in prompt)} <= texts
+        assert {role for role, _ in prompt} <= {"user", "assistant", "system"} | texts
+
+
+@st.composite
+def table(draw):
+    rows = draw(st.lists(st.fixed_dictionaries(dict.fromkeys(PAIR, TEXTS)), max_size=3))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(PAIR))
+    writer.writeheader()
+    writer.writerows(rows)
+    content = text.getvalue().encode("utf-8", "surrogatepass")
+    return (None, draw(spoilt(content))) if draw(st.booleans()) else (rows, content)
+
+
+def check_table(folder, given):
+    rows, content = given
+    file = folder / "data.csv"
+    file.write_bytes(content)
+    found = attempt(kept, file)
+    if rows is not None and found is not None:
+        assert found == expected(rows)
+
+
+@st.composite
+def compressed(draw):
+    content = draw(jsonl())
+    sink = pyarrow.BufferOutputStream()
+    kind = draw(st.sampled_from(["gz", "zst"]))
+    with pyarrow.CompressedOutputStream(sink, {"gz": "gzip", "zst": "zstd"}[kind]) as stream:
+        stream.write(content)
+    packed = sink.getvalue().to_pybytes()
+    return (kind, None, draw(spoilt(packed))) if draw(st.booleans()) else (kind, content, packed)
+
+
+def check_compressed(folder, given):
+    kind, content, packed = given
+    file, plain = folder / f"data.jsonl.{kind}", folder / "data.jsonl"
+    file.write_bytes(packed)
+    found = attempt(kept, file)
+    if content is not None:
+        plain.write_bytes(content)
+        assert found == attempt(kept, plain)
+
+
 # -- flags and YAML files --------------------------------------------------------------------------
 
 CONFIGS = {"cache": CacheConfig, "train": TrainConfig, "eval": EvalConfig}
@@ -577,6 +659,9 @@ TARGETS = {
     "jsonl": (jsonl(), check_jsonl, 60, 2500),
     "json": (json_file(), check_json, 50, 1500),
     "parquet": (parquet(), check_parquet, 40, 1000),
+    "other layouts": (other_layouts(), check_other_layouts, 60, 2500),
+    "table": (table(), check_table, 40, 1500),
+    "compressed": (compressed(), check_compressed, 40, 1000),
     "flags": (flags(), check_flags, 40, 1000),
     "flag file": (flag_file(), check_flag_file, 40, 1500),
     "grid": (as_text(st.just(GRID).flatmap(edited) | VALUES), check_grid, 40, 1500),
