@@ -121,14 +121,20 @@ def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[st
 
 def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
     """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
-    source = (config.data, config.split, config.config_name, config.score_margin)
+    source = (
+        config.data,
+        config.split,
+        config.config_name,
+        config.score_margin,
+        config.deduplicate,
+    )
     limits = (config.max_length, config.max_prompt_length)
     return _counted(source, config.limit, model, config.chat_template, limits)
 
 
 @cache
 def _counted(
-    source: tuple[str, str | None, str | None, float],
+    source: tuple[str, str | None, str | None, float, bool],
     limit: int | None,
     model: str,
     template: str | None,
@@ -137,10 +143,12 @@ def _counted(
     dropped = DroppedRows()
     folder = find_model(model, weights=False)
     tokenizer = PairTokenizer(folder, template, *limits, dropped)
-    data, split, name, margin = source
+    data, split, name, margin, deduplicate = source
 
     def opened(rows: int | None) -> Source:
-        return open_source(data, split, rows, config_name=name, score_margin=margin)
+        return open_source(
+            data, split, rows, config_name=name, score_margin=margin, deduplicate=deduplicate
+        )
 
     with progress("Counting tokens", None):
         sizes = [

@@ -67,6 +67,10 @@ class CacheConfig:
             "drop those whose scores differ by less.",
         ),
     ] = 0.0
+    deduplicate: Annotated[
+        bool,
+        Option("--deduplicate", help="Of pairs with equal prompt and answers keep the first."),
+    ] = False
     strict: Annotated[
         bool, Option("--strict", help="Stop at the first row of the data that cannot be used.")
     ] = False

@@ -9,6 +9,8 @@ Layouts, recognised row by row:
 conversions.py first makes rows of these of other tools' layouts.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Generator
 from contextlib import closing
@@ -27,6 +29,7 @@ _TOOL_ROLES = ("tool", "function", "function_call")
 
 def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
     """The pairs of a source, in order; rows that cannot be used go to `dropped`."""
+    known: set[bytes] = set()
     with closing(source.rows()) as rows:
         for number, (place, row) in enumerate(rows):
             dropped.read += 1
@@ -34,6 +37,8 @@ def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
                 if isinstance(row, BadRow):
                     raise row
                 pair = parse_row(row, number, place, source.score_margin)
+                if source.deduplicate:
+                    _require_new(pair, known)
             except BadRow as bad:
                 detail, hint = bad.detail, ""
                 # The row that an error may name.
@@ -43,6 +48,19 @@ def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
                 dropped.add(bad.reason, number, place, detail, hint)
             else:
                 yield pair
+
+
+def _require_new(pair: Pair, known: set[bytes]) -> None:
+    """Note a pair by the hash of its texts.
+
+    Raises:
+        BadRow: an equal one is known.
+    """
+    texts = json.dumps([pair.prompt, pair.chosen, pair.rejected], sort_keys=True)
+    digest = hashlib.sha256(texts.encode()).digest()[:16]
+    if digest in known:
+        raise BadRow("duplicate")
+    known.add(digest)
 
 
 def require_a_pair(source: Source, strict: bool) -> None:

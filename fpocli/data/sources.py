@@ -24,11 +24,13 @@ class Source:
         open_rows: starts reading its rows.
         identity: what the store records of it.
         score_margin: of scored answers, by how much the best must exceed the worst.
+        deduplicate: whether of equal pairs only the first is used.
     """
 
     open_rows: Callable[[], Generator[tuple[str, Any]]]
     identity: dict[str, Any]
     score_margin: float = 0.0
+    deduplicate: bool = False
 
     def rows(self) -> Generator[tuple[str, Any]]:
         """Its rows from the first one on, up to the limit. Each has its place, such as
@@ -45,6 +47,7 @@ def open_source(
     *,
     config_name: str | None = None,
     score_margin: float = 0.0,
+    deduplicate: bool = False,
 ) -> Source:
     """Open preference data.
 
@@ -55,6 +58,7 @@ def open_source(
         limit: read only this many rows.
         config_name: of the data set on the hub.
         score_margin: of scored answers, by how much the best must exceed the worst.
+        deduplicate: use only the first of equal pairs.
 
     Raises:
         UserError: it does not exist, or is of a kind that fpo does not read.
@@ -93,11 +97,14 @@ def open_source(
         "limit": limit,
         "fingerprint": fingerprint,
     }
-    if config_name:
-        identity["config_name"] = config_name
-    if score_margin:
-        identity["score_margin"] = score_margin
-    return Source(open_rows, identity, score_margin)
+    # Stores that were made before have none of these.
+    chosen = {
+        "config_name": config_name,
+        "score_margin": score_margin,
+        "deduplicate": deduplicate,
+    }
+    identity |= {name: value for name, value in chosen.items() if value}
+    return Source(open_rows, identity, score_margin, deduplicate)
 
 
 def source_of(config: CacheConfig) -> Source:
@@ -108,6 +115,7 @@ def source_of(config: CacheConfig) -> Source:
         config.limit,
         config_name=config.config_name,
         score_margin=config.score_margin,
+        deduplicate=config.deduplicate,
     )
 
 

@@ -481,6 +481,18 @@ def test_answers_whose_scores_are_too_close_are_dropped(tmp_path, margin, rows):
     assert source.identity.get("score_margin", 0.0) == margin
 
 
+def test_equal_pairs_are_kept_once_on_request(tmp_path):
+    """Whatever their layouts."""
+    rows = [*texts("a", "b", "a"), {"instruction": "a", "output": [GOOD, BAD]}]
+    rows.append({"prompt": "a", "chosen": BAD, "rejected": GOOD})
+    path = write_jsonl(tmp_path / "data", rows)
+    assert len(read(path)) == 5
+    source, dropped = open_source(str(path), None, None, deduplicate=True), DroppedRows()
+    assert [pair.row for pair in read_pairs(source, dropped)] == [0, 1, 4]
+    assert dropped.counts == {"duplicate": 2}
+    assert source.identity["deduplicate"] is True
+
+
 def test_a_system_message_is_not_doubled(tmp_path):
     row = {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "system": "Be another."}
     assert read(write_jsonl(tmp_path / "data", [row])) == [Pair(TALK, GOOD, BAD, 0)]
