@@ -12,7 +12,7 @@ What is not recognised is returned as it is.
 import math
 from typing import Any
 
-from fpocli.data.pairs import BadRow
+from fpocli.data.pairs import SIDES, BadRow
 
 _ROLES = {
     "human": "user", "user": "user",
@@ -93,28 +93,41 @@ def _scored(row: dict[str, Any]) -> list[tuple[Any, Any]] | None:
 
 
 def _prompt(row: dict[str, Any]) -> dict[str, Any]:
-    """prompt, if the row has it under another name, or in parts."""
+    """prompt, if the row has it under another name, or in parts; with a column system also the
+    sides, if they are whole conversations."""
     prompt = row.get("prompt")
     if prompt is None:
         prompt = _first(row, ("conversations", "messages"))
         # A side may be the whole conversation.
         if not isinstance(prompt, list) or _is_talk(row.get("chosen")):
             prompt = None
-        elif prompt and _role(prompt[-1]) in ("assistant", "gpt"):
+        elif prompt and _ROLES.get(str(_role(prompt[-1]))) == "assistant":
             raise BadRow("not one answer", "the conversation before chosen ends with an answer")
     if prompt is None:
         prompt = _first(row, _QUESTIONS)
         more = row.get("input")
         if "instruction" in row and isinstance(prompt, str) and isinstance(more, str) and more:
             prompt = f"{prompt}\n{more}"
-    history, system = row.get("history"), row.get("system")
-    if history and "instruction" in row and isinstance(prompt, str):
+    if (history := row.get("history")) and "instruction" in row and isinstance(prompt, str):
         prompt = [*_turns(history), {"role": "user", "content": prompt}]
-    if isinstance(system, str) and system.strip() and isinstance(prompt, str | list):
-        head = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if not any(_role(message) == "system" for message in head[:1]):
-            prompt = [{"role": "system", "content": system}, *head]
-    return {} if prompt is None else {"prompt": prompt}
+    found = {} if prompt is None else {"prompt": prompt}
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return found
+    sides = {side: row[side] for side in SIDES if _is_talk(row.get(side))}
+    if isinstance(prompt, str) and not sides:
+        found = {"prompt": [{"role": "user", "content": prompt}]}
+    return found | {
+        name: _with_system(talk, system)
+        for name, talk in (found | sides).items()
+        if isinstance(talk, list)
+    }
+
+
+def _with_system(talk: list[Any], system: str) -> list[Any]:
+    """A conversation that begins with a system message: its own, or this one."""
+    own = bool(talk) and _role(talk[0]) == "system"
+    return talk if own else [{"role": "system", "content": system}, *talk]
 
 
 def _turns(history: Any) -> list[dict[str, Any]]:

@@ -493,6 +493,19 @@ def test_equal_pairs_are_kept_once_on_request(tmp_path):
     assert source.identity["deduplicate"] is True
 
 
+@pytest.mark.parametrize("name", ["text", "messages", "implicit prompt", "UltraFeedback"])
+def test_a_column_system_begins_the_prompt(tmp_path, name):
+    row, prompt = LAYOUTS[name]
+    if prompt == TALK:
+        prompt = TALK[1:]
+        row = {
+            key: [message for message in value if message["role"] != "system"]
+            for key, value in row.items()
+        }
+    path = write_jsonl(tmp_path / "data", [row | {"system": "Be brief."}])
+    assert read(path) == [Pair([TALK[0], *prompt], GOOD, BAD, 0)]
+
+
 def test_a_system_message_is_not_doubled(tmp_path):
     row = {"prompt": TALK, "chosen": GOOD, "rejected": BAD, "system": "Be another."}
     assert read(write_jsonl(tmp_path / "data", [row])) == [Pair(TALK, GOOD, BAD, 0)]
