@@ -118,7 +118,7 @@ class ArrayReader:
         return {
             name: (raw, self._array(name).nbytes_stored())
             for name, raw in sorted(array_bytes(self.meta).items())
-            if name in self._group
+            if self.place.exists(f"{name}/zarr.json")
         }
 
     def _array(self, name: str) -> Any:
