@@ -405,7 +405,7 @@ def test_a_model_that_scales_its_logits_is_refused(material, tmp_path, name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": "pairs.csv"}, "is not one of .json, .jsonl, .parquet"),
+        ({"data": "pairs.txt"}, "is not one of .jsonl, .json, .csv, .parquet"),
         ({"data": "gone.jsonl"}, "does not exist"),
         (
             {"data": "sharegpt.jsonl"},
@@ -419,7 +419,7 @@ def test_mistakes_in_flags_and_data_are_found_before_any_model_is_read(
 ):
     """Neither the model nor the SAE exists, and nothing looks for them."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected")
+    (tmp_path / "pairs.txt").write_text("prompt,chosen,rejected")
     (tmp_path / "sharegpt.jsonl").write_text('{"conversations": [], "chosen": {"from": "gpt"}}')
     missing = {"model": "nowhere/model", "sae": ["nowhere/sae"]}
     with pytest.raises(UserError, match=message):

@@ -180,17 +180,17 @@ def test_defaults_are_the_papers(monkeypatch):
     assert (config.split, config.limit, config.sae) == (None, None, [])
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
+    def load_dataset(name, config_name, split, revision):
+        asked.append((name, config_name, split, revision))
         return datasets.Dataset.from_list(PAIRS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source(config.data, config.split, config.limit)
-    assert asked == [("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")]
+    assert asked == [("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", None)]
     assert source.identity["split"] == "train_prefs"
     assert [row for _, row in source.rows()] == PAIRS
     open_source("owner/other", None, None)
-    assert asked[1:] == [("owner/other", "train")]
+    assert asked[1:] == [("owner/other", None, "train", None)]
 
 
 def test_a_fine_tuned_folder_gets_the_sae_of_its_base_model(folder):
