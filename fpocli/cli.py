@@ -197,7 +197,7 @@ def _command(
             _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
     flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)}
-    flags |= {name: (kind, False if kind is _DRY_RUN else None) for name, kind in extra.items()}
+    flags |= {name: (kind, None) for name, kind in extra.items()}
     flags |= {name: (kind, False) for name, kind in _OUTPUT.items()}
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [

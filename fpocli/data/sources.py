@@ -12,6 +12,7 @@ from typing import Any
 from fpocli.config import DEFAULT_DATA, CacheConfig
 from fpocli.data.files import KINDS, file_rows, kind_of
 from fpocli.system.errors import UserError
+from fpocli.system.files import sha256_of
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
 
@@ -75,10 +76,10 @@ def open_source(
                 f"the data file {path} is not one of {', '.join(KINDS)}",
                 "convert it to JSONL: one JSON object per line",
             )
-        open_rows, fingerprint, split = partial(file_rows, path), _sha256(path), None
+        open_rows, fingerprint, split = partial(file_rows, path), sha256_of(path), None
     elif parquet:
         open_rows = partial(_rows_of, parquet)
-        sums = "".join(f"{file.relative_to(path)} {_sha256(file)}\n" for file in parquet)
+        sums = "".join(f"{file.relative_to(path)} {sha256_of(file)}\n" for file in parquet)
         fingerprint = hashlib.sha256(sums.encode()).hexdigest()
     elif kind_of(path) and not path.is_dir():
         raise UserError(f"the data file {data} does not exist", "check the path of --data")
@@ -136,11 +137,6 @@ def _parquet_folder(path: Path, split: str | None) -> tuple[list[Path], str | No
 def _rows_of(files: list[Path]) -> Generator[tuple[str, Any]]:
     for file in files:
         yield from file_rows(file)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _table_rows(data: str, table: Any) -> Generator[tuple[str, Any]]:

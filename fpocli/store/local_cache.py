@@ -159,13 +159,15 @@ class _CachedBucket(Bucket):
                 if known is not None:
                     return prototype.buffer.from_bytes(known)
                 found = await super().get(key, prototype, byte_range)
-                if found is None:
-                    return None
                 # A shard's index is at its end.
-                if isinstance(byte_range, SuffixByteRequest) and _is_whole(found.to_bytes()):
-                    indices[name] = found.to_bytes()
+                is_index = isinstance(byte_range, SuffixByteRequest)
+                if found is None or not (is_index or cache):
+                    return found
+                content = found.to_bytes()
+                if is_index and _is_whole(content):
+                    indices[name] = content
                 if cache:
-                    await asyncio.to_thread(cache.put, name, found.to_bytes())
+                    await asyncio.to_thread(cache.put, name, content)
                 return found
 
         return Cached(super().for_zarr())

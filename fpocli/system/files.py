@@ -1,5 +1,6 @@
-"""Files that appear complete, and folders that disappear at once."""
+"""Files that appear complete, folders that disappear at once, and what a file holds as a hash."""
 
+import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,12 @@ def replace_text(file: Path, text: str) -> None:
     """Write a text file, as `replaced`."""
     with replaced(file) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def resolve_last_part(path: str) -> Path:

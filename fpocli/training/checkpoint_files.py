@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fpocli.system.errors import UserError
+from fpocli.system.files import sha256_of
 from fpocli.system.json_yaml import is_file_name, read_json
 
 _DOCUMENT = "checkpoint.json"
@@ -38,7 +39,7 @@ def write_tensors(
     def write() -> None:
         file = folder / f"rank{rank}-{len(digests)}.safetensors"
         save_file(held, file)
-        digests[file.name] = _sha256(file)
+        digests[file.name] = sha256_of(file)
         held.clear()
 
     for name, tensor in tensors:
@@ -107,7 +108,7 @@ def open_checkpoint(
     try:
         for number, (name, expected) in enumerate(sorted(content["files"].items())):
             file = folder / name
-            if number % world == rank and _sha256(file) != expected:
+            if number % world == rank and sha256_of(file) != expected:
                 raise _refusal(file, "is damaged")
         files: dict[str, Any] = {}
         for file in map(folder.joinpath, content["files"]):
@@ -145,11 +146,6 @@ def _refusal(file: Path, why: str) -> UserError:
         f"the checkpoint cannot be loaded: {file} {why}",
         "delete its folder to resume from an older one, or start over with --overwrite",
     )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _digest(content: dict[str, Any]) -> str:

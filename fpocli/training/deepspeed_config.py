@@ -9,6 +9,7 @@ from fpocli.system.json_yaml import read_json
 
 # Elements of a group of parameters, which the optimiser updates at once.
 GROUP_SIZE = 2**25
+_OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
@@ -51,11 +52,6 @@ def deepspeed_config(settings: TrainConfig) -> dict[str, Any]:
         changed.append("the ZeRO stage")
     if merged["zero_optimization"].get("compute_grad_norm") is False:
         changed.append("the gradient norm")
-    for name in ("offload_optimizer", "offload_param"):
-        if not isinstance(merged["zero_optimization"].get(name) or {}, dict):
-            raise UserError(
-                f"{name} in {settings.deepspeed} is not an object", 'write {"device": "cpu"}'
-            )
     _check_offload(settings, merged["zero_optimization"])
     if changed:
         raise UserError(
@@ -71,7 +67,7 @@ def offloads(zero: dict[str, Any]) -> dict[str, dict[str, Any]]:
     Args:
         zero: DeepSpeed's `zero_optimization`.
     """
-    parts = {name: zero.get(name) or {} for name in ("offload_optimizer", "offload_param")}
+    parts = {name: zero.get(name) or {} for name in _OFFLOADS}
     return {name: part for name, part in parts.items() if part.get("device", "none") != "none"}
 
 
@@ -83,8 +79,13 @@ def _check_offload(settings: TrainConfig, zero: dict[str, Any]) -> None:
         zero: DeepSpeed's `zero_optimization`.
 
     Raises:
-        UserError: it is of a part of the optimiser's state, or needs ZeRO-3.
+        UserError: it is no object, is of a part of the optimiser's state, or needs ZeRO-3.
     """
+    for name in _OFFLOADS:
+        if not isinstance(zero.get(name) or {}, dict):
+            raise UserError(
+                f"{name} in {settings.deepspeed} is not an object", 'write {"device": "cpu"}'
+            )
     for name, part in offloads(zero).items():
         if part.get("ratio", 1) != 1:
             raise UserError(

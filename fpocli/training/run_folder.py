@@ -68,9 +68,10 @@ class RunFolder:
         if settings.feature_weights and settings.feature_weights != LOGITS:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
-        Ranks.connected().on_first(lambda: self._open_or_create(config, identity))
-        Ranks.connected().on_each(self._require_shared)
-        self.finished = Ranks.connected().of_first((self.final / "config.json").is_file())
+        ranks = Ranks.connected()
+        ranks.on_first(lambda: self._open_or_create(config, identity))
+        ranks.on_each(self._require_shared)
+        self.finished = ranks.of_first((self.final / "config.json").is_file())
 
     def _open_or_create(self, config: dict[str, Any], identity: dict[str, Any]) -> None:
         known = self.folder / "run.json"
@@ -95,15 +96,14 @@ class RunFolder:
 
     def _require_shared(self) -> None:
         """Refuse a folder of this host alone: its ranks' parts of checkpoints would be lost."""
-        began = time.monotonic()
+        late = time.monotonic() + _LATE
         while not (self.folder / "run.json").is_file():
-            if time.monotonic() - began < _LATE:
-                time.sleep(0.1)
-                continue
-            raise UserError(
-                f"{self.folder} on {socket.gethostname()} is not the folder of rank 0",
-                "choose --out on a file system that all hosts share",
-            )
+            if time.monotonic() > late:
+                raise UserError(
+                    f"{self.folder} on {socket.gethostname()} is not the folder of rank 0",
+                    "choose --out on a file system that all hosts share",
+                )
+            time.sleep(0.1)
 
     def resume_at(self, step: int) -> list[dict[str, Any]]:
         """Remove what was logged after the checkpoint that training resumes from. All ranks must

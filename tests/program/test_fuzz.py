@@ -346,11 +346,15 @@ def parquet(draw):
 
 def check_parquet(folder, given):
     table, content = given
-    file = folder / "data.parquet"
+    check_rows(folder / "data.parquet", content, None if table is None else table.to_pylist)
+
+
+def check_rows(file, content, rows):
+    """What is read of a file whose rows are known, if `rows` returns them, is what they hold."""
     file.write_bytes(content)
     found = attempt(kept, file)
-    if table is not None and found is not None:
-        assert found == expected(table.to_pylist())
+    if rows is not None and found is not None:
+        assert found == expected(rows())
 
 
 OTHER_ROWS = [
@@ -406,11 +410,7 @@ def table(draw):
 
 def check_table(folder, given):
     rows, content = given
-    file = folder / "data.csv"
-    file.write_bytes(content)
-    found = attempt(kept, file)
-    if rows is not None and found is not None:
-        assert found == expected(rows)
+    check_rows(folder / "data.csv", content, None if rows is None else lambda: rows)
 
 
 @st.composite
