@@ -7,9 +7,9 @@ def main() -> None:
     """The program `fpo`."""
     # Before anything slow is imported.
     end_on_signals()
-    from fpocli import cli
+    from fpocli.cli import commands
 
-    cli.main()
+    commands.main()
 
 
 if __name__ == "__main__":

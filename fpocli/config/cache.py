@@ -11,11 +11,10 @@ from fpocli.system.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig:
-    """Run the frozen reference model and its SAE once and write the store that training reads.
+class _Model:
+    """The reference model, its hook points and their SAEs."""
 
-    Run the same command again to resume. With several GPUs all are used; see --workers and --ray.
-    """
+    HEADING = "Model and features"
 
     model: Annotated[
         str,
@@ -43,6 +42,25 @@ class CacheConfig:
             "shape of Gemma 2 or 3: Gemma Scope's SAE of width 16k, or the smallest there is.",
         ),
     ] = field(default_factory=list)
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
+    ] = "bfloat16"
+    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
+    allow: Annotated[
+        list[str],
+        Option(
+            help="Resume the store even if this setting differs from it: dtype or kernel. "
+            "Repeatable."
+        ),
+    ] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """The preference pairs and how they become tokens."""
+
+    HEADING = "Data"
+
     data: Annotated[
         str,
         Option(
@@ -81,6 +99,27 @@ class CacheConfig:
             "model without one gets halos (the paper's <|user|> / <|assistant|> format).",
         ),
     ] = None
+    max_length: Annotated[
+        int,
+        Option(
+            min=2, help="Maximum tokens of prompt plus response; longer responses are truncated."
+        ),
+    ] = 2048
+    max_prompt_length: Annotated[
+        int,
+        Option(
+            min=1,
+            help="Maximum tokens of a prompt; pairs with a longer one are dropped and counted.",
+        ),
+    ] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """What is stored of every response."""
+
+    HEADING = "What is stored"
+
     top_k: Annotated[
         str, Option(help="Number of largest pooled features to store per response, or all.")
     ] = "256"
@@ -110,40 +149,6 @@ class CacheConfig:
         Literal["float32", "float16"],
         Option(help="Dtype of these tokens' log-probabilities; float16 is rounded."),
     ] = "float32"
-    max_length: Annotated[
-        int,
-        Option(
-            min=2, help="Maximum tokens of prompt plus response; longer responses are truncated."
-        ),
-    ] = 2048
-    max_prompt_length: Annotated[
-        int,
-        Option(
-            min=1,
-            help="Maximum tokens of a prompt; pairs with a longer one are dropped and counted.",
-        ),
-    ] = 1024
-    dtype: Annotated[
-        Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
-    ] = "bfloat16"
-    device: Annotated[str | None, DEVICE] = None
-    packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
-    block: Annotated[
-        int,
-        Option(
-            min=1,
-            help="Pairs per block, the unit of work. A crash loses those in progress: two, or two "
-            "of each worker.",
-        ),
-    ] = 1024
-    trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
-    allow: Annotated[
-        list[str],
-        Option(
-            help="Resume the store even if this setting differs from it: dtype or kernel. "
-            "Repeatable."
-        ),
-    ] = field(default_factory=list)
     drop_non_finite: Annotated[
         bool,
         Option(
@@ -160,6 +165,15 @@ class CacheConfig:
             "three times; training skips it.",
         ),
     ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hardware:
+    """Where the model runs."""
+
+    HEADING = "Hardware and memory"
+
+    device: Annotated[str | None, DEVICE] = None
     workers: Annotated[
         int | None,
         Option(
@@ -176,13 +190,40 @@ class CacheConfig:
             "or auto for the one that this host belongs to.",
         ),
     ] = None
-    repair: Annotated[
-        bool, Option("--repair", help="Find damage in the store and score those blocks again.")
-    ] = False
+    packed_length: Annotated[int | None, Option(min=1, help=PACKED_LENGTH_HELP)] = None
+    block: Annotated[
+        int,
+        Option(
+            min=1,
+            help="Pairs per block, the unit of work. A crash loses those in progress: two, or two "
+            "of each worker.",
+        ),
+    ] = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Output:
+    """What is written."""
+
+    HEADING = "Output"
+
     out: Annotated[
         str, Option(help="The store to write: a folder, or a URL such as s3://BUCKET/NAME.")
     ] = "ref.zarr"
     overwrite: Annotated[bool, Option("--overwrite", help="Replace an existing store.")] = False
+
+    repair: Annotated[
+        bool, Option("--repair", help="Find damage in the store and score those blocks again.")
+    ] = False
+
+
+# A dataclass takes the fields of its last base first.
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(_Output, _Hardware, _Stored, _Data, _Model):
+    """Run the frozen reference model and its SAE once and write the store that training reads.
+
+    Run the same command again to resume. With several GPUs all are used; see --workers and --ray.
+    """
 
     def __post_init__(self) -> None:
         check_values(self)

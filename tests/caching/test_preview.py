@@ -8,7 +8,8 @@ from processes import Command, flags, results
 from stores import cache_config
 from typer.testing import CliRunner
 
-from fpocli import UserError, cache, cli, preview
+from fpocli import UserError, cache, preview
+from fpocli.cli.commands import app
 from fpocli.data.tokenizer import load_tokenizer
 from fpocli.system.model_folder import find_model
 
@@ -69,7 +70,7 @@ def test_no_model_is_loaded_and_nothing_written(config, tmp_path):
 
 def test_what_cannot_be_used_is_refused_as_by_the_command(config, tmp_path):
     file = tmp_path / "rows.jsonl"
-    done = CliRunner().invoke(cli.app, ["cache", *flags(config), "--dry-run", "--strict"])
+    done = CliRunner().invoke(app, ["cache", *flags(config), "--dry-run", "--strict"])
     assert done.exit_code == 2 and f"{file}, line 2: empty response" in done.stderr
     file.write_text('{"prompt": "q", "completion": "a", "label": true}\n')
     with pytest.raises(UserError, match="no pair is left of 1 rows"):

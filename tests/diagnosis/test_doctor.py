@@ -9,7 +9,8 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from fpocli import DoctorConfig, cli
+from fpocli import DoctorConfig
+from fpocli.cli.commands import app
 from fpocli.diagnosis import doctor, machine, network
 from fpocli.diagnosis.check import Check
 from fpocli.diagnosis.self_test import self_test
@@ -20,7 +21,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def run(*flags):
-    return CliRunner().invoke(cli.app, ["doctor", *flags])
+    return CliRunner().invoke(app, ["doctor", *flags])
 
 
 def test_this_machine_passes():

@@ -9,7 +9,7 @@ from buckets import faults, s3_server
 from ray.cluster_utils import Cluster
 from typer.testing import CliRunner
 
-from fpocli import cli
+from fpocli.cli.commands import app
 from fpocli.diagnosis import network
 from fpocli.store import bucket as bucket_module
 from fpocli.store.place import place_of
@@ -67,7 +67,7 @@ def cluster():
 def test_every_host_of_a_cluster_is_asked(cluster, monkeypatch):
     # The other checks are tested elsewhere.
     monkeypatch.setattr("fpocli.diagnosis.self_test.self_test", lambda: iter(()))
-    done = CliRunner().invoke(cli.app, ["doctor", "--ray", cluster.address])
+    done = CliRunner().invoke(app, ["doctor", "--ray", cluster.address])
     assert done.exit_code == 0, done.output
     assert "ok      Ray: hosts for workers: 1, GPUs: 0, CPUs: 2\n" in done.stdout
     (host,) = [line for line in done.stdout.splitlines() if line.startswith("ok      Ray, ")][:1]

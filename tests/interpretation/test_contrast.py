@@ -12,7 +12,7 @@ from stores import cache_config, contents, set_attributes, write_pairs
 from typer.testing import CliRunner
 
 from fpocli import ContrastConfig, UserError, cache, contrast
-from fpocli.cli import app
+from fpocli.cli.commands import app
 from fpocli.interpretation.paired_test import sign_flip_p
 from fpocli.interpretation.style import STYLE, measure_style
 from fpocli.scoring.loading import find_tokenizer

@@ -8,7 +8,8 @@ import torch
 from sae_lens import SAE
 from typer.testing import CliRunner
 
-from fpocli import EvalConfig, SteerConfig, UserError, cli, evaluate, steer
+from fpocli import EvalConfig, SteerConfig, UserError, evaluate, steer
+from fpocli.cli.commands import app
 from fpocli.data.chat_templates import CHAT_TEMPLATES
 from fpocli.data.tokenizer import encode_prompt, load_tokenizer
 from fpocli.system.model_folder import find_model
@@ -157,7 +158,7 @@ def test_the_command_prints_json_and_nothing_else_on_stdout(material, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in QUESTIONS[1:]))
     run = CliRunner().invoke(
-        cli.app, command(material, "--prompts", str(file), "--limit", "1", "--json")
+        app, command(material, "--prompts", str(file), "--limit", "1", "--json")
     )
     assert run.exit_code == 0, run.output
     shown = json.loads(run.stdout)
@@ -169,7 +170,7 @@ def test_the_command_prints_json_and_nothing_else_on_stdout(material, tmp_path):
 
 
 def test_the_table_has_both_samples_side_by_side(material):
-    run = CliRunner().invoke(cli.app, command(material))
+    run = CliRunner().invoke(app, command(material))
     assert run.exit_code == 0, run.output
     (sample,) = steer(config(material, ablate=[5], prompt=QUESTIONS[:1]))["samples"]
     words = " ".join(run.stdout.split())

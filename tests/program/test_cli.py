@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,8 +37,8 @@ from fpocli import (
     SteerConfig,
     TrainConfig,
     UserError,
-    cli,
 )
+from fpocli.cli.commands import app
 from fpocli.config import PRESETS
 
 HEAVY = {"torch", "zarr", "numpy", "transformers", "deepspeed", "datasets", "sae_lens", "pandas"}
@@ -94,10 +95,10 @@ FLAGS = {"model": "model", "layer": 2, "sae": "sae", "data": "ten.jsonl", "out":
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("command", ["fpocli.cli", "fpocli --help", "fpocli train --help"])
+@pytest.mark.parametrize("command", ["fpocli.cli.commands", "fpocli --help", "fpocli train --help"])
 def test_nothing_heavy_is_loaded(command):
     """Python's own -X importtime lists what is imported, on stderr."""
     program = [sys.executable, "-X", "importtime", "-m", *command.split()]
@@ -109,7 +110,7 @@ def test_nothing_heavy_is_loaded(command):
 
 
 def test_flags_are_the_fields():
-    commands = dict(typer.main.get_command(cli.app).commands)
+    commands = dict(typer.main.get_command(app).commands)
     group = commands.pop("features").commands
     commands |= {f"features {name}": command for name, command in group.items()}
     assert [*commands] == [*COMMANDS]
@@ -124,8 +125,19 @@ def test_flags_are_the_fields():
         assert all(parameter.help for parameter in parameters)
 
 
+def test_help_lists_each_flag_once_under_its_heading():
+    printed = run("train", "--help").stdout
+    headings = [line for line in printed.splitlines() if re.fullmatch(r"[A-Z].*:", line)]
+    assert headings[:2] == ["Data and models:", "Objective:"] and headings[-1] == "Options:"
+    places = {name: printed.index(f"\n  --{name} ") for name in ("cache", "alpha", "lr", "out")}
+    assert sorted(places, key=places.get) == ["cache", "alpha", "lr", "out"]
+    for field in dataclasses.fields(TrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        assert len(re.findall(rf"(?m)^  {flag}[ ,]", printed + " ")) == 1, flag
+
+
 def test_every_command_can_be_quiet_or_print_json_lines():
-    program = typer.main.get_command(cli.app)
+    program = typer.main.get_command(app)
     groups = [command for command in program.commands.values() if hasattr(command, "commands")]
     commands = [*program.commands.values(), *groups[0].commands.values()]
     assert len(groups) == 1 and len(commands) > 10

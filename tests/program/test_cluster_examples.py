@@ -15,7 +15,7 @@ import typer
 import yaml
 from torch.distributed.run import get_args_parser
 
-from fpocli.cli import app
+from fpocli.cli.commands import app
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "examples" / "cluster"

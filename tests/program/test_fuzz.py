@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fpocli.cli import app
+from fpocli.cli.commands import app
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
@@ -491,7 +491,7 @@ def invoke(words):
         for name in ("cache", "train", "evaluate"):
             patch.setattr(f"fpocli.{name}", taken.append)
         # It would replace this process.
-        patch.setattr("fpocli.cli.launch", lambda number, device: None)
+        patch.setattr("fpocli.cli.commands.launch", lambda number, device: None)
         result = CliRunner().invoke(app, words)
     assert result.exit_code in (0, 2), (result.exception, result.output)
     assert result.exception is None or isinstance(result.exception, SystemExit)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fpocli import UserError, train
-from fpocli.cli import app
+from fpocli.cli.commands import app
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS
 from fpocli.config import EvalConfig, TrainConfig

@@ -7,15 +7,15 @@ import logging
 import os
 import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 import fpocli
+from fpocli.cli.defaults import CONFIG, PRESET
+from fpocli.cli.flags import GroupedCommand, flags_of
 from fpocli.config import (
-    PRESETS,
     CacheConfig,
     CompareConfig,
     ContrastConfig,
@@ -33,7 +33,6 @@ from fpocli.config import (
 )
 from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
-from fpocli.system.json_yaml import read_yaml
 from fpocli.system.launch import launch
 from fpocli.system.output import output, write_json
 from fpocli.system.signals import add_resume_note, suppress_stop_message
@@ -55,73 +54,11 @@ features = typer.Typer(
 app.add_typer(features, name="features")
 
 
-def _read_yaml(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the values of a YAML file the flags' defaults, so that flags override them and both are
-    checked in the same way."""
-    if path is not None:
-        try:
-            values = read_yaml(path) or {}
-        except OSError as error:
-            raise typer.BadParameter(f"{path} cannot be read: {error.strerror}") from error
-        except UserError as error:
-            raise typer.BadParameter(str(error)) from error
-        if not isinstance(values, dict):
-            raise typer.BadParameter(f"{path} must hold one flag per line, name: value")
-        names = {str(name).replace("-", "_"): value for name, value in values.items()}
-        # The file may be somebody else's.
-        if names.pop("trust_remote_code", False):
-            raise typer.BadParameter(
-                f"{path} sets trust_remote_code, which is allowed on the command line only: remove "
-                "it from the file and add --trust-remote-code if you trust the code"
-            )
-        flags = {flag.name: flag for flag in context.command.params if flag.name != "config"}
-        if unknown := sorted(names.keys() - flags.keys()):
-            raise typer.BadParameter(f"{path} sets {', '.join(unknown)}, which is not a flag")
-        for name, value in names.items():
-            several = getattr(flags[name], "multiple", False)
-            if isinstance(value, dict) or (isinstance(value, list) and not several):
-                raise typer.BadParameter(f"{path} sets '--{name}' to more than one value")
-            if several and not isinstance(value, list):
-                names[name] = [value]
-        _add_defaults(context, names, win=True)
-    return path
-
-
-def _apply_preset(context: typer.Context, name: str | None) -> str | None:
-    if name is not None:
-        if name not in PRESETS:
-            raise typer.BadParameter(f"{name} is not one of {', '.join(PRESETS)}")
-        _add_defaults(context, PRESETS[name], win=False)
-    return name
-
-
-def _add_defaults(context: typer.Context, values: dict[str, Any], *, win: bool) -> None:
-    held = dict(context.default_map or {})
-    context.default_map = held | values if win else values | held
-
-
 def _print_version(value: bool) -> None:
     if value:
         print(metadata.version("fpocli"))
         raise typer.Exit
 
-
-_CONFIG = Annotated[
-    Path | None,
-    typer.Option(
-        help="YAML file with any of these flags; the command line overrides it.",
-        callback=_read_yaml,
-        is_eager=True,
-    ),
-]
-_PRESET = Annotated[
-    str | None,
-    typer.Option(
-        help=f"The paper's settings: {', '.join(PRESETS)}. --config and flags override them.",
-        callback=_apply_preset,
-        is_eager=True,
-    ),
-]
 
 _DRY_RUN = Annotated[
     bool,
@@ -196,7 +133,7 @@ def _command(
                 raise
             _fail(f"{error.filename}: {error.strerror}", "check the path and its permissions")
 
-    flags = {field.name: (field.type, _default(field)) for field in dataclasses.fields(config)}
+    flags = flags_of(config)
     flags |= {name: (kind, None) for name, kind in extra.items()}
     flags |= {name: (kind, False) for name, kind in _OUTPUT.items()}
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -214,13 +151,7 @@ def _command(
     )
     run.__annotations__ = {"context": typer.Context}
     run.__annotations__ |= {flag: kind for flag, (kind, _) in flags.items()}
-    to.command(name, help=inspect.cleandoc(config.__doc__ or ""))(run)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+    to.command(name, cls=GroupedCommand, help=inspect.cleandoc(config.__doc__ or ""))(run)
 
 
 def _fail(message: str, hint: str) -> None:
@@ -229,9 +160,9 @@ def _fail(message: str, hint: str) -> None:
     raise typer.Exit(2)
 
 
-_command("cache", "cache", CacheConfig, {"config": _CONFIG, "dry_run": _DRY_RUN})
-_command("train", "train", TrainConfig, {"config": _CONFIG, "preset": _PRESET})
-_command("eval", "evaluate", EvalConfig, {"config": _CONFIG})
+_command("cache", "cache", CacheConfig, {"config": CONFIG, "dry_run": _DRY_RUN})
+_command("train", "train", TrainConfig, {"config": CONFIG, "preset": PRESET})
+_command("eval", "evaluate", EvalConfig, {"config": CONFIG})
 _command("compare", "compare", CompareConfig, {})
 _command("inspect", "inspect", InspectConfig, {})
 _command("saes", "saes", SaesConfig, {})

@@ -1,0 +1,1 @@
+"""The command line. Errors are a sentence, a hint and exit code 2."""
