@@ -95,7 +95,8 @@ def _part(tokenizer: Any, ids: TokenIds, end: list[int], *, scored: bool) -> dic
     return {
         "tokens": len(ids),
         "scored": scored,
-        "truncated": scored and ids[-len(end) :] != end,
+        # A template may end a call with another special token.
+        "truncated": scored and ids[-len(end) :] != end and ids[-1] not in special,
         "pieces": [
             {"text": tokenizer.decode(list(run)), "special": is_special}
             for is_special, run in groupby(ids, special.__contains__)

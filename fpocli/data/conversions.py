@@ -19,10 +19,11 @@ _ROLES = {
     "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatgpt": "assistant",
     "bing": "assistant", "bard": "assistant",
     "system": "system",
-    # Calls of tools and what they return.
-    "function_call": "function_call", "tool_call": "function_call",
-    "observation": "tool", "tool": "tool", "function": "function", "tool_response": "tool",
+    # Calls of tools, as JSON text, and what they return.
+    "function_call": "assistant", "tool_call": "assistant",
+    "observation": "tool", "tool": "tool", "function": "tool", "tool_response": "tool",
 }  # fmt: skip
+_CALLS = ("function_call", "tool_call")
 # The first of these that a row has is its question.
 _QUESTIONS = ("prompt", "instruction", "question", "input")
 _ANSWERS, _RATINGS = ("generations", "responses"), ("ratings", "rating", "scores")
@@ -158,6 +159,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     role = message["from"]
     if not isinstance(role, str) or role not in _ROLES:
         raise BadRow("unknown speaker", f"a message from {role}")
+    if role in _CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": message.get("value")}
     return {"role": _ROLES[role], "content": message.get("value")}
 
 

@@ -18,13 +18,12 @@ from typing import Any
 
 from fpocli.data.conversions import convert
 from fpocli.data.dropped import DroppedRows
-from fpocli.data.pairs import BadRow, Message, Pair
+from fpocli.data.pairs import SIDES, BadRow, Message, Pair
 from fpocli.data.sources import Source
+from fpocli.data.tools import calls, definitions
 
 _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
-_TOOL_FIELDS = ("tool_calls", "function_call")
-_TOOL_ROLES = ("tool", "function", "function_call")
 
 
 def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
@@ -56,7 +55,7 @@ def _require_new(pair: Pair, known: set[bytes]) -> None:
     Raises:
         BadRow: an equal one is known.
     """
-    texts = json.dumps([pair.prompt, pair.chosen, pair.rejected], sort_keys=True)
+    texts = json.dumps([pair.prompt, pair.chosen, pair.rejected, pair.tools], sort_keys=True)
     digest = hashlib.sha256(texts.encode()).digest()[:16]
     if digest in known:
         raise BadRow("duplicate")
@@ -89,8 +88,7 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
     """
     if not isinstance(row, dict):
         raise BadRow("not an object", f"it is {type(row).__name__}")
-    if row.get("tools"):
-        raise BadRow("tool calls", "a column tools")
+    tools = definitions(row["tools"]) if row.get("tools") else []
     row, layout = convert(row, score_margin)
     for name in ("chosen", "rejected"):
         if name not in row:
@@ -104,7 +102,7 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
         head = [_message("user", prompt)] if isinstance(prompt, str) else _messages(prompt)
         answers = [_message("assistant", text) for text in (chosen, rejected)]
         kind = "text" if isinstance(prompt, str) else "messages"
-        return _pair(head, answers, number, place, layout or kind)
+        return _pair(head, answers, tools, number, place, layout or kind)
     kind = "messages"
     if isinstance(chosen, str):
         chosen, rejected, kind = _transcript(chosen), _transcript(rejected), "HH-RLHF"
@@ -124,20 +122,28 @@ def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> P
         kind = kind if kind == "HH-RLHF" else "two conversations"
     if len(chosen) != 1 or len(rejected) != 1:
         raise BadRow("not one answer", "each side must end in one answer after the prompt")
-    return _pair(head, [chosen[0], rejected[0]], number, place, layout or kind)
+    return _pair(head, [chosen[0], rejected[0]], tools, number, place, layout or kind)
 
 
 def _pair(
-    head: list[Message], answers: list[Message], number: int, place: str, layout: str
+    head: list[Message],
+    answers: list[Message],
+    tools: list[dict[str, Any]],
+    number: int,
+    place: str,
+    layout: str,
 ) -> Pair:
     if any(answer["role"] != "assistant" for answer in answers):
         raise BadRow("wrong role", "an answer must be an assistant message")
     if not any(message["content"].strip() for message in head):
         raise BadRow("empty prompt")
-    chosen, rejected = (answer["content"] for answer in answers)
-    if not chosen.strip() or not rejected.strip():
-        raise BadRow("empty response", "" if chosen.strip() else "chosen")
-    return Pair(head, chosen, rejected, number, place, layout)
+    for side, answer in zip(SIDES, answers, strict=True):
+        if not answer["content"].strip() and "tool_calls" not in answer:
+            raise BadRow("empty response", side)
+    # A template may write more of an answer than its text; so both are rendered, or neither.
+    rendered = any("tool_calls" in answer for answer in answers)
+    chosen, rejected = answers if rendered else (answer["content"] for answer in answers)
+    return Pair(head, chosen, rejected, number, place, layout, tools)
 
 
 def _without(head: list[Message], conversation: list[Message]) -> list[Message]:
@@ -159,18 +165,31 @@ def _messages(value: Any) -> list[Message]:
         raise BadRow("wrong type", "messages must be a list")
     if not value:
         raise BadRow("empty messages")
+    made = []
     for item in value:
         if not isinstance(item, dict):
             raise BadRow("wrong type", "a message must be an object with role and content")
-        # Rendering these is the chat template's work; without them the pair would be another.
-        if called := [name for name in _TOOL_FIELDS if item.get(name)]:
-            raise BadRow("tool calls", f"a message with {called[0]}")
-        if item.get("role") in _TOOL_ROLES:
-            raise BadRow("tool calls", f"a message of the role {item['role']}")
-        for name in ("role", "content"):
-            if name not in item:
-                raise BadRow("missing field", f"{name} of a message")
-    return [_message(item["role"], item["content"]) for item in value]
+        if "role" not in item:
+            raise BadRow("missing field", "role of a message")
+        made.append(_with_tools(item))
+    return made
+
+
+def _with_tools(item: dict[str, Any]) -> Message:
+    """A message, with what it has of tools."""
+    found = item.get("tool_calls") or item.get("function_call")
+    if "content" not in item and not found:
+        raise BadRow("missing field", "content of a message")
+    content = item.get("content")
+    message = _message(item["role"], "" if content is None and found else content)
+    if found:
+        message["tool_calls"] = calls(found)
+    if message["role"] in ("tool", "function"):
+        # OpenAI's name of the role before tools were called so.
+        message["role"] = "tool"
+        named = {name: item.get(name) for name in ("name", "tool_call_id")}
+        message |= {name: text for name, text in named.items() if isinstance(text, str)}
+    return message
 
 
 def _transcript(text: str) -> list[Message]:

@@ -3,22 +3,25 @@
 The prompt is the chat template with its generation prompt. Each response is tokenised separately
 and its ids are appended, so no token boundary moves. Responses end with the template's end-of-turn
 token, unless they were truncated. Text of the data never becomes a special token.
+
+A response is its text. Where one of a pair calls tools, both are what the template writes of them.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from fpocli.data.chat_templates import CHAT_TEMPLATES, DEFAULT_TEMPLATE
 from fpocli.data.dropped import DroppedRows
-from fpocli.data.pairs import Pair, TokenPair
+from fpocli.data.pairs import BadRow, Pair, TokenPair
+from fpocli.data.rendering import left_out, render_answer, render_prompt
 from fpocli.data.tokenizer import (
     encode,
     encode_rendered,
     encode_text,
     load_tokenizer,
-    render_prompt,
     vocabulary_hash,
 )
 from fpocli.system.console import warn
@@ -57,6 +60,8 @@ class PairTokenizer:
         self.template_name = self._set_template(chat_template)
         self.end_of_turn = self._end_of_turn()
         self.bos = self._bos()
+        # Which parts of conversations with tools the template writes.
+        self._shown: dict[tuple[Any, ...], bool] = {}
         self.identity = {
             "source": folder.source,
             "revision": folder.revision,
@@ -73,47 +78,78 @@ class PairTokenizer:
         """The pairs that can be scored, in order; the others go to `dropped`."""
         pairs = iter(pairs)
         while group := list(islice(pairs, 512)):
-            prompts = [self._prompt(pair) for pair in group]
-            texts = list(chain(*((pair.chosen, pair.rejected) for pair in group)))
-            responses = encode_text(self.tokenizer, texts)
-            chosen, rejected = responses[::2], responses[1::2]
-            for pair, prompt, good, bad in zip(group, prompts, chosen, rejected, strict=True):
-                if prompt is None:
-                    continue
-                tokens, reason = self._assemble(pair, prompt, good, bad)
-                if tokens is None:
-                    self.dropped.add(reason, pair.row, pair.place)
+            # One call for all texts is faster than one for each.
+            ids = iter(
+                encode_text(self.tokenizer, [text for pair in group for text in _texts(pair)])
+            )
+            for pair in group:
+                responses = [next(ids) for _ in _texts(pair)]
+                try:
+                    tokens = self._tokens(pair, responses)
+                except BadRow as bad:
+                    self.dropped.add(bad.reason, pair.row, pair.place, bad.detail)
                 else:
                     yield tokens
 
-    def _prompt(self, pair: Pair) -> list[int] | None:
-        """The ids of a pair's prompt; None, and the pair is dropped, if the template raises."""
+    def _tokens(self, pair: Pair, responses: list[list[int]]) -> TokenPair:
+        """The ids of a pair.
+
+        Args:
+            pair: the pair.
+            responses: the ids of its responses that are text.
+
+        Raises:
+            BadRow: it does not fit, or the template refuses it.
+        """
+        prompt, rendered = self._rendered(pair)
+        if not prompt:
+            raise BadRow("empty prompt")
+        if len(prompt) > self.max_prompt_length:
+            raise BadRow("prompt too long")
+        if not all(responses):
+            raise BadRow("empty response")
+        room = self.max_length - len(prompt)
+        good, bad = rendered or [[*response, *self.end_of_turn] for response in responses]
+        good, bad = self._cut(good, room), self._cut(bad, room)
+        if good == bad:
+            raise BadRow("equal responses")
+        return TokenPair(prompt, good, bad, pair.row)
+
+    def _cut(self, response: list[int], room: int) -> list[int]:
+        """The response; if it is too long, truncated and without an end of turn."""
+        if len(response) <= room:
+            return response
+        end = len(self.end_of_turn) if response[-len(self.end_of_turn) :] == self.end_of_turn else 0
+        return response[: len(response) - end][:room]
+
+    def _rendered(self, pair: Pair) -> tuple[list[int], list[list[int]]]:
+        """The ids of the prompt, and of the responses that the template writes, if it does.
+
+        Raises:
+            BadRow: the template raises an error, or leaves something out.
+        """
+        answers = [one for one in (pair.chosen, pair.rejected) if not isinstance(one, str)]
         try:
-            parts = render_prompt(self.tokenizer, pair.prompt)
+            for talk in [[*pair.prompt, one] for one in answers] or [pair.prompt]:
+                if what := left_out(self.tokenizer, talk, pair.tools, self._shown):
+                    raise ValueError(f"it leaves out {what}")
+            prompt = render_prompt(self.tokenizer, pair.prompt, pair.tools)
+            written = [
+                render_answer(self.tokenizer, pair.prompt, one, pair.tools) for one in answers
+            ]
         except Exception as error:  # a template is a program and may raise anything
             detail = f"{self.template_name}: {error}"
-            self.dropped.add("refused by the chat template", pair.row, pair.place, detail)
-            return None
-        return encode_rendered(self.tokenizer, parts, self.bos)
+            raise BadRow("refused by the chat template", detail) from error
+        responses = [self._ended(encode_rendered(self.tokenizer, one, None)) for one in written]
+        return encode_rendered(self.tokenizer, prompt, self.bos), responses
 
-    def _assemble(
-        self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]
-    ) -> tuple[TokenPair | None, str]:
-        if not prompt:
-            return None, "empty prompt"
-        if len(prompt) > self.max_prompt_length:
-            return None, "prompt too long"
-        if not chosen or not rejected:
-            return None, "empty response"
-        good, bad = (self._end(ids, self.max_length - len(prompt)) for ids in (chosen, rejected))
-        if good == bad:
-            return None, "equal responses"
-        return TokenPair(prompt, good, bad, pair.row), ""
-
-    def _end(self, response: list[int], room: int) -> list[int]:
-        """The response with its end of turn; truncated, and then without it, if it is too long."""
-        whole = [*response, *self.end_of_turn]
-        return whole if len(whole) <= room else response[:room]
+    def _ended(self, response: list[int]) -> list[int]:
+        """A response as the template writes it, with an end if it writes none. After a call it may
+        write another one than after text."""
+        has_end = response[-len(self.end_of_turn) :] == self.end_of_turn
+        if has_end or (response[-1:] and response[-1] in self.tokenizer.all_special_ids):
+            return response
+        return [*response, *self.end_of_turn]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return encode(self.tokenizer, texts, add_special_tokens=False)
@@ -180,3 +216,8 @@ class PairTokenizer:
         prompt = self._encode([self._render("a question")])[0]
         adds = encode(self.tokenizer, ["a"])[0][:1] == [bos]
         return bos if bos is not None and (adds or prompt[:1] == [bos]) else None
+
+
+def _texts(pair: Pair) -> list[str]:
+    """The responses that are text: both, or none."""
+    return [one for one in (pair.chosen, pair.rejected) if isinstance(one, str)]

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 # The two responses of a pair, in the order of columns.
 SIDES = ("chosen", "rejected")
-Message = dict[str, str]
+# role and content; an assistant's may have tool_calls, a tool's the name of the tool and the call.
+Message = dict[str, Any]
 TokenIds = Sequence[int] | np.ndarray
 
 
@@ -17,19 +19,21 @@ class Pair:
 
     Args:
         prompt: the conversation up to the answer, as chat messages.
-        chosen: the preferred answer.
+        chosen: the preferred answer; a message if an answer of the pair calls tools.
         rejected: the other answer.
         row: its row in the source, from 0.
         place: where to find it, such as "pairs.jsonl, line 3".
         layout: of the row, as docs/data.md names it.
+        tools: the definitions of the tools that the prompt offers.
     """
 
     prompt: list[Message]
-    chosen: str
-    rejected: str
+    chosen: str | Message
+    rejected: str | Message
     row: int
     place: str = field(default="", compare=False)
     layout: str = field(default="", compare=False)
+    tools: list[dict[str, Any]] = field(default_factory=list)
 
 
 class BadRow(Exception):

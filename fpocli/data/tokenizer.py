@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import re
-from functools import lru_cache
 from typing import Any
 
 from fpocli.data.pairs import Message
+from fpocli.data.rendering import render_prompt
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, refuse_code
 
@@ -22,6 +21,8 @@ def encode(tokenizer: Any, texts: list[str], **how: bool) -> list[list[int]]:
     Raises:
         UserError: the tokeniser cannot encode one of them.
     """
+    if not texts:  # at which transformers raises an IndexError
+        return []
     try:
         return tokenizer(texts, **how).input_ids
     except Exception as error:  # tokenizers raises no other class, such as at an unknown character
@@ -39,26 +40,11 @@ def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> l
         messages: the conversation; text that spells a special token stays text.
         bos: the id that starts the prompt once, whether the template writes it or not; or None.
     """
-    return encode_rendered(tokenizer, render_prompt(tokenizer, messages), bos)
-
-
-def render_prompt(tokenizer: Any, messages: list[Message]) -> list[str]:
-    """The rendered conversation, split so that every second part is text of the data that spells a
-    special token."""
-    spelt = _special_pattern(tokenizer)
-    marks = None
-    if any(spelt.search(message["content"]) for message in messages):
-        marks = left, right = _unused_characters(messages)
-        messages = [
-            message | {"content": spelt.sub(rf"{left}\g<0>{right}", message["content"])}
-            for message in messages
-        ]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return re.split(f"[{''.join(marks)}]", text) if marks else [text]
+    return encode_rendered(tokenizer, render_prompt(tokenizer, messages, []), bos)
 
 
 def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:
-    """Ids of what `render_prompt` gives, with one BOS token if there is one."""
+    """Ids of the parts that rendering.py gives, with one BOS token if there is one."""
     ids: list[int] = []
     for number, part in enumerate(parts):
         if part and number % 2:
@@ -66,21 +52,6 @@ def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[i
         elif part:
             ids += encode(tokenizer, [part], add_special_tokens=False)[0]
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-
-
-@lru_cache(maxsize=4)
-def _special_pattern(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of special tokens; matches nothing if there are none."""
-    special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    longest_first = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _unused_characters(messages: list[Message]) -> tuple[str, str]:
-    """Two private-use characters that do not occur in the conversation."""
-    used = {character for message in messages for character in message["content"]}
-    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
-    return next(free), next(free)
 
 
 def load_tokenizer(folder: ModelFolder) -> Any:

@@ -455,11 +455,17 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path):
 def test_the_examples_of_the_page_are_the_same_pair():
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.S)]
-    assert len(rows) == 10
+    assert len(rows) == 11
+    with_tools = [row for row in rows if "tools" in row]
     for row in rows:
+        if row in with_tools:
+            continue
         pair = parse_row(row, 0, "")
         assert [m for m in pair.prompt if m["role"] != "system"] == [user("Name a colour.")]
         assert (pair.chosen, pair.rejected) == ("Blue.", "Seven.")
+    (row,) = with_tools
+    pair = parse_row(row, 0, "")
+    assert pair.tools == row["tools"] and [pair.chosen] == row["chosen"]
 
 
 @pytest.mark.parametrize(("margin", "rows"), [(0.0, [0, 1, 2]), (1.5, [1, 2]), (9.0, [])])
@@ -592,7 +598,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
         open_source(str(path), None, None)
 
 
-TOOL_CALL = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}
 OTHER_LAYOUTS = {
     "Alpaca": ({"instruction": "q", "input": "", "output": "a"}, "output: text", "Alpaca"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, "as for KTO", ""),
@@ -633,29 +638,6 @@ def test_one_pair_among_other_rows_is_enough(tmp_path):
     require_a_pair(open_source(str(path), None, None), False)
     with pytest.raises(UserError, match="line 2: missing field, chosen"):
         require_a_pair(open_source(str(path), None, None), True)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"chosen": [TOOL_CALL | {"content": ""}]},
-        {"chosen": [TOOL_CALL | {"content": None}]},
-        {"prompt": [{"role": "user", "content": "q"}, {"role": "tool", "content": "12"}]},
-        {"prompt": [{"role": "user", "content": "q", "function_call": {"name": "f"}}]},
-        {"tools": [{"type": "function"}]},
-    ],
-)
-def test_a_row_with_tool_calls_is_dropped_for_that_reason(tmp_path, change):
-    """Without the calls it would be a different pair."""
-    row = {
-        "prompt": [{"role": "user", "content": "q"}],
-        "chosen": [{"role": "assistant", "content": "a"}],
-        "rejected": [{"role": "assistant", "content": "b"}],
-    }
-    path = write_jsonl(tmp_path / "data", [row, row | change])
-    dropped = DroppedRows()
-    assert len(read(path, dropped=dropped)) == 1
-    assert dropped.counts == {"tool calls": 1}
 
 
 def test_empty_tool_fields_are_ignored(tmp_path):
