@@ -24,7 +24,7 @@ from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import Source, source_of
+from fpocli.data.sources import Source, sources_of
 from fpocli.features.site import Site
 from fpocli.model.language_model import check_layers
 from fpocli.model.network import choose_device, read_config
@@ -73,8 +73,8 @@ def cache(config: CacheConfig) -> Store:
     sites = [Site(layer, kind) for layer, kind in config.sites]
     if len(set(sites)) < len(sites):
         raise UserError("a site is named twice", "name each --layer once, or with another --site")
-    source = source_of(config)
-    require_a_pair(source, config.strict)
+    sources = sources_of(config)
+    require_a_pair(sources, config.strict)
     trust = config.trust_remote_code
     folder = find_model(config.model, weights=False, trust_remote_code=trust)
     model_config = read_config(folder)
@@ -93,7 +93,7 @@ def cache(config: CacheConfig) -> Store:
         if _has_workers(config):
             ray = stack.enter_context(connected_ray(config.ray, config.workers))
             workers = RayWorkers(ray, config)
-        return _cache(config, place, folder, model_config, sites, source, lock, workers)
+        return _cache(config, place, folder, model_config, sites, sources, lock, workers)
 
 
 def _has_workers(config: CacheConfig) -> bool:
@@ -114,7 +114,7 @@ def _cache(
     folder: ModelFolder,
     model_config: Any,
     sites: list[Site],
-    source: Source,
+    sources: list[Source],
     lock: OwnerLock,
     workers: RayWorkers | None,
 ) -> Store:
@@ -131,11 +131,11 @@ def _cache(
     # Where workers score, this process only describes the SAEs.
     on = torch.device("cpu") if workers else device
     encoders = load_saes(list(config.sae), sites, model_config.hidden_size, on)
-    identity = identify(config, device, folder, model_config, tokenizer, source, encoders)
+    identity = identify(config, device, folder, model_config, tokenizer, sources, encoders)
 
     # -- token ids of all pairs, once ------------------------------------------------------------
     origin = describe_origin(config, encoders)
-    store = open_or_create(config, place, identity, origin, tokenizer, source, lock)
+    store = open_or_create(config, place, identity, origin, tokenizer, sources, lock)
 
     # -- the reference's scores, block by block ---------------------------------------------------
     if blocks := store.unscored_blocks():
@@ -155,8 +155,9 @@ def _cache(
     if store.meta["state"] != "complete":
         store.finish(lock.check)
     rows = store.read_array("source_row")[store.non_finite].tolist()
+    numbers = store.sources()[store.non_finite].tolist() if store.is_mixture else []
     listed = place.read_beside(DROPPED)
-    if (now := list_non_finite(listed, rows)) != listed:
+    if (now := list_non_finite(listed, rows, numbers)) != listed:
         place.write_beside(DROPPED, now)
     name = place.name
     say(f"{name} is complete: {store.scored:,} pairs. See what is in it: fpo inspect {name}")
@@ -188,8 +189,8 @@ def _write(
         began = time.perf_counter()
         for block, scored in blocks:
             margin = scored.reference.margin
-            for row in scored.non_finite:
-                warn(f"{NON_FINITE} {row} is non-finite; the pair is dropped")
+            for place in scored.non_finite:
+                warn(f"{NON_FINITE} {place} is non-finite; the pair is dropped")
             missing = np.isnan(margin)
             now = time.perf_counter()
             shown = {"tokens_per_second": scored.tokens / (now - began)}

@@ -203,8 +203,8 @@ class HandOut:
             self._waiting.extend(_Job(job.block, pair=pair) for pair in pairs)
 
     def _convict(self, block: int, pair: int) -> None:
-        row = self._tokens(block).source_row[pair]
-        message = f"scoring the pair in row {row} ended its worker {_DEATHS} times"
+        place = self._tokens(block).place(pair)
+        message = f"scoring the pair in {place} ended its worker {_DEATHS} times"
         if not self._drop_crashing:
             raise UserError(message, f"--drop-crashing leaves such pairs out; {_LOGS}")
         warn(f"{message}; the pair is dropped")

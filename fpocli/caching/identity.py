@@ -9,7 +9,7 @@ import torch
 
 from fpocli.config import MAY_DIFFER, CacheConfig
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import Source
+from fpocli.data.sources import Source, identity_of, split_weight
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
@@ -26,12 +26,12 @@ def identify(
     folder: ModelFolder,
     model_config: Any,
     tokenizer: PairTokenizer,
-    source: Source,
+    sources: list[Source],
     encoders: dict[str, SparseEncoder],
 ) -> dict[str, Any]:
     """The attributes of docs/format.md that the store's fingerprint covers."""
     return {
-        "data": source.identity,
+        "data": identity_of(sources),
         "tokenizer": tokenizer.identity,
         "limits": {
             "max_length": config.max_length,
@@ -81,11 +81,14 @@ def local_paths(config: CacheConfig) -> dict[str, dict[str, str]]:
     """Where local files are that the store is made from: absolute, and relative to the store.
 
     Returns:
-        by name (model, data, and the sites for their SAEs); hub ids are left out. To a bucket
-        nothing is relative, so both are absolute.
+        by name (model, data, or data.0 and so on, and the sites for their SAEs); hub ids are left
+        out. To a bucket nothing is relative, so both are absolute.
     """
     names = [f"layer_{layer}.{kind}" for layer, kind in config.sites]
-    sources = {"model": config.model, "data": config.data}
+    data = [split_weight(source)[0] for source in config.data]
+    sources = {"model": config.model}
+    # Of a mixture each source has a place of its own.
+    sources |= {f"data.{i}": path for i, path in enumerate(data)} if data[1:] else {"data": data[0]}
     sources |= dict(zip(names, config.sae, strict=True))
     store = place_of(config.out).name
     return {
@@ -132,6 +135,12 @@ def _as_spelled_in(
                 spelled[part] = identity[part] | {"source": store.meta[part]["source"]}
         elif name == "data":
             spelled["data"] = identity["data"] | {"source": store.meta["data"]["source"]}
+        elif name.startswith("data."):
+            number = int(name.removeprefix("data."))
+            parts = list(spelled["data"]["sources"])
+            known_as = store.meta["data"]["sources"][number]["source"]
+            parts[number] = parts[number] | {"source": known_as}
+            spelled["data"] = spelled["data"] | {"sources": parts}
         elif name in store.sites:
             site = spelled["sites"][name]
             sae = site["sae"] | {"source": store.sites[name]["sae"]["source"]}

@@ -1,5 +1,6 @@
 """The store that fpo cache writes: opened to resume, repaired, or created with all token ids."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,11 @@ from rich.filesize import decimal
 
 from fpocli.caching.identity import check_same_settings
 from fpocli.config import CacheConfig
-from fpocli.data.layouts import read_pairs
+from fpocli.data.mixture import token_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.sources import Source
+from fpocli.store.digest import hash_of_sources
 from fpocli.store.distribution_rows import (
     LARGEST_BLOCK,
     Distributions,
@@ -37,7 +39,7 @@ def open_or_create(
     identity: dict[str, Any],
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
-    source: Source,
+    sources: list[Source],
     lock: OwnerLock,
 ) -> StoreWriter:
     """The store of this command: the one an earlier command began, or a new one with the token ids
@@ -50,7 +52,7 @@ def open_or_create(
     StoreWriter.require_replaceable(place)
     if place.exists() and not (config.overwrite or StoreWriter.unfinished(place)):
         if config.repair:
-            return _repair(config, place, identity, origin, tokenizer, source, lock)
+            return _repair(config, place, identity, origin, tokenizer, sources, lock)
         store = StoreWriter.open(place)
         check_same_settings(config, store, identity)
         lock.check()
@@ -59,7 +61,7 @@ def open_or_create(
         if done:
             say(f"resuming {place.name}: {done} of {store.blocks} blocks are scored")
         return store
-    pairs, tokens = _tokenise(config, tokenizer, source)
+    pairs, tokens = _tokenise(config, tokenizer, sources)
     about = identity | origin | {"pairs": pairs}
     _print_size(place, about, tokens)
     # Tokenising may take hours.
@@ -77,7 +79,7 @@ def _repair(
     identity: dict[str, Any],
     origin: dict[str, Any],
     tokenizer: PairTokenizer,
-    source: Source,
+    sources: list[Source],
     lock: OwnerLock,
 ) -> StoreWriter:
     """The store without its damaged blocks; metadata and token ids are written again."""
@@ -106,7 +108,7 @@ def _repair(
             return StoreWriter.open(place)
         kept = (*identity, *origin, "created", "allowed")
         about = {name: store.meta[name] for name in kept if name in store.meta}
-    pairs, tokens = _tokenise(config, tokenizer, source)
+    pairs, tokens = _tokenise(config, tokenizer, sources)
     lock.check()
     store = StoreWriter.rewrite_metadata(place, about | {"pairs": pairs}, tokens)
     for block, message in find_damage(store):
@@ -119,23 +121,25 @@ def _repair(
 
 
 def _tokenise(
-    config: CacheConfig, tokenizer: PairTokenizer, source: Source
+    config: CacheConfig, tokenizer: PairTokenizer, sources: list[Source]
 ) -> tuple[dict[str, Any], TokenPairs]:
     """How many rows were read, kept and dropped, and the token ids of the kept pairs."""
     dropped = tokenizer.dropped
     kept: list[TokenPair] = []
-    with progress("Tokenising pairs", config.limit) as bar:
-        for pair in tokenizer(read_pairs(source, dropped)):
-            # Arrays take a tenth of the memory of lists.
-            prompt, chosen, rejected = (
-                np.asarray(ids, np.uint32) for ids in (pair.prompt, pair.chosen, pair.rejected)
-            )
-            kept.append(TokenPair(prompt, chosen, rejected, pair.row))
+    with progress("Tokenising pairs", config.limit and config.limit * len(sources)) as bar:
+        for pair in token_pairs(sources, tokenizer, dropped):
+            kept.append(pair)
             bar.advance()
     if not kept:
         raise dropped.nothing_left()
     counts = {"read": dropped.read, "kept": len(kept), "dropped": dict(dropped.counts)}
-    return counts, TokenPairs.of(kept)
+    tokens = TokenPairs.of(kept)
+    if len(sources) == 1:
+        return counts, tokens
+    source = np.array([pair.source for pair in kept], np.uint16)
+    shares = np.bincount(source, minlength=len(sources)).tolist()
+    counts["sources"] = {"kept": shares, "hash": hash_of_sources(source)}
+    return counts, replace(tokens, source=source)
 
 
 def _print_size(place: Place, about: dict[str, Any], tokens: TokenPairs) -> None:

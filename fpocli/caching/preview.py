@@ -11,7 +11,7 @@ from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import Pair, TokenIds, TokenPair
-from fpocli.data.sources import source_of
+from fpocli.data.sources import sources_of
 from fpocli.display.terminal import show_preview
 from fpocli.system.console import data_console, progress
 from fpocli.system.model_folder import find_model
@@ -35,29 +35,26 @@ def preview(config: CacheConfig) -> dict[str, Any]:
         UserError: the data or the tokeniser cannot be used, or no pair is left.
     """
     limit = min(config.limit or _ROWS, _ROWS)
-    source = source_of(replace(config, limit=limit))
+    sources = sources_of(replace(config, limit=limit))
     folder = find_model(config.model, weights=False, trust_remote_code=config.trust_remote_code)
     dropped = DroppedRows(config.strict)
     tokenizer = PairTokenizer(
         folder, config.chat_template, config.max_length, config.max_prompt_length, dropped
     )
     layouts: Counter[str] = Counter()
-    places: dict[int, Pair] = {}
-
-    def noted(pairs: Iterable[Pair]) -> Iterator[Pair]:
-        for pair in pairs:
-            layouts[pair.layout] += 1
-            places[pair.row] = pair
-            yield pair
-
-    with progress("Tokenising pairs", limit) as bar:
-        kept = 0
-        first: list[TokenPair] = []
-        for tokens in tokenizer(noted(read_pairs(source, dropped))):
-            kept += 1
-            bar.advance()
-            if len(first) < _SHOWN:
-                first.append(tokens)
+    kept = 0
+    first: list[tuple[Pair, TokenPair]] = []
+    # Of a mixture, pairs of every source.
+    most = max(1, _SHOWN // len(sources))
+    with progress("Tokenising pairs", limit * len(sources)) as bar:
+        for source in sources:
+            places: dict[int, Pair] = {}
+            tokenised = tokenizer(_noted(read_pairs(source, dropped), layouts, places))
+            for number, tokens in enumerate(tokenised):
+                kept += 1
+                bar.advance()
+                if number < most:
+                    first.append((places[tokens.row], tokens))
     if not kept:
         raise dropped.nothing_left()
     end = tokenizer.end_of_turn
@@ -70,8 +67,8 @@ def preview(config: CacheConfig) -> dict[str, Any]:
         "pairs": [
             {
                 "row": tokens.row,
-                "place": places[tokens.row].place,
-                "layout": places[tokens.row].layout,
+                "place": pair.place,
+                "layout": pair.layout,
                 "parts": {
                     name: _part(tokenizer.tokenizer, ids, end, scored=name != "prompt")
                     for name, ids in (
@@ -81,11 +78,19 @@ def preview(config: CacheConfig) -> dict[str, Any]:
                     )
                 },
             }
-            for tokens in first
+            for pair, tokens in first
         ],
     }
     show_preview(shown, data_console())
     return shown
+
+
+def _noted(pairs: Iterable[Pair], layouts: Counter[str], places: dict[int, Pair]) -> Iterator[Pair]:
+    """The pairs; meanwhile their layouts are counted, and each is kept by its row."""
+    for pair in pairs:
+        layouts[pair.layout] += 1
+        places[pair.row] = pair
+        yield pair
 
 
 def _part(tokenizer: Any, ids: TokenIds, end: list[int], *, scored: bool) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from fpocli.store.records import FeatureTotals, ReferenceValues, TokenPairs
 from fpocli.system.bar import Bar
 from fpocli.system.errors import UserError
 
-NON_FINITE = "a log-probability or a feature of the pair in row"
+NON_FINITE = "a log-probability or a feature of the pair in"
 
 
 class ScoredBlock(NamedTuple):
@@ -33,14 +33,14 @@ class ScoredBlock(NamedTuple):
         reference: the values of its b pairs.
         totals: by site, the sums over its responses.
         top: the distributions at its M scored positions, pair by pair; None in a store without.
-        non_finite: rows of the data with the pairs whose values were non-finite, and are missing.
+        non_finite: where in the data the pairs are whose values were non-finite, and are missing.
         tokens: number of token ids of its pairs.
     """
 
     reference: ReferenceValues
     totals: dict[str, FeatureTotals]
     top: TopTokens[np.ndarray] | None
-    non_finite: list[int]
+    non_finite: list[str]
     tokens: int
 
 
@@ -85,7 +85,7 @@ def score_block(
     scored = [pair for pair in range(len(tokens)) if pair not in left_out]
     plan = plan_packing([lengths[pair] for pair in scored], packed_length)
     packed = [[scored[place] for place in places] for places in plan]
-    non_finite: list[int] = []
+    non_finite: list[str] = []
     for pairs in packed:
         batch = pack([tokens.pair(pair) for pair in pairs], length_multiple(device)).to(device)
         with torch.inference_mode():
@@ -99,18 +99,18 @@ def score_block(
             # A kernel may spread NaN to neighbours in the sequence, so each is scored by itself.
             packed += [[pair] for pair in wrong]
         elif wrong:
-            row = int(tokens.source_row[wrong[0]])
+            place = tokens.place(wrong[0])
             if not drop_non_finite:
                 raise UserError(
-                    f"{NON_FINITE} {row} is non-finite",
+                    f"{NON_FINITE} {place} is non-finite",
                     "try --dtype float32, or drop the pair with --drop-non-finite",
                 )
-            non_finite.append(row)
+            non_finite.append(place)
             bar.advance()
         values.logp[kept] = scores.logp[finite].cpu().numpy()
         for site, pooled in scores.pooled.items():
             pooled = pooled[finite]
-            _keep_features(pooled, values.features[site], kept, tokens.source_row)
+            _keep_features(pooled, values.features[site], kept, tokens)
             totals[site].value[:] += pooled.double().sum((0, 1)).cpu().numpy()
             totals[site].frequency[:] += (pooled > 0).sum(0).cpu().numpy()
         if top and scores.top and kept:
@@ -126,7 +126,7 @@ def score_block(
 
 
 def _keep_features(
-    pooled: torch.Tensor, into: TopFeatures, pairs: list[int], source_row: np.ndarray
+    pooled: torch.Tensor, into: TopFeatures, pairs: list[int], tokens: TokenPairs
 ) -> None:
     """The K largest of each response, and those that are stored for every one."""
     k = into.index.shape[-1]
@@ -137,10 +137,9 @@ def _keep_features(
         into.value[pairs] = value
         into.kept_value[pairs] = pooled[..., into.kept].cpu().numpy()
     if not (fits := np.isfinite(into.value[pairs]).all((1, 2))).all():
-        row = source_row[pairs[int(np.argmin(fits))]]
+        place = tokens.place(pairs[int(np.argmin(fits))])
         raise UserError(
-            f"a pooled feature of the pair in row {row} does not fit into float16: "
-            f"{value.max():.3g}",
+            f"a pooled feature of the pair in {place} does not fit into float16: {value.max():.3g}",
             "use --value-dtype float32",
         )
     into.nonzero[pairs] = (pooled > 0).sum(-1).cpu().numpy()

@@ -2,17 +2,17 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fpocli.comparison.steps import Step
-from fpocli.config import CacheConfig
+from fpocli.config import CacheConfig, DataSettings
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
-from fpocli.data.sources import Source, open_source
+from fpocli.data.sources import sources_of
 from fpocli.features.known_saes import default_saes
 from fpocli.features.site import Site
 from fpocli.model.network import count_parameters, read_config
@@ -121,46 +121,40 @@ def _distributions(config: CacheConfig, vocabulary: int, scored: int) -> dict[st
 
 def _count_pairs(config: CacheConfig, model: str) -> tuple[int, int, int]:
     """Pairs, tokens and scored tokens of the data, extrapolated from the first rows."""
-    source = (
-        config.data,
-        config.split,
-        config.config_name,
-        config.score_margin,
-        config.deduplicate,
-    )
-    limits = (config.max_length, config.max_prompt_length)
-    return _counted(source, config.limit, model, config.chat_template, limits)
+    settings = {field.name: getattr(config, field.name) for field in fields(DataSettings)}
+    return _counted(model, json.dumps(settings, sort_keys=True))
 
 
 @cache
-def _counted(
-    source: tuple[str, str | None, str | None, float, bool],
-    limit: int | None,
-    model: str,
-    template: str | None,
-    limits: tuple[int, int],
-) -> tuple[int, int, int]:
-    dropped = DroppedRows()
+def _counted(model: str, settings: str) -> tuple[int, int, int]:
+    """See `_count_pairs`; stores of a grid often differ in nothing that matters here."""
+    config = CacheConfig(model=model, **json.loads(settings))
     folder = find_model(model, weights=False)
-    tokenizer = PairTokenizer(folder, template, *limits, dropped)
-    data, split, name, margin, deduplicate = source
-
-    def opened(rows: int | None) -> Source:
-        return open_source(
-            data, split, rows, config_name=name, score_margin=margin, deduplicate=deduplicate
-        )
-
+    limits = (config.max_length, config.max_prompt_length)
+    counts, weights = [], []
     with progress("Counting tokens", None):
-        sizes = [
-            (len(pair.prompt), len(pair.chosen) + len(pair.rejected))
-            for pair in tokenizer(read_pairs(opened(min(limit or SAMPLE, SAMPLE)), dropped))
-        ]
-        rows = sum(1 for _ in opened(limit).rows())
-    if not sizes:
-        raise dropped.nothing_left()
-    scale = rows / max(dropped.read, 1)
-    prompts, responses = (scale * sum(part) for part in zip(*sizes, strict=True))
-    return round(scale * len(sizes)), round(prompts + responses), round(responses)
+        sample = sources_of(replace(config, limit=min(config.limit or SAMPLE, SAMPLE)))
+        for first, source in zip(sample, sources_of(config), strict=True):
+            dropped = DroppedRows()
+            tokenizer = PairTokenizer(folder, config.chat_template, *limits, dropped)
+            sizes = [
+                (1, len(pair.prompt), len(pair.chosen) + len(pair.rejected))
+                for pair in tokenizer(read_pairs(first, dropped))
+            ]
+            if not sizes:
+                raise dropped.nothing_left()
+            scale = sum(1 for _ in source.rows()) / dropped.read
+            counts.append([scale * sum(part) for part in zip(*sizes, strict=True)])
+            weights.append(source.weight)
+    # With weights, the source that has too few pairs for its share limits the others.
+    parts = [weight or 1.0 for weight in weights] if any(weights) else [one[0] for one in counts]
+    whole = min(one[0] / part for one, part in zip(counts, parts, strict=True))
+    shares = [whole * part / one[0] for one, part in zip(counts, parts, strict=True)]
+    pairs, prompts, responses = (
+        sum(share * count for share, count in zip(shares, column, strict=True))
+        for column in zip(*counts, strict=True)
+    )
+    return round(pairs), round(prompts + responses), round(responses)
 
 
 def _features(source: str) -> int:

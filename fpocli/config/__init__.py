@@ -4,7 +4,7 @@ The command line makes its flags from these fields and the Python API takes the 
 nothing is listed twice. A field's type is what the flag accepts.
 """
 
-from fpocli.config.cache import CacheConfig
+from fpocli.config.cache import CacheConfig, DataSettings
 from fpocli.config.checks import MAY_DIFFER
 from fpocli.config.compare import CompareConfig
 from fpocli.config.doctor import DoctorConfig
@@ -33,6 +33,7 @@ __all__ = [
     "CacheConfig",
     "CompareConfig",
     "ContrastConfig",
+    "DataSettings",
     "DiffConfig",
     "DoctorConfig",
     "EvalConfig",

@@ -56,27 +56,37 @@ class _Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
+class DataSettings:
     """The preference pairs and how they become tokens."""
 
     HEADING = "Data"
 
     data: Annotated[
-        str,
+        list[str],
         Option(
+            metavar="SOURCE[:WEIGHT]",
             help="Preference pairs: a hub id (OWNER/NAME, OWNER/NAME@REVISION), a JSONL, JSON, CSV "
             "or Parquet file, the first three also .gz or .zst, a folder of Parquet files, or a "
-            "saved data set. docs/data.md has the layouts of rows.",
+            "saved data set. docs/data.md has the layouts of rows. Repeat for a mixture, in "
+            "proportion to the weights if there are any. Default: UltraFeedback, binarised.",
         ),
-    ] = DEFAULT_DATA
+    ] = field(default_factory=lambda: [DEFAULT_DATA])
     split: Annotated[
-        str | None,
-        Option(help="Split of a data set. Default: train_prefs for UltraFeedback, else train."),
-    ] = None
+        list[str],
+        Option(
+            help="Split of a data set, once for all or once per --data. Default: train_prefs for "
+            "UltraFeedback, else train."
+        ),
+    ] = field(default_factory=list)
     config_name: Annotated[
-        str | None, Option(help="Configuration (subset) of a data set on the hub.")
-    ] = None
-    limit: Annotated[int | None, Option(min=1, help="Read only this many rows.")] = None
+        list[str],
+        Option(
+            help="Configuration (subset) of a data set on the hub, once for all or once per --data."
+        ),
+    ] = field(default_factory=list)
+    limit: Annotated[int | None, Option(min=1, help="Read only this many rows of each --data.")] = (
+        None
+    )
     score_margin: Annotated[
         float,
         Option(
@@ -219,7 +229,7 @@ class _Output:
 
 # A dataclass takes the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(_Output, _Hardware, _Stored, _Data, _Model):
+class CacheConfig(_Output, _Hardware, _Stored, DataSettings, _Model):
     """Run the frozen reference model and its SAE once and write the store that training reads.
 
     Run the same command again to resume. With several GPUs all are used; see --workers and --ray.
@@ -240,6 +250,16 @@ class CacheConfig(_Output, _Hardware, _Stored, _Data, _Model):
                 f"--site is used {len(self.site)} times for {len(self.layer)} layers",
                 "use --site once for all layers, or once for each",
             )
+        if not self.data:
+            raise UserError("--data has no value", "set one, or leave it out")
+        if repeated := [data for data in self.data if self.data.count(data) > 1]:
+            raise UserError(f"--data {repeated[0]} is named twice", "name each once, with a weight")
+        for flag, values in (("--split", self.split), ("--config-name", self.config_name)):
+            if len(values) not in (0, 1, len(self.data)):
+                raise UserError(
+                    f"{flag} is used {len(values)} times for {len(self.data)} data sets",
+                    f"use {flag} once for all, or once for each --data",
+                )
         if self.sae and len(self.sae) != len(self.layer):
             raise UserError(
                 f"--sae is used {len(self.sae)} times for {len(self.layer)} layers",

@@ -32,9 +32,8 @@ def check_values(config: Any) -> None:
                 raise UserError(f"{flag} {value} is unknown", f"use {', '.join(get_args(kind))}")
             continue
         if get_origin(kind) is list:
-            if not isinstance(value, (list, tuple)):
-                raise UserError(f"{flag} {value} is not a list", f"write {name}=[{value!r}]")
-            value = [_convert(command, flag, item, get_args(kind)[0]) for item in value]
+            items = value if isinstance(value, (list, tuple)) else [value]
+            value = [_convert(command, flag, item, get_args(kind)[0]) for item in items]
             if name == "allow" and (wrong := [item for item in value if item not in MAY_DIFFER]):
                 raise UserError(f"--allow {wrong[0]} is unknown", f"use {' or '.join(MAY_DIFFER)}")
         else:

@@ -65,15 +65,17 @@ class DroppedRows:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
 
 
-def list_non_finite(before: str, rows: list[int]) -> str:
+def list_non_finite(before: str, rows: list[int], sources: list[int]) -> str:
     """The list of dropped rows with those that have non-finite scores.
 
     Args:
         before: the list, as `DroppedRows.listed` or this function made it.
         rows: their numbers in the source.
+        sources: which source of a mixture each is in; empty without one.
     """
     lines = [line for line in before.splitlines() if f'"reason": "{_NON_FINITE}"' not in line]
-    for row in rows[:_LISTED]:
-        about = {"row": row, "place": f"row {row}", "reason": _NON_FINITE, "detail": ""}
+    places = [f"row {row} of source {source}" for row, source in zip(rows, sources, strict=False)]
+    for row, place in list(zip(rows, places or map("row {}".format, rows), strict=True))[:_LISTED]:
+        about = {"row": row, "place": place, "reason": _NON_FINITE, "detail": ""}
         lines.append(json.dumps(about))
     return "".join(line + "\n" for line in lines)

@@ -26,9 +26,17 @@ _TURN = re.compile(r"\n\n(Human|Assistant): ?")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
-def read_pairs(source: Source, dropped: DroppedRows) -> Generator[Pair]:
-    """The pairs of a source, in order; rows that cannot be used go to `dropped`."""
-    known: set[bytes] = set()
+def read_pairs(
+    source: Source, dropped: DroppedRows, known: set[bytes] | None = None
+) -> Generator[Pair]:
+    """The pairs of a source, in order; rows that cannot be used go to `dropped`.
+
+    Args:
+        source: of the rows.
+        dropped: where those that cannot be used are counted.
+        known: hashes of the pairs of other sources; those of this one are added.
+    """
+    known = set() if known is None else known
     with closing(source.rows()) as rows:
         for number, (place, row) in enumerate(rows):
             dropped.read += 1
@@ -62,16 +70,17 @@ def _require_new(pair: Pair, known: set[bytes]) -> None:
     known.add(digest)
 
 
-def require_a_pair(source: Source, strict: bool) -> None:
-    """Read a source up to its first pair, before anything expensive is done for it.
+def require_a_pair(sources: list[Source], strict: bool) -> None:
+    """Read each source up to its first pair, before anything expensive is done for it.
 
     Raises:
-        UserError: no row is a pair; or, with `strict`, an earlier row is not one.
+        UserError: no row of one is a pair; or, with `strict`, an earlier row is not one.
     """
-    dropped = DroppedRows(strict)
-    with closing(read_pairs(source, dropped)) as pairs:
-        if next(pairs, None) is None:
-            raise dropped.nothing_left()
+    for source in sources:
+        dropped = DroppedRows(strict)
+        with closing(read_pairs(source, dropped)) as pairs:
+            if next(pairs, None) is None:
+                raise dropped.nothing_left()
 
 
 def parse_row(row: Any, number: int, place: str, score_margin: float = 0.0) -> Pair:

@@ -56,12 +56,14 @@ class TokenPair:
     Args:
         prompt, chosen, rejected: token ids.
         row: the pair's row in the source, or -1.
+        source: which one of a mixture, from 0.
     """
 
     prompt: TokenIds
     chosen: TokenIds
     rejected: TokenIds
     row: int = -1
+    source: int = 0
 
     def __len__(self) -> int:
         """Tokens of the pair, the prompt once."""

@@ -1,20 +1,23 @@
 """Where preference data come from: files, saved data sets and the hub -> raw rows."""
 
 import hashlib
+import re
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fpocli.config import DEFAULT_DATA, CacheConfig
+from fpocli.config import DEFAULT_DATA, DataSettings
 from fpocli.data.files import KINDS, file_rows, kind_of
 from fpocli.system.errors import UserError
 from fpocli.system.files import sha256_of
 from fpocli.system.hub import hub_errors
 from fpocli.system.json_yaml import is_file_name, read_json
+
+_WEIGHT = re.compile(r"\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Source:
         identity: what the store records of it.
         score_margin: of scored answers, by how much the best must exceed the worst.
         deduplicate: whether of equal pairs only the first is used.
+        weight: in a mixture, or None.
     """
 
     open_rows: Callable[[], Generator[tuple[str, Any]]]
     identity: dict[str, Any]
     score_margin: float = 0.0
     deduplicate: bool = False
+    weight: float | None = None
 
     def rows(self) -> Generator[tuple[str, Any]]:
         """Its rows from the first one on, up to the limit. Each has its place, such as
@@ -108,16 +113,52 @@ def open_source(
     return Source(open_rows, identity, score_margin, deduplicate)
 
 
-def source_of(config: CacheConfig) -> Source:
-    """The data that settings name; raises as `open_source`."""
-    return open_source(
-        config.data,
-        config.split,
-        config.limit,
-        config_name=config.config_name,
-        score_margin=config.score_margin,
-        deduplicate=config.deduplicate,
-    )
+def sources_of(config: DataSettings) -> list[Source]:
+    """The data that settings name, one source for each --data; raises as `open_source`."""
+    count = len(config.data)
+
+    def each(values: list[Any]) -> list[Any]:
+        return values * count if len(values) == 1 else values or [None] * count
+
+    splits, names = each(config.split), each(config.config_name)
+    opened = []
+    for data, split, name in zip(config.data, splits, names, strict=True):
+        path, weight = split_weight(data)
+        source = open_source(
+            path,
+            split,
+            config.limit,
+            config_name=name,
+            score_margin=config.score_margin,
+            deduplicate=config.deduplicate,
+        )
+        opened.append(replace(source, weight=weight))
+    return opened
+
+
+def identity_of(sources: list[Source]) -> dict[str, Any]:
+    """What a store records of its data: of one source its identity, of several all of theirs."""
+    if len(sources) == 1:
+        return sources[0].identity
+    parts = [
+        source.identity | ({"weight": source.weight} if source.weight else {}) for source in sources
+    ]
+    sums = "".join(f"{part['fingerprint']} {part.get('weight')}\n" for part in parts)
+    return {
+        "source": f"a mixture of {len(sources)} sources",
+        "split": None,
+        "revision": None,
+        "fingerprint": hashlib.sha256(sums.encode()).hexdigest(),
+        "sources": parts,
+    }
+
+
+def split_weight(data: str) -> tuple[str, float | None]:
+    """SOURCE and weight of SOURCE:WEIGHT, or of SOURCE alone."""
+    path, _, weight = data.rpartition(":")
+    if not _WEIGHT.fullmatch(weight) or not path or Path(data).exists():
+        return data, None
+    return path, float(weight)
 
 
 def _parquet_folder(path: Path, split: str | None) -> tuple[list[Path], str | None]:

@@ -22,6 +22,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ("", f"{model['dtype']}, {model['attention']} attention, weights {model['hash'][:12]}"),
         *((" ", f"some blocks in {' and '.join(how)}") for how in shown["allowed"].values()),
         ("data", f"{data['source']}{_at(data['revision'])} {data['split'] or ''}"),
+        *((" ", _source(number, source)) for number, source in enumerate(shown["sources"])),
         ("template", f"{tokenizer['chat_template']['name']}"),
         ("limits", _join(limits)),
         ("pairs", f"{pairs['kept']:,} kept of {pairs['read']:,} read"),
@@ -113,7 +114,8 @@ def _show_features(site: str, about: dict[str, Any], out: Console) -> None:
 
 def show_pair(shown: dict[str, Any], out: Console) -> None:
     """Print the result of report.inspect.describe_pair."""
-    out.print(f"Pair {shown['pair']} (row {shown['source_row']} of the data)")
+    of = f"source {shown['source']}" if "source" in shown else "the data"
+    out.print(f"Pair {shown['pair']} (row {shown['source_row']} of {of})")
     for name, text in shown["text"].items():
         out.print(f"\n── {name}, {shown['tokens'][name]} tokens " + "─" * 40)
         out.print(text)
@@ -135,6 +137,18 @@ def show_pair(shown: dict[str, Any], out: Console) -> None:
 
 
 _PART_STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+
+
+def _source(number: int, source: dict[str, Any]) -> str:
+    """A source of a mixture, on one line."""
+    margin = source["margin"]
+    mean = "" if margin is None else f", mean margin {margin:.4f}"
+    weight = f", weight {source['weight']:g}" if "weight" in source else ""
+    split = f" {source['split']}" if source["split"] else ""
+    return (
+        f"{number}: {source['source']}{_at(source['revision'])}{split}{weight}: "
+        f"{source['pairs']:,} pairs, {source['share']:.1%}{mean}"
+    )
 
 
 def show_preview(shown: dict[str, Any], out: Console) -> None:

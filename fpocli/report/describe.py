@@ -36,6 +36,7 @@ def describe(store: Store) -> dict[str, Any]:
         **{name: store.meta[name] for name in ("model", "tokenizer", "data", "limits", "sites")},
         "allowed": store.meta.get("allowed", {}),
         "pairs": store.meta["pairs"],
+        "sources": _sources(store, done),
         "lengths": {
             name: _spread(lengths[:, column])
             for column, name in enumerate(("prompt", "chosen", "rejected"))
@@ -51,6 +52,26 @@ def describe(store: Store) -> dict[str, Any]:
             for name, (raw, stored) in store.sizes().items()
         },
     }
+
+
+def _sources(store: Store, done: np.ndarray) -> list[dict[str, Any]]:
+    """Of a mixture each source with its pairs and their mean margin; [] without one."""
+    if not store.is_mixture:
+        return []
+    numbers, margins = store.sources(), store.read_array("ref/margin")
+    shown = []
+    for number, about in enumerate(store.meta["data"]["sources"]):
+        own = numbers == number
+        found = margins[own & done]
+        shown.append(
+            about
+            | {
+                "pairs": int(own.sum()),
+                "share": float(own.mean()),
+                "margin": float(found.mean()) if len(found) else None,
+            }
+        )
+    return shown
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -135,6 +156,7 @@ def describe_pair(store: Store, pair: int, tokenizer: Any) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "pair": pair,
         "source_row": ids.row,
+        **({"source": ids.source} if store.is_mixture else {}),
         "tokens": {name: len(run) for name, run in runs.items()},
         "text": {name: tokenizer.decode(list(run)) for name, run in runs.items()},
     }

@@ -17,6 +17,8 @@ from fpocli.store.place import Place
 from fpocli.store.schema import array_bytes, kept_features
 from fpocli.system.errors import UserError
 
+# What is known before a block is scored.
+_OF_TOKENS = ("tokens", "spans", "source_row", "source")
 # What zarr raises for a damaged chunk.
 BROKEN = (
     ArithmeticError, ValueError, RuntimeError, OSError, LookupError, TypeError, MemoryError,
@@ -59,6 +61,11 @@ class ArrayReader:
     def has_kept(self) -> bool:
         """Whether some site has features that are stored for every response."""
         return any(map(kept_features, self.sites.values()))
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the pairs are from several sources."""
+        return "sources" in self.meta["pairs"]
 
     @property
     def blocks(self) -> int:
@@ -108,7 +115,7 @@ class ArrayReader:
     def read_array(self, name: str) -> np.ndarray:
         """A whole array, such as spans or ref/margin; blocks not scored yet hold the fill value."""
         values = self._read(name, slice(None))
-        if self.meta["state"] == "complete" or name in ("tokens", "spans", "source_row"):
+        if self.meta["state"] == "complete" or name in _OF_TOKENS:
             for file in _perhaps_missing(self._array(name), 0, values):
                 self._require_file(name, file, file if name != "tokens" else None)
         return values

@@ -41,6 +41,11 @@ def digest_of_distributions(fingerprint: str, pair: int, top: TopTokens[np.ndarr
     return _digest([name, np.array(pair, np.int64), *stored])
 
 
+def hash_of_sources(source: np.ndarray) -> str:
+    """sha256 over the sources of all pairs of a mixture, uint16 [N]."""
+    return hashlib.sha256(source.astype("<u2").tobytes()).hexdigest()
+
+
 def _digest(arrays: list[np.ndarray]) -> np.uint64:
     digest = hashlib.sha256()
     for array in arrays:

@@ -13,7 +13,13 @@ import numpy as np
 from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.array_reader import BROKEN
-from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
+from fpocli.store.attributes import wrong_attribute
+from fpocli.store.digest import (
+    digest_of_block,
+    digest_of_kept,
+    digest_of_totals,
+    hash_of_sources,
+)
 from fpocli.store.distribution_reader import DistributionReader
 from fpocli.store.metadata import (
     DOCUMENT,
@@ -31,7 +37,6 @@ from fpocli.store.schema import (
     ArraySchema,
     array_schema,
     kept_features,
-    wrong_attribute,
 )
 from fpocli.system.errors import UserError
 
@@ -144,12 +149,27 @@ class Store(DistributionReader):
     def tokens(self, block: int) -> TokenPairs:
         """The token ids of a block's pairs."""
         rows = self.pairs_in(block)
-        spans, source_row = self._read_together({"spans": rows, "source_row": rows}, block).values()
+        names = ["spans", "source_row", *(["source"] if self.is_mixture else [])]
+        read = self._read_together(dict.fromkeys(names, rows), block)
+        spans = read["spans"]
         begin, end = int(spans[0, 0]), int(spans[-1, 3])
         if not (begin >= 0 and end <= self.meta["tokens"] and (np.diff(spans) > 0).all()):
             raise self._damaged("spans", block, "they do not describe token ids")
         ids = self._read("tokens", slice(begin, end), block)
-        return TokenPairs(ids, spans - begin, source_row)
+        return TokenPairs(ids, spans - begin, read["source_row"], read.get("source"))
+
+    def sources(self) -> np.ndarray:
+        """Which source of the mixture each pair is from: uint16 [N]; zeros without a mixture.
+
+        Raises:
+            UserError: the array does not match its hash.
+        """
+        if not self.is_mixture:
+            return np.zeros(self.pairs, np.uint16)
+        values = self.read_array("source")
+        if hash_of_sources(values) != self.meta["pairs"]["sources"]["hash"]:
+            raise self._damaged("source", None, "it does not match its hash")
+        return values
 
     def neuronpedia(self, site: str) -> str | None:
         """The id of a site's SAE at Neuronpedia, such as gemma-2-2b/25-gemmascope-res-16k; None if

@@ -49,15 +49,17 @@ class TokenPairs:
         ids: uint32, pair after pair: prompt, chosen, rejected.
         spans: int64 [b, 4], start of prompt, of chosen, of rejected and end, as offsets into ids.
         source_row: int64 [b].
+        source: uint16 [b], which source of a mixture; None without one.
     """
 
     ids: np.ndarray
     spans: np.ndarray
     source_row: np.ndarray
+    source: np.ndarray | None = None
 
     @classmethod
     def of(cls, pairs: Sequence[TokenPair]) -> Self:
-        """The token ids of pairs, in order."""
+        """The token ids of pairs, in order, as of one source."""
         runs = [run for pair in pairs for run in (pair.prompt, pair.chosen, pair.rejected)]
         ends = np.cumsum([len(run) for run in runs]).reshape(-1, 3)
         starts = np.concatenate([[0], ends[:-1, 2]])
@@ -74,7 +76,13 @@ class TokenPairs:
         """The token ids of one of the b pairs."""
         a, b, c, d = self.spans[number].tolist()
         ids = self.ids
-        return TokenPair(ids[a:b], ids[b:c], ids[c:d], int(self.source_row[number]))
+        source = 0 if self.source is None else int(self.source[number])
+        return TokenPair(ids[a:b], ids[b:c], ids[c:d], int(self.source_row[number]), source)
+
+    def place(self, number: int) -> str:
+        """Where a pair is in the data, such as "row 12", or "row 12 of source 0"."""
+        of = "" if self.source is None else f" of source {self.source[number]}"
+        return f"row {self.source_row[number]}{of}"
 
     @property
     def counts(self) -> np.ndarray:

@@ -32,6 +32,8 @@ def find_damage(store: Store) -> list[Damage]:
             found.append(Damage(block, str(error)))
             return None
 
+    if store.is_mixture:
+        check(None, store.sources)
     complete = store.meta["state"] == "complete"
     with progress("Verifying", store.blocks) as bar:
         for block in range(store.blocks):

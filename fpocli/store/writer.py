@@ -82,6 +82,8 @@ class StoreWriter(Store):
         store._array("tokens")[:] = tokens.ids
         store._array("spans")[:] = tokens.spans
         store._array("source_row")[:] = tokens.source_row
+        if tokens.source is not None:
+            store._array("source")[:] = tokens.source
         if distributions:
             store._array("ref/top/rows")[:] = places
         meta["documents"] = document_sums(place)

@@ -62,6 +62,8 @@ def differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -
     found = []
     for name in there.keys() | here.keys():
         one, other = there.get(name), here.get(name)
+        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            one, other = ({str(i): v for i, v in enumerate(part)} for part in (one, other))
         if isinstance(one, dict) and isinstance(other, dict):
             found.append(differences(one, other, f"{prefix}{name}."))
         elif one != other:

@@ -576,7 +576,7 @@ def test_a_broken_table_is_reported_with_its_place(tmp_path, text, reason):
     path = tmp_path / "data.csv"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError) as caught:
-        require_a_pair(open_source(str(path), None, None), strict=True)
+        require_a_pair([open_source(str(path), None, None)], strict=True)
         read(path)
     assert reason in caught.value.message
 
@@ -625,7 +625,7 @@ def test_data_of_another_layout_name_the_first_row_and_the_nearest_layout(tmp_pa
     row, found, nearest = OTHER_LAYOUTS[layout]
     path = write_jsonl(tmp_path / "data", [row] * 3)
     with pytest.raises(UserError) as caught:
-        require_a_pair(open_source(str(path), None, None), strict)
+        require_a_pair([open_source(str(path), None, None)], strict)
     # The file begins with a blank line.
     assert f"{path}, line 2: " in caught.value.message
     assert found in caught.value.message
@@ -635,9 +635,9 @@ def test_data_of_another_layout_name_the_first_row_and_the_nearest_layout(tmp_pa
 
 def test_one_pair_among_other_rows_is_enough(tmp_path):
     path = write_jsonl(tmp_path / "data", [{"messages": []}, *texts("a")])
-    require_a_pair(open_source(str(path), None, None), False)
+    require_a_pair([open_source(str(path), None, None)], False)
     with pytest.raises(UserError, match="line 2: missing field, chosen"):
-        require_a_pair(open_source(str(path), None, None), True)
+        require_a_pair([open_source(str(path), None, None)], True)
 
 
 def test_empty_tool_fields_are_ignored(tmp_path):

@@ -21,14 +21,15 @@ from fpocli.store.schema import VERSION  # noqa: E402
 
 
 def main() -> None:
-    """Cache seven pairs in three blocks at two sites, two features of one site for every response,
-    and write every value next to the store."""
+    """Cache seven pairs of two sources in three blocks at two sites, two features of one site for
+    every response, and write every value next to the store."""
     import os
 
     os.chdir(tempfile.mkdtemp())
     tiny.model_folder(Path("model"))
     tiny.sae_folder(Path("sae"))
-    write_pairs(Path("pairs.jsonl"), 7)
+    write_pairs(Path("pairs.jsonl"), 5)
+    write_pairs(Path("more.jsonl"), 4, seed=1)
     Path("keep.yaml").write_text("layer_3.resid_post: {groups: {two: [1, 95]}}")
     path = HERE / f"ref-{VERSION}.zarr"
     cache(
@@ -36,7 +37,7 @@ def main() -> None:
             model="model",
             layer=[1, 3],
             sae=["sae", "sae"],
-            data="pairs.jsonl",
+            data=["pairs.jsonl:2.5", "more.jsonl"],
             dtype="float32",
             device="cpu",
             block=3,

@@ -53,7 +53,7 @@ def test_layout_is_the_documented_one(store_path):
     assert arrays["spans"][-1, 3] == tokens
     about = zarr.open_group(store_path, mode="r").attrs["fpo"]
     assert about["format"] == "fpo-store"
-    assert (about["version"], about["state"]) == ("1.2", "complete")
+    assert (about["version"], about["state"]) == ("1.3", "complete")
     assert set(about) == {
         *("format", "version", "state", "created", "writer", "pairs", "data", "tokenizer"),
         *("limits", "model", "sites", "block", "tokens", "fingerprint", "documents", "checksum"),
@@ -298,7 +298,7 @@ def test_missing_values_are_not_valid_numbers(tmp_path):
 # -- golden --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.2", "1.3"])
 def test_the_golden_store_reads_as_it_did(version):
     """Written by that version and committed; every later version must read it bit for bit."""
     path = GOLDEN / f"ref-{version}.zarr"

@@ -1,0 +1,66 @@
+"""Several sources as one: which pair comes from which, in an order that is the same every time."""
+
+import heapq
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from fpocli.data.dropped import DroppedRows
+from fpocli.data.layouts import read_pairs
+from fpocli.data.pair_tokenizer import PairTokenizer
+from fpocli.data.pairs import TokenPair
+from fpocli.data.sources import Source
+
+
+def token_pairs(
+    sources: list[Source], tokenizer: PairTokenizer, dropped: DroppedRows
+) -> Iterator[TokenPair]:
+    """The pairs of all sources that can be scored; rows that cannot be used go to `dropped`.
+
+    If a source has a weight, the pairs up to any point are in proportion to the weights, as nearly
+    as whole pairs can be, and the first source without a next pair is the end. Otherwise all pairs
+    are used, and those of each source are spread evenly over the whole.
+    """
+    known: set[bytes] = set()
+
+    def stream(number: int, source: Source) -> Iterator[TokenPair]:
+        for pair in tokenizer(read_pairs(source, dropped, known)):
+            # Arrays take a tenth of the memory of lists.
+            prompt, chosen, rejected = (
+                np.asarray(ids, np.uint32) for ids in (pair.prompt, pair.chosen, pair.rejected)
+            )
+            yield TokenPair(prompt, chosen, rejected, pair.row, number)
+
+    streams = [stream(number, source) for number, source in enumerate(sources)]
+    if len(streams) == 1:
+        yield from streams[0]
+    elif any(source.weight for source in sources):
+        weights = [source.weight or 1.0 for source in sources]
+        # The exact ratio of two integers; so no rounding decides an order.
+        ratios = [weight.as_integer_ratio() for weight in weights]
+        below = math.lcm(*(ratio[1] for ratio in ratios))
+        yield from mixed(streams, [above * below // under for above, under in ratios])
+    else:
+        read = [list(one) for one in streams]
+        there = [one for one in read if one]
+        yield from mixed(there, [len(one) for one in there])
+
+
+def mixed(streams: Sequence[Iterable[TokenPair]], weights: list[int]) -> Iterator[TokenPair]:
+    """The pairs of several streams in proportion to their weights, up to the first end of one.
+
+    The i-th pair of a stream of weight w has the place (i - 1/2) / w; of equal places the earlier
+    stream's comes first (Webster's method of apportionment).
+    """
+    whole = math.lcm(*weights)
+    steps = [2 * whole // weight for weight in weights]
+    iterators = [iter(stream) for stream in streams]
+    places = [(step // 2, number) for number, step in enumerate(steps)]
+    heapq.heapify(places)
+    while places:
+        place, number = places[0]
+        if (pair := next(iterators[number], None)) is None:
+            return
+        yield pair
+        heapq.heapreplace(places, (place + steps[number], number))
