@@ -28,6 +28,7 @@ _CALLS = ("function_call", "tool_call")
 _QUESTIONS = ("prompt", "instruction", "question", "input")
 _ANSWERS, _RATINGS = ("generations", "responses"), ("ratings", "rating", "scores")
 _SCORES = ("overall_score", "fine-grained_score", "score", "rating")
+_MEDIA = ("images", "videos", "audios")
 _TEXTS = ("response", "text", "content")
 
 
@@ -42,8 +43,11 @@ def convert(row: dict[str, Any], score_margin: float) -> tuple[dict[str, Any], s
     Raises:
         BadRow: it is of a layout that holds no pair, or its scores give none.
     """
-    if {"completion", "label"} <= row.keys() and "chosen" not in row:
-        raise BadRow("one answer", "a completion and a label, as for KTO; a pair has two answers")
+    is_kto = {"completion", "label"} <= row.keys() or "kto_tag" in row
+    if is_kto and "chosen" not in row:
+        raise BadRow("one answer", "an answer and a label, as for KTO; a pair has two answers")
+    if media := [name for name in _MEDIA if row.get(name)]:
+        raise BadRow("media", f"a column {media[0]}")
     made, layout = dict(row), "Alpaca" if "instruction" in row and "prompt" not in row else ""
     if "chosen" not in row and "rejected" not in row:
         made |= _two_answers(row, score_margin)

@@ -601,6 +601,16 @@ def test_a_file_of_another_kind_is_refused(tmp_path, name):
 OTHER_LAYOUTS = {
     "Alpaca": ({"instruction": "q", "input": "", "output": "a"}, "output: text", "Alpaca"),
     "KTO": ({"prompt": "q", "completion": "a", "label": True}, "as for KTO", ""),
+    "KTO of LLaMA-Factory": (
+        {"instruction": "q", "input": "", "output": "a", "kto_tag": True},
+        "as for KTO",
+        "",
+    ),
+    "pictures": (
+        {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["1.jpg"]},
+        "column images",
+        "",
+    ),
     "one conversation": (
         {"messages": [{"role": "user", "content": "q"}]},
         "messages: list of object with role, content",
