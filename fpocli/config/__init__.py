@@ -20,7 +20,7 @@ from fpocli.config.inspect import InspectConfig
 from fpocli.config.methods import METHODS, override
 from fpocli.config.report import ReportConfig
 from fpocli.config.saes import SaesConfig
-from fpocli.config.shared import DEFAULT_DATA, JUDGES, LOGITS
+from fpocli.config.shared import DEFAULT_DATA, JUDGES, LOGITS, PAIR_COLUMNS
 from fpocli.config.train import PRESETS, TrainConfig
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "LOGITS",
     "MAY_DIFFER",
     "METHODS",
+    "PAIR_COLUMNS",
     "PRESETS",
     "CacheConfig",
     "CompareConfig",

@@ -7,6 +7,13 @@ DEFAULT_DATA = "HuggingFaceH4/ultrafeedback_binarized"
 # The value of fpo train --feature-weights that names no file.
 LOGITS = "logits"
 
+# What fpo train --where may compare: the reference's margin, in nats per token, and summed
+# log-probabilities; lengths in tokens; the row in the source, and which source of a mixture.
+PAIR_COLUMNS = (
+    "margin", "chosen_logp", "rejected_logp",
+    "prompt_tokens", "chosen_tokens", "rejected_tokens", "row", "source",
+)  # fmt: skip
+
 # The judges whose questions are known by name -> repository on the hub, its type, and the file.
 # Arena-Hard's first version, of 500 questions, is the paper's.
 JUDGES = {

@@ -8,7 +8,7 @@ from typer import Option
 from fpocli.config.checks import check_values
 from fpocli.config.objective import Objective
 from fpocli.config.optimization import Hardware, Optimization
-from fpocli.config.shared import TRUST_REMOTE_CODE
+from fpocli.config.shared import PAIR_COLUMNS, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -19,6 +19,14 @@ class _Start:
     HEADING = "Data and models"
 
     cache: Annotated[str, Option(help="The store that fpo cache wrote: a folder or a URL.")]
+    where: Annotated[
+        str | None,
+        Option(
+            metavar="CONDITION",
+            help="Train only on pairs of which this holds, such as 'margin > -1 and chosen_tokens "
+            f"< 800'. It compares {', '.join(PAIR_COLUMNS)}. Held-out pairs stay the same.",
+        ),
+    ] = None
     model: Annotated[
         str | None,
         Option(help="Start from other weights with the same tokeniser. Default: the reference."),
@@ -111,6 +119,11 @@ class TrainConfig(_Output, _Evaluation, Hardware, Optimization, Objective, _Star
     def __post_init__(self) -> None:
         check_values(self)
         self.check_objective()
+        if self.where is not None:
+            # It imports numpy, which a config does not need otherwise.
+            from fpocli.system.conditions import Condition
+
+            Condition(self.where, PAIR_COLUMNS, "--where")
         if (self.measure_kl or self.eval_every) and not self.eval_fraction:
             raise UserError(
                 "--measure-kl and --eval-every need held-out pairs, and none are held out",

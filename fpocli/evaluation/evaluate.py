@@ -30,6 +30,7 @@ from fpocli.system.model_folder import ModelFolder, find_model
 from fpocli.system.ranks import Ranks, connected_ranks
 from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import read_run, recorded_weights
+from fpocli.training.where import pairs_where
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
         seed=0,
         rank=ranks.rank,
         world=ranks.world,
+        where=pairs_where(store, trained.where) if trained else None,
         sites=[str(site) for site in sites],
     )
     split = config.split or ("eval" if loader.held_out_pairs else "all")

@@ -7,14 +7,11 @@ Blocks are read whole and only a few are in memory, so memory does not grow with
 Shapes: P pairs of a packed sequence.
 """
 
-import time
-from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -24,43 +21,12 @@ from fpocli.model.packing import pack, plan_packing
 from fpocli.store.reader import Store
 from fpocli.store.records import ReferenceValues, TokenPairs
 from fpocli.training.micro_batch import MicroBatch, reference_tensors, top_tensors
+from fpocli.training.prefetched import Prefetched
 
 # Blocks whose pairs are shuffled together; while they are used, threads read the next as many.
 _WINDOW = 4
-# Steps that are prepared while one is used: some take longer, such as the first of a window.
-_AHEAD = 4
 # Which pairs are held out depends on the store and the fraction, not on the training seed.
 _HELD_OUT_SEED = 0
-T = TypeVar("T")
-
-
-@dataclass
-class Prefetched(Generic[T]):
-    """Iterates over items that a thread prepares a few ahead.
-
-    Args:
-        items: prepared in the thread.
-        waited: seconds spent waiting for the thread so far.
-    """
-
-    items: Iterable[T]
-    waited: float = field(default=0.0, init=False)
-
-    def __iter__(self) -> Iterator[T]:
-        items = iter(self.items)
-        thread = ThreadPoolExecutor(1)
-        try:
-            coming = deque(thread.submit(next, items, None) for _ in range(_AHEAD))
-            while True:
-                began = time.perf_counter()
-                item = coming.popleft().result()
-                self.waited += time.perf_counter() - began
-                if item is None:
-                    return
-                coming.append(thread.submit(next, items, None))
-                yield item
-        finally:
-            thread.shutdown(cancel_futures=True)
 
 
 _Block = tuple[TokenPairs, ReferenceValues]
@@ -78,6 +44,7 @@ class PairLoader:
         rank: of this process.
         world: number of processes.
         sites: whose features are loaded; None for all.
+        where: bool [N], the pairs to train on; None for all. The same pairs are held out.
     """
 
     def __init__(
@@ -91,6 +58,7 @@ class PairLoader:
         rank: int,
         world: int,
         sites: Collection[str] | None = None,
+        where: np.ndarray | None = None,
     ) -> None:
         self.store = store
         self._sites = store.sites.keys() if sites is None else sites
@@ -99,7 +67,8 @@ class PairLoader:
         self._not_finite = np.array(store.non_finite, np.int64)
         share = round(eval_fraction * store.scored)
         self.held_out_pairs = max(1, share) if eval_fraction > 0 else 0
-        self.training_pairs = store.scored - self.held_out_pairs
+        self._where = where
+        self.training_pairs = sum(map(self._training_count, range(store.blocks)))
         self.steps_per_epoch = -(-self.training_pairs // batch_size)
         self._threads = ThreadPoolExecutor(_WINDOW)
         self._block = lru_cache(maxsize=2 * _WINDOW)(self._begin_block)
@@ -178,14 +147,26 @@ class PairLoader:
 
     def _split(self, block: int, split: str) -> np.ndarray:
         """The pairs of a block in a split, sorted."""
-        pairs, held_out = self._scored(block), self.held_out(block)
-        return {"eval": held_out, "train": np.setdiff1d(pairs, held_out), "all": pairs}[split]
+        pairs = self._scored(block)
+        if split == "all":
+            return pairs
+        held_out = self.held_out(block)
+        if split == "eval":
+            return held_out
+        training = np.setdiff1d(pairs, held_out)
+        return training if self._where is None else training[self._where[training]]
 
     def held_out(self, block: int) -> np.ndarray:
         """The held-out pairs of a block, sorted."""
         pairs = self._scored(block)
         order = np.random.default_rng([_HELD_OUT_SEED, block]).permutation(len(pairs))
         return pairs[np.sort(order[: self._held_out_count(block)])]
+
+    def _training_count(self, block: int) -> int:
+        if self._where is not None:
+            return len(self._split(block, "train"))
+        first, last = self._scored_up_to(block)
+        return last - first - self._held_out_count(block)
 
     def _held_out_count(self, block: int) -> int:
         first, last = (
@@ -234,11 +215,7 @@ class PairLoader:
         """The blocks in random order, and the number of training pairs up to the end of each
         window of blocks."""
         blocks = np.random.default_rng([self.seed, epoch]).permutation(self.store.blocks)
-        counts = [
-            last - first - self._held_out_count(block)
-            for block in blocks.tolist()
-            for first, last in [self._scored_up_to(block)]
-        ]
+        counts = [self._training_count(block) for block in blocks.tolist()]
         ends = np.add.reduceat(counts, np.arange(0, len(blocks), _WINDOW)).cumsum()
         return blocks, ends
 

@@ -54,6 +54,7 @@ from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import RunFolder, locked_run_folder
 from fpocli.training.schedule import learning_rate, warmup_steps
+from fpocli.training.where import pairs_where
 
 
 def train(settings: TrainConfig) -> Path:
@@ -98,10 +99,13 @@ def _train(
         rank=Ranks.connected().rank,
         world=world,
         sites=[str(site) for site in sites],
+        where=pairs_where(store, settings.where),
     )
     steps = settings.epochs * loader.steps_per_epoch
     if not steps:
-        raise UserError("no pairs are left for training", "use a smaller --eval-fraction")
+        raise UserError(
+            "no pairs are left for training", "use a smaller --eval-fraction, or another --where"
+        )
     dtype = "bfloat16" if settings.bf16 else "float32"
     check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
