@@ -1,9 +1,13 @@
 """Every test runs offline, on one thread, and writes only to its own temporary folder."""
 
 import os
+import shutil
+import tempfile
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 os.environ["OMP_NUM_THREADS"] = "1"
+# Where datasets keeps what it made.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
 from pathlib import Path
 
@@ -17,6 +21,12 @@ torch.set_num_threads(1)
 # No test measures time, so a slow example is no failure.
 settings.register_profile("fpo", deadline=None)
 settings.load_profile("fpo")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_traces():
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture(scope="session")

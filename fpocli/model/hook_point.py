@@ -1,6 +1,7 @@
-"""Hook points: the module whose output is the hidden state of a site, and changing that output."""
+"""Hook points: the module whose output is the hidden state of a site, collecting that output, and
+changing it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +35,34 @@ def hook_module(network: Any, site: Site) -> nn.Module:
         )
     # Gemma-2 and Gemma-3 normalise the MLP's output before adding it to the residual stream.
     return getattr(layer, "post_feedforward_layernorm", layer.mlp)
+
+
+@contextmanager
+def captured_outputs(network: Any, sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """Collect the hidden states of sites during forward passes, [..., d] each, by the site's name.
+
+    Args:
+        network: transformers' model with its head.
+        sites: of its layers.
+
+    Raises:
+        UserError: the network has no such module.
+    """
+    captured: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            captured[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [hook_module(network, site).register_forward_hook(keep(str(site))) for site in sites]
+    try:
+        yield captured
+    finally:
+        # Removed before the backward pass, whose recomputation would call them again.
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 Shapes: L tokens of the packed sequence, M scored tokens, d model width.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from fpocli.model.head import (
     logprobs_and_kl,
     logprobs_and_top,
 )
-from fpocli.model.hook_point import hook_module
+from fpocli.model.hook_point import captured_outputs
 from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
 from fpocli.system.errors import UserError
@@ -93,7 +92,7 @@ class LanguageModel(nn.Module):
             the head's input at each predicting position, [M, d], and the hidden states of each
             site there, [M, d].
         """
-        with self.captured() as captured:
+        with captured_outputs(self.network, self.sites) as captured:
             final = self.network.get_decoder()(**self.inputs(batch)).last_hidden_state
         return final[0].index_select(0, batch.predictors), {
             name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
@@ -143,28 +142,6 @@ class LanguageModel(nn.Module):
         distributions are looked at, the head is always chunked."""
         head = CHUNKED if distributions else self.head or choose_head(self.network)
         return f"attention {self.config._attn_implementation}, head {head}"
-
-    @contextmanager
-    def captured(self) -> Iterator[dict[str, Tensor]]:
-        """Collect the outputs of the sites' modules, [1, L, d] each, during forward passes."""
-        captured: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Any:
-            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-                captured[name] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        hooks = [
-            hook_module(self.network, site).register_forward_hook(keep(str(site)))
-            for site in self.sites
-        ]
-        try:
-            yield captured
-        finally:
-            # Removed before the backward pass, whose recomputation would call them again.
-            for hook in hooks:
-                hook.remove()
 
 
 class ModelOutput(NamedTuple):

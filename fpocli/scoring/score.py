@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fpocli.data.top_tokens import TopTokens
 from fpocli.features.encoder import SparseEncoder
-from fpocli.model.language_model import ReferenceOutput
+from fpocli.model.language_model import ModelOutput, ReferenceOutput
 from fpocli.model.packing import PackedSequence
 
 
@@ -68,21 +68,32 @@ def score(
         distributions: of how many tokens the model's own distributions are returned; V for the
             whole vocabulary.
     """
-    output = model(batch, reference, top, distributions)
-    logprobs, hidden = output.logp, output.states
-    counts = batch.counts
+    return reduce_to_pairs(model(batch, reference, top, distributions), encoders, batch.counts)
+
+
+def reduce_to_pairs(
+    output: ModelOutput, encoders: dict[str, SparseEncoder], counts: list[int]
+) -> PairScores:
+    """A model's output at the scored positions as scores of P pairs.
+
+    Args:
+        output: of the M scored tokens, grouped by response: chosen and rejected of the first pair,
+            then of the next.
+        encoders: an SAE for each site whose features are pooled.
+        counts: n(y) of the 2P responses.
+    """
 
     def sums(tokens: Tensor) -> Tensor:
         return torch.stack([response.sum() for response in tokens.split(counts)]).view(-1, 2)
 
-    states = {site: hidden[site].split(counts) for site in encoders}
+    states = {site: output.states[site].split(counts) for site in encoders}
     pooled = {
         site: torch.stack([encoder.pool(response.detach()) for response in states[site]])
         for site, encoder in encoders.items()
     }
     return PairScores(
-        logp=sums(logprobs),
-        count=torch.tensor(counts, dtype=torch.float32, device=logprobs.device).view(-1, 2),
+        logp=sums(output.logp),
+        count=torch.tensor(counts, dtype=torch.float32, device=output.logp.device).view(-1, 2),
         pooled={site: value.view(-1, 2, value.shape[-1]) for site, value in pooled.items()},
         states=states,
         kl=None if output.kl is None else sums(output.kl),

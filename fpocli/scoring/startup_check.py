@@ -20,7 +20,7 @@ from fpocli.data.pairs import TokenIds, TokenPair
 from fpocli.features.site import Site
 from fpocli.model.attention import SUPPORTED, length_multiple
 from fpocli.model.head import logprobs
-from fpocli.model.hook_point import changed_output
+from fpocli.model.hook_point import captured_outputs, changed_output
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import PackedSequence, pack
 from fpocli.store.records import TokenPairs
@@ -215,7 +215,7 @@ def _plain_scores(model: LanguageModel, prompt: TokenIds, response: TokenIds) ->
     count = min(len(response), _COMPARED)
     ids = torch.tensor(np.concatenate([prompt, response]), dtype=torch.long)
     ids = ids.to(model.network.device)[None]
-    with model.captured() as captured:
+    with captured_outputs(model.network, model.sites) as captured:
         # The last `count` + 1 positions; the very last predicts what follows.
         output = model.network(input_ids=ids, use_cache=False, logits_to_keep=count + 1)
     logits = output.logits[0, :-1].float()

@@ -124,7 +124,7 @@ def preference_loss(
         u = u - gamma
     apart, delta = divergence(terms, reward, constraint), None
     if apart is not None:
-        delta = _delta(apart, constraint, alpha, beta, stop_gradient=stop_gradient)
+        delta = constraint_delta(apart, constraint, alpha, beta, stop_gradient=stop_gradient)
         u = u - delta
     right, wrong = F.logsigmoid(u), F.logsigmoid(-u)
     loss = -(1 - label_smoothing) * right - label_smoothing * wrong
@@ -132,11 +132,22 @@ def preference_loss(
     return Preference(loss, u, rewards, apart, delta)
 
 
-def _delta(
+def constraint_delta(
     divergence: Tensor, constraint: Constraint, alpha: float, beta: float, *, stop_gradient: bool
 ) -> Tensor:
-    """alpha beta (X_l - sg X_w) (paper, equations 4 and 11); for tdpo1 beta (X_l - X_w)
-    (equations 2 and 3)."""
+    """delta: alpha beta (X_l - sg X_w) (paper, equations 4 and 11); for tdpo1 beta (X_l - X_w)
+    (equations 2 and 3).
+
+    Args:
+        divergence: X, float32 [P, 2].
+        constraint: what X is.
+        alpha: weight of the constraint; tdpo1 has none.
+        beta: scale of the rewards.
+        stop_gradient: whether X_w has no gradient; tdpo1 never stops it.
+
+    Returns:
+        float32 [P].
+    """
     chosen, rejected = divergence.unbind(1)
     if constraint == "tdpo1":
         return beta * (rejected - chosen)
