@@ -17,6 +17,7 @@ import torch
 
 from fpocli.caching.block_scorer import BlockScorer
 from fpocli.caching.identity import check_distributions, describe_origin, identify
+from fpocli.caching.imported import ImportedReference
 from fpocli.caching.on_ray import RayWorkers
 from fpocli.caching.open_store import DROPPED, open_or_create
 from fpocli.caching.score_block import NON_FINITE, ScoredBlock
@@ -25,6 +26,7 @@ from fpocli.data.dropped import DroppedRows, list_non_finite
 from fpocli.data.layouts import require_a_pair
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source, sources_of
+from fpocli.data.token_rows import with_token_ids
 from fpocli.features.site import Site
 from fpocli.model.language_model import check_layers
 from fpocli.model.network import choose_device, read_config
@@ -74,6 +76,9 @@ def cache(config: CacheConfig) -> Store:
     if len(set(sites)) < len(sites):
         raise UserError("a site is named twice", "name each --layer once, or with another --site")
     sources = sources_of(config)
+    imported = ImportedReference(config) if config.reference_logps else None
+    if imported:
+        sources = [with_token_ids(source) for source in sources]
     require_a_pair(sources, config.strict)
     trust = config.trust_remote_code
     folder = find_model(config.model, weights=False, trust_remote_code=trust)
@@ -93,12 +98,14 @@ def cache(config: CacheConfig) -> Store:
         if _has_workers(config):
             ray = stack.enter_context(connected_ray(config.ray, config.workers))
             workers = RayWorkers(ray, config)
-        return _cache(config, place, folder, model_config, sites, sources, lock, workers)
+        return _cache(config, place, folder, model_config, sites, sources, imported, lock, workers)
 
 
 def _has_workers(config: CacheConfig) -> bool:
     """Whether Ray's workers score the blocks, and not this process: with the flags of Ray, and
     where there are several GPUs and none is named."""
+    if config.reference_logps:
+        return False
     if config.ray or config.workers:
         return config.ray is not None or config.workers != 1
     gpus = torch.cuda.device_count() if config.device in (None, "cuda") else 0
@@ -115,6 +122,7 @@ def _cache(
     model_config: Any,
     sites: list[Site],
     sources: list[Source],
+    imported: ImportedReference | None,
     lock: OwnerLock,
     workers: RayWorkers | None,
 ) -> Store:
@@ -131,7 +139,10 @@ def _cache(
     # Where workers score, this process only describes the SAEs.
     on = torch.device("cpu") if workers else device
     encoders = load_saes(list(config.sae), sites, model_config.hidden_size, on)
-    identity = identify(config, device, folder, model_config, tokenizer, sources, encoders)
+    origin_of_logps = imported.identity if imported else None
+    identity = identify(
+        config, device, folder, model_config, tokenizer, sources, encoders, origin_of_logps
+    )
 
     # -- token ids of all pairs, once ------------------------------------------------------------
     origin = describe_origin(config, encoders)
@@ -145,7 +156,9 @@ def _cache(
         else:
             scorer = BlockScorer(config, store.meta, folder, encoders, device)
             say(scorer.check(store.tokens(blocks[0])))
-            score = partial(_one_by_one, scorer, store.tokens)
+            if imported:
+                _check_import(imported, store, scorer)
+            score = partial(_one_by_one, imported or scorer, store.tokens)
         done = store.pairs - sum(map(store.block_length, blocks))
         with progress("Scoring pairs with the reference", store.pairs, done) as bar:
             _write(store, score(blocks, bar), lock, bar, _WRITERS_ON_RAY if workers else 1)
@@ -164,8 +177,22 @@ def _cache(
     return Store.open(place)
 
 
+def _check_import(imported: ImportedReference, store: StoreWriter, scorer: BlockScorer) -> None:
+    """Compare imported values with the model's own, before the first of them is stored."""
+    try:
+        with progress("Scoring a few pairs", None) as bar:
+            say(f"imported log-probabilities: {imported.check(store, scorer, bar)}")
+    except UserError:
+        if store.meta["state"] == "tokenised":
+            StoreWriter.remove(store.place)
+        raise
+
+
 def _one_by_one(
-    scorer: BlockScorer, tokens: Callable[[int], TokenPairs], blocks: list[int], bar: Bar
+    scorer: BlockScorer | ImportedReference,
+    tokens: Callable[[int], TokenPairs],
+    blocks: list[int],
+    bar: Bar,
 ) -> Iterator[tuple[int, ScoredBlock]]:
     for block in blocks:
         yield block, scorer.score(tokens(block), bar)

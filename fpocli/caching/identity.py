@@ -28,6 +28,7 @@ def identify(
     tokenizer: PairTokenizer,
     sources: list[Source],
     encoders: dict[str, SparseEncoder],
+    imported: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """The attributes of docs/format.md that the store's fingerprint covers."""
     return {
@@ -44,7 +45,9 @@ def identify(
             "architecture": (model_config.architectures or [model_config.model_type])[0],
             "hash": folder.weights_hash(),
             "dtype": config.dtype,
-            "attention": choose_kernel(device),
+            # Of the program that computed them nothing is known.
+            "attention": "imported" if imported else choose_kernel(device),
+            **({"imported": imported} if imported else {}),
         },
         "sites": _describe_sites(config, encoders),
         "block": config.block,

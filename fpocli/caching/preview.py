@@ -12,8 +12,10 @@ from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import Pair, TokenIds, TokenPair
 from fpocli.data.sources import sources_of
+from fpocli.data.token_rows import with_token_ids
 from fpocli.display.terminal import show_preview
 from fpocli.system.console import data_console, progress
+from fpocli.system.errors import UserError
 from fpocli.system.model_folder import find_model
 
 # Rows that are read, and pairs that are shown.
@@ -36,6 +38,11 @@ def preview(config: CacheConfig) -> dict[str, Any]:
     """
     limit = min(config.limit or _ROWS, _ROWS)
     sources = sources_of(replace(config, limit=limit))
+    if config.reference_logps and with_token_ids(sources[0]).token_ids:
+        raise UserError(
+            f"the rows of {config.data[0]} have token ids already, which are stored as they are",
+            "leave out --dry-run",
+        )
     folder = find_model(config.model, weights=False, trust_remote_code=config.trust_remote_code)
     dropped = DroppedRows(config.strict)
     tokenizer = PairTokenizer(

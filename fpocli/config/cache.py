@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from fpocli.config.checks import check_values
+from fpocli.config.imported import ImportSettings, check_import
 from fpocli.config.shared import DEFAULT_DATA, DEVICE, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
@@ -50,7 +51,7 @@ class _Model:
         list[str],
         Option(
             help="Resume the store even if this setting differs from it: dtype or kernel. "
-            "Repeatable."
+            "With --reference-logps, dtype permits values of another dtype. Repeatable."
         ),
     ] = field(default_factory=list)
 
@@ -229,7 +230,7 @@ class _Output:
 
 # A dataclass takes the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(_Output, _Hardware, _Stored, DataSettings, _Model):
+class CacheConfig(_Output, _Hardware, ImportSettings, _Stored, DataSettings, _Model):
     """Run the frozen reference model and its SAE once and write the store that training reads.
 
     Run the same command again to resume. With several GPUs all are used; see --workers and --ray.
@@ -278,6 +279,7 @@ class CacheConfig(_Output, _Hardware, _Stored, DataSettings, _Model):
                 "64 is a good one; all makes the KL exact",
             )
 
+        check_import(self)
         if (self.ray or (self.workers or 1) > 1) and self.device not in (None, "cpu", "cuda"):
             raise UserError(
                 f"--device {self.device} is of one process, and Ray gives each worker its own",

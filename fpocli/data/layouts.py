@@ -71,12 +71,14 @@ def _require_new(pair: Pair, known: set[bytes]) -> None:
 
 
 def require_a_pair(sources: list[Source], strict: bool) -> None:
-    """Read each source up to its first pair, before anything expensive is done for it.
+    """Read each source of text up to its first pair, before anything expensive is done for it.
 
     Raises:
         UserError: no row of one is a pair; or, with `strict`, an earlier row is not one.
     """
     for source in sources:
+        if source.token_ids:
+            continue
         dropped = DroppedRows(strict)
         with closing(read_pairs(source, dropped)) as pairs:
             if next(pairs, None) is None:

@@ -11,6 +11,7 @@ from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.sources import Source
+from fpocli.data.token_rows import read_token_pairs
 
 
 def token_pairs(
@@ -25,7 +26,12 @@ def token_pairs(
     known: set[bytes] = set()
 
     def stream(number: int, source: Source) -> Iterator[TokenPair]:
-        for pair in tokenizer(read_pairs(source, dropped, known)):
+        pairs = (
+            read_token_pairs(source, tokenizer)
+            if source.token_ids
+            else tokenizer(read_pairs(source, dropped, known))
+        )
+        for pair in pairs:
             # Arrays take a tenth of the memory of lists.
             prompt, chosen, rejected = (
                 np.asarray(ids, np.uint32) for ids in (pair.prompt, pair.chosen, pair.rejected)

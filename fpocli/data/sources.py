@@ -30,6 +30,7 @@ class Source:
         score_margin: of scored answers, by how much the best must exceed the worst.
         deduplicate: whether of equal pairs only the first is used.
         weight: in a mixture, or None.
+        token_ids: whether its rows have token ids, which are used in the place of text.
     """
 
     open_rows: Callable[[], Generator[tuple[str, Any]]]
@@ -37,6 +38,7 @@ class Source:
     score_margin: float = 0.0
     deduplicate: bool = False
     weight: float | None = None
+    token_ids: bool = False
 
     def rows(self) -> Generator[tuple[str, Any]]:
         """Its rows from the first one on, up to the limit. Each has its place, such as

@@ -20,6 +20,7 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         ("created", f"{shown['created']} by {_join(shown['writer'])}"),
         ("model", f"{model['source']}{_at(model['revision'])}, {model['architecture']}"),
         ("", f"{model['dtype']}, {model['attention']} attention, weights {model['hash'][:12]}"),
+        *((" ", _imported(about)) for about in [model.get("imported")] if about),
         *((" ", f"some blocks in {' and '.join(how)}") for how in shown["allowed"].values()),
         ("data", f"{data['source']}{_at(data['revision'])} {data['split'] or ''}"),
         *((" ", _source(number, source)) for number, source in enumerate(shown["sources"])),
@@ -73,6 +74,11 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
                            for k in ("bytes", "stored_bytes")))  # fmt: skip
     out.print(table)
     _show_verified(shown, out)
+
+
+def _imported(about: dict[str, str]) -> str:
+    held = "sums" if about["reduction"] == "sum" else "averages per token"
+    return f"log-probabilities were not computed here: {held} of {about['source']}"
 
 
 def _next_tokens(about: dict[str, Any]) -> str:

@@ -68,6 +68,12 @@ class ArrayReader:
         return "sources" in self.meta["pairs"]
 
     @property
+    def imported(self) -> dict[str, str] | None:
+        """Where the reference's log-probabilities come from that fpo did not compute: source,
+        fingerprint and reduction; None if it did."""
+        return self.meta["model"].get("imported")
+
+    @property
     def blocks(self) -> int:
         """B, the number of blocks."""
         return -(-self.pairs // self.block_size)

@@ -48,6 +48,7 @@ _SITE_ATTRIBUTES: dict[str, Any] = {
     "value_dtype": str,
 }
 _SOURCE_ATTRIBUTES = {"source": str, "split": _TEXT, "revision": _TEXT, "fingerprint": str}
+_IMPORTED = {"imported": {"source": str, "fingerprint": str, "reduction": str}}
 _ROWS = ("scored", "padded", "chunk", "shard")
 _DISTRIBUTION_ATTRIBUTES: dict[str, Any] = {
     "distributions": {"n": int, "dtype": str, "vocabulary": int},
@@ -93,6 +94,8 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     for site, about in meta["sites"].items():
         if wrong := _wrong_site(site, about):
             return f"sites.{site}: {wrong}"
+    if "imported" in meta["model"] and (wrong := _wrong_kind(meta["model"], _IMPORTED)):
+        return f"model.{wrong} is missing or of the wrong type"
     if wrong := _wrong_distributions(meta):
         return wrong
     for name, array in array_schema(meta).items():

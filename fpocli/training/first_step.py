@@ -10,6 +10,7 @@ import torch
 from fpocli.config import MAY_DIFFER, TrainConfig
 from fpocli.features.encoder import SparseEncoder
 from fpocli.scoring.loading import check_k, sites_of
+from fpocli.scoring.rounding import LARGEST_GAP, LARGEST_GAP_OF_DTYPES
 from fpocli.scoring.score import score
 from fpocli.store.reader import Store
 from fpocli.system.console import say
@@ -17,10 +18,6 @@ from fpocli.system.errors import UserError
 from fpocli.system.ranks import same_on_all_ranks
 from fpocli.training.micro_batch import MicroBatch
 from fpocli.training.objective import compare_features
-
-# The largest difference that rounding explains: of S in nats per token, and of D as a share of the
-# features' mean square. On a GPU, and with AMX, bfloat16 products depend on the number of rows.
-_FLOAT32, _BFLOAT16, _OTHER_DTYPE = 1e-3, 0.03, 0.3
 
 
 def check_store_serves(store: Store, settings: TrainConfig) -> None:
@@ -57,7 +54,9 @@ def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[st
         name: [store.meta["model"][stored], *store.meta.get("allowed", {}).get(stored, [])]
         for name, stored in MAY_DIFFER.items()
     }
-    here = {"dtype": dtype, "kernel": kernel}
+    here = {"dtype": dtype}
+    if not store.imported:
+        here["kernel"] = kernel
     other = [name for name in here if there[name] != [here[name]] and name not in allow]
     if other:
         listed = "; ".join(
@@ -117,14 +116,16 @@ def check_policy_is_reference(
     if settings.model is not None:
         say(f"the starting weights are not the reference's: {found}")
         return
-    most = _BFLOAT16 if settings.bf16 else _FLOAT32
+    most = LARGEST_GAP["bfloat16" if settings.bf16 else "float32"]
     if "dtype" in settings.allow:
-        most = _OTHER_DTYPE
+        most = LARGEST_GAP_OF_DTYPES
     # Written so that nan fails the comparison.
     if not (nats <= most and part <= most and kl <= most):
         error = UserError(
             f"the policy should be the reference of {store.path} and is not: {found}",
-            "weights and SAEs are those of the store, so this machine or a library computes "
+            "the store's log-probabilities were imported; cache again without --reference-logps"
+            if store.imported
+            else "weights and SAEs are those of the store, so this machine or a library computes "
             "differently from where the store was made; cache again on this machine",
         )
         raise same_on_all_ranks(error)

@@ -139,6 +139,14 @@ def test_invalid_attributes_are_refused_before_memory_is_allocated(store, change
         Store.open(store)
 
 
+@pytest.mark.parametrize("imported", ["a file", {"source": "a", "fingerprint": 1}])
+def test_a_wrong_origin_of_log_probabilities_is_refused(store, imported):
+    change(store, model=attributes(store)["model"] | {"imported": imported})
+    change(store, fingerprint=fingerprint(attributes(store)))
+    with pytest.raises(UserError, match=r"model\.imported.* is missing or of the wrong type"):
+        Store.open(store)
+
+
 def test_links_out_of_the_store_are_refused(store, tmp_path):
     (store / "ref").rename(tmp_path / "elsewhere")
     (store / "ref").symlink_to(tmp_path / "elsewhere")
