@@ -14,6 +14,7 @@ The public API, which the command line uses as well:
     saes(SaesConfig)          lists the pre-trained SAEs of a model, returns the list
     doctor(DoctorConfig)      checks this machine, returns what it prints
     report_runs(ReportConfig) writes an HTML page about runs, returns its numbers
+    export(ExportConfig)      writes the card of a model or store, pushes it; returns the folder
     contrast(ContrastConfig)  which features separate chosen from rejected responses
     find(FindConfig)          the features of a kind of text, as a weights file
     show(ShowConfig)          one feature of a store: frequency, pairs, tokens in context
@@ -36,6 +37,7 @@ from fpocli.config import (
     DiffConfig,
     DoctorConfig,
     EvalConfig,
+    ExportConfig,
     FindConfig,
     InspectConfig,
     ReportConfig,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from fpocli.interpretation.find import find
     from fpocli.interpretation.show import show
     from fpocli.interpretation.steer import steer
+    from fpocli.publishing.export import export
     from fpocli.report.inspect import inspect
     from fpocli.report.runs import report_runs
     from fpocli.report.saes import saes
@@ -72,6 +75,7 @@ _MODULES = {
     "inspect": "fpocli.report.inspect",
     "saes": "fpocli.report.saes",
     "report_runs": "fpocli.report.runs",
+    "export": "fpocli.publishing.export",
     "contrast": "fpocli.interpretation.contrast",
     "find": "fpocli.interpretation.find",
     "show": "fpocli.interpretation.show",
@@ -88,6 +92,7 @@ __all__ = [
     "DiffConfig",
     "DoctorConfig",
     "EvalConfig",
+    "ExportConfig",
     "FindConfig",
     "InspectConfig",
     "ReportConfig",
@@ -103,6 +108,7 @@ __all__ = [
     "diff",
     "doctor",
     "evaluate",
+    "export",
     "find",
     "inspect",
     "preview",

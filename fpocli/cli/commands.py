@@ -22,6 +22,7 @@ from fpocli.config import (
     DiffConfig,
     DoctorConfig,
     EvalConfig,
+    ExportConfig,
     FindConfig,
     InspectConfig,
     ReportConfig,
@@ -168,6 +169,7 @@ _command("inspect", "inspect", InspectConfig, {})
 _command("saes", "saes", SaesConfig, {})
 _command("doctor", "doctor", DoctorConfig, {})
 _command("report", "report_runs", ReportConfig, {})
+_command("export", "export", ExportConfig, {})
 _command("contrast", "contrast", ContrastConfig, {}, features)
 _command("find", "find", FindConfig, {}, features)
 _command("show", "show", ShowConfig, {}, features)

@@ -9,6 +9,7 @@ from fpocli.config.checks import MAY_DIFFER
 from fpocli.config.compare import CompareConfig
 from fpocli.config.doctor import DoctorConfig
 from fpocli.config.evaluate import EvalConfig
+from fpocli.config.export import ExportConfig
 from fpocli.config.features import (
     ContrastConfig,
     DiffConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DiffConfig",
     "DoctorConfig",
     "EvalConfig",
+    "ExportConfig",
     "FindConfig",
     "InspectConfig",
     "ReportConfig",

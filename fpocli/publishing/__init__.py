@@ -1,0 +1,1 @@
+"""fpo export: cards of models and stores, and the hub."""
