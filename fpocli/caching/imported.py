@@ -116,17 +116,17 @@ class ImportedReference:
         """
         logp = self._values_of(tokens)
         missing = ~np.isfinite(logp).all(1)
-        rows = tokens.source_row[missing].tolist()
-        if rows and not self._config.drop_non_finite:
+        places = [tokens.place(pair) for pair in np.flatnonzero(missing).tolist()]
+        if places and not self._config.drop_non_finite:
             raise UserError(
-                f"{self._config.reference_logps} has no finite value in row {rows[0]}",
+                f"{self._config.reference_logps} has no finite value in {places[0]}",
                 "drop such pairs with --drop-non-finite",
             )
         logp[missing] = np.nan
         average = logp / tokens.counts.astype(np.float32)
         bar.advance(len(tokens), pairs=len(tokens), tokens=len(tokens.ids))
         values = ReferenceValues(logp, average[:, 0] - average[:, 1], {})
-        return ScoredBlock(values, {}, None, rows, len(tokens.ids))
+        return ScoredBlock(values, {}, None, places, len(tokens.ids))
 
     def _values_of(self, tokens: TokenPairs, *, other: bool = False) -> np.ndarray:
         """S_ref of pairs, float32 [b, 2]; with `other` as if the file held averages and not sums,
