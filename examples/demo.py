@@ -1,10 +1,10 @@
 """Cache, inspect, train and evaluate a real model on a CPU, in minutes: `make demo`.
 
-SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained here with
-sae-lens on the model's own activations, the pairs are examples/preferences.jsonl. Then four
-commands of fpo run as a user would type them. With --prepare only the model and the SAE are made,
-with --prepare-sites the model and SAEs of three layers for examples/paper/small.yaml, which are
-trained for a few steps only. All of it is float32: CPUs without instructions for bfloat16 take
+SmolLM2-135M-Instruct comes out of a Python package as a GGUF file, its SAE is trained by
+examples/train_sae.py on the model's own activations, the pairs are examples/preferences.jsonl. Then
+four commands of fpo run as a user would type them. With --prepare only the model and the SAE are
+made, with --prepare-sites the model and SAEs of three layers for examples/paper/small.yaml, which
+are trained for a few steps only. All of it is float32: CPUs without instructions for bfloat16 take
 several times as long in it.
 """
 
@@ -14,13 +14,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from train_sae import STEPS, collect_activations, train_sae
 
 from fpocli.system.console import progress
 
@@ -29,10 +29,10 @@ WORK = Path("demo")
 MODEL, SAE, STORE, RUN = (
     WORK / name for name in ("SmolLM2-135M-Instruct", "sae", "ref.zarr", "run")
 )
-LAYER, FEATURES, ACTIVE = 24, 2048, 32
+LAYER = 24
 # Those of Gemma-2-2B in the paper's Table 3, which SmolLM2 has as well.
 SITES = (7, 19, 25)
-SAE_TEXTS, SAE_STEPS, SAE_BATCH = 64, 500, 256
+SAE_TEXTS = 64
 
 # Set before DeepSpeed looks for a GPU and warns.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -46,13 +46,13 @@ def main() -> None:
     WORK.mkdir(exist_ok=True)
     if not MODEL.is_dir():
         convert_model()
-    wanted, texts, steps = {LAYER: SAE}, SAE_TEXTS, SAE_STEPS
+    wanted, texts, steps = {LAYER: SAE}, SAE_TEXTS, STEPS
     if sys.argv[1:] == ["--prepare-sites"]:
         wanted, texts, steps = {layer: WORK / f"sae-{layer}" for layer in SITES}, 12, 60
     for layer, folder in wanted.items():
         if not folder.is_dir():
             rows = [json.loads(line) for line in islice(PAIRS.open(), texts)]
-            train_sae(collect_activations(layer, rows), layer, folder, steps)
+            train_sae(collect_activations(MODEL, layer, rows), MODEL, layer, folder, steps)
     if sys.argv[1:]:
         return
     fpo(
@@ -93,62 +93,6 @@ def convert_model() -> None:
         del model.config.quantization_config
         model.save_pretrained(MODEL)
         tokenizer.save_pretrained(MODEL)
-
-
-def collect_activations(layer: int, rows: list[dict[str, str]]) -> torch.Tensor:
-    """The residual stream after a layer on the chosen answers of pairs: [positions, width]."""
-    from transformers import AutoModel, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModel.from_pretrained(MODEL, dtype=torch.float32).eval()
-    activations: list[torch.Tensor] = []
-    hook = model.layers[layer].register_forward_hook(
-        # The first position is an outlier in every text; SAEs leave it out.
-        lambda module, inputs, output: activations.append(output[0, 1:])
-    )
-    with torch.inference_mode(), progress("Reading activations for the SAE", len(rows)) as bar:
-        for row in rows:
-            turns = [
-                {"role": "user", "content": row["prompt"]},
-                {"role": "assistant", "content": row["chosen"]},
-            ]
-            model(**tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True))
-            bar.advance()
-    hook.remove()
-    return torch.cat(activations)
-
-
-def train_sae(activations: torch.Tensor, layer: int, folder: Path, steps: int) -> None:
-    """A top-k SAE of sae-lens, trained on the activations and saved to a folder."""
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
-    def batches() -> Iterator[torch.Tensor]:
-        while True:
-            yield from activations[torch.randperm(len(activations))].split(SAE_BATCH)
-
-    config = TopKTrainingSAEConfig(
-        d_in=activations.shape[1],
-        d_sae=FEATURES,
-        k=ACTIVE,
-        normalize_activations="expected_average_only_in",
-    )
-    config.metadata.hook_name = f"model.layers.{layer}"
-    config.metadata.model_name = MODEL.name
-    settings = SAETrainerConfig(
-        total_training_samples=steps * SAE_BATCH,
-        train_batch_size_samples=SAE_BATCH,
-        lr=2e-3,
-        lr_end=2e-4,
-        lr_scheduler_name="cosineannealing",
-        n_batches_for_norm_estimate=10,
-    )
-    sae = SAETrainer(settings, TopKTrainingSAE(config), batches()).fit()
-    with torch.no_grad():
-        left = (sae(activations) - activations).var(0).sum() / activations.var(0).sum()
-    out.print(f"The SAE explains {1 - left:.0%} of the variance of layer {layer}.")
-    sae.save_inference_model(folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Where datasets keeps what it made.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ torch.set_num_threads(1)
 # No test measures time, so a slow example is no failure.
 settings.register_profile("fpo", deadline=None)
 settings.load_profile("fpo")
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,3 +59,18 @@ def store_path(material) -> Path:
     path = material / "ref.zarr"
     cache(cache_config(material, path))
     return path
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """Debian's browser, without a window."""
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.fail("no browser is installed; on Debian: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()

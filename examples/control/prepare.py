@@ -1,6 +1,6 @@
 """What control.yaml needs, in demo/control: an SAE, the features of French and of JSON, pairs.
 
-SmolLM2-135M-Instruct and the functions that make its SAE are those of examples/demo.py. The SAE is
+SmolLM2-135M-Instruct is that of examples/demo.py; examples/train_sae.py makes its SAE, which is
 trained on French, JSON and plain texts and some of the pairs, so that it has features for them.
 `fpo features find` names these features. From its file three others are made, which differ in the
 weights of the two groups:
@@ -25,9 +25,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import demo  # noqa: E402
+import train_sae  # noqa: E402
 
 WORK = Path("demo/control")
-LAYER, SAE_STEPS, SAE_PAIRS = 19, 500, 32
+LAYER, SAE_PAIRS = 19, 32
 KINDS = ("french", "json")
 # Of a held group. D of a few features is small beside the rewards, so a weight of 1 hardly acts.
 HELD = 50.0
@@ -54,8 +55,8 @@ def main() -> None:
             for row in mixed[:SAE_PAIRS]
             for side in ("chosen", "rejected")
         ]
-        activations = demo.collect_activations(LAYER, answers + texts)
-        demo.train_sae(activations, LAYER, WORK / "sae", SAE_STEPS)
+        activations = train_sae.collect_activations(demo.MODEL, LAYER, answers + texts)
+        train_sae.train_sae(activations, demo.MODEL, LAYER, WORK / "sae")
     found = WORK / "found.yaml"
     if not found.exists():
         for kind in KINDS:

@@ -219,7 +219,8 @@ class Store(DistributionReader):
         """Read everything that a block holds of the reference.
 
         Args:
-            block, tokens: as `reference` takes them.
+            block: as `reference` takes it.
+            tokens: likewise.
 
         Returns:
             bool [b], the pairs without reference values.

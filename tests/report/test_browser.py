@@ -1,7 +1,6 @@
 """The HTML pages in a real browser: `make browser-check`."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,14 +8,6 @@ from pages import HOSTILE, NAME, contrast, numbers, shown_number
 
 pytestmark = pytest.mark.browser
 NAMES = ["store", "feature", "hostile", "hostile-feature", "runs"]
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 WIDTHS = (1280, 390)
 # Colour of the text, and of what is behind it: the backgrounds up to the first opaque one.
 COLOURS = """() => {
@@ -37,20 +28,6 @@ COLOURS = """() => {
   }
   return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.fail("no browser is installed; on Debian: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
