@@ -60,7 +60,8 @@ demo/sae/cfg.json: .venv/demo
 bench-smoke: .venv/dev
 	$(BIN)/python benchmarks/smoke.py
 
-# Builds the wheel, installs it beside the dependencies of .venv, and caches the demo's first pairs.
+# Builds the sdist, from it the wheel, installs that beside the dependencies of .venv, and caches the
+# demo's first pairs.
 wheel-check: .venv/dev demo/sae/cfg.json
 	$(BIN)/python examples/wheel_check.py
 
@@ -78,6 +79,11 @@ lint: .venv/dev
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run examples/cluster/slurm/*.sbatch
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec examples/cluster/compose.yaml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms \
+		.github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-config \
+		.github/ISSUE_TEMPLATE/config.yml
 
 # docs/families.md, from tiny random models of each family.
 families: .venv/dev

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 import fpocli
-from fpocli.cli import app
+from fpocli.cli.commands import app
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -123,15 +123,18 @@ def command_reference(name: str, command: Any) -> str:
     context = command.make_context(name, [], resilient_parsing=True)
     parts = [f"## {name}", inspect.cleandoc(command.help)]
     if command.epilog:
-        parts.append(inspect.cleandoc(command.epilog).replace("\b\n", ""))
-    groups: dict[str | None, list[str]] = {}
+        _, heading, *lines = command.epilog.splitlines()
+        parts.append("\n".join([heading, "", *(f"  {line}" for line in lines)]))
+    groups: dict[str, list[str]] = {}
     for flag in command.get_params(context):
         record = flag.get_help_record(context)
         if record and flag.name != "help":
             title = getattr(flag, "rich_help_panel", None)
-            groups.setdefault(title, []).append(row([f"`{record[0]}`", record[1]]))
+            if flag.param_type_name == "argument":
+                title = "Arguments"
+            groups.setdefault(title or "Options", []).append(row([f"`{record[0]}`", record[1]]))
     for title, rows in groups.items():
-        if title:
+        if len(groups) > 1:
             parts.append(f"### {title}")
         parts.append("\n".join([row(["flag", "what it does"]), row(["---", "---"]), *rows]))
     return "\n\n".join(parts) + "\n"

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 import fpocli
 from fpocli.cli.defaults import CONFIG, PRESET
+from fpocli.cli.examples import examples
 from fpocli.cli.flags import GroupedCommand, flags_of
 from fpocli.config import (
     CacheConfig,
@@ -152,7 +153,8 @@ def _command(
     )
     run.__annotations__ = {"context": typer.Context}
     run.__annotations__ |= {flag: kind for flag, (kind, _) in flags.items()}
-    to.command(name, cls=GroupedCommand, help=inspect.cleandoc(config.__doc__ or ""))(run)
+    text = inspect.cleandoc(config.__doc__ or "")
+    to.command(name, cls=GroupedCommand, help=text, epilog=examples(name))(run)
 
 
 def _fail(message: str, hint: str) -> None:

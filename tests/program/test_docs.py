@@ -22,7 +22,7 @@ from forked_launch import forked_launch
 from processes import Command, results
 from stores import write_pairs
 
-from fpocli.cli import app
+from fpocli.cli.commands import app
 
 TESTS = Path(__file__).parents[1]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
