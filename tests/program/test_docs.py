@@ -111,7 +111,11 @@ def demo(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     (folder / "examples").symlink_to(ROOT / "examples")
     model = folder / "demo/SmolLM2-135M-Instruct"
-    tiny.model_folder(model, "llama", num_hidden_layers=26, max_position_embeddings=4096)
+    sizes = {"num_hidden_layers": 26, "max_position_embeddings": 4096, "vocab_size": 4000}
+    tiny.network("llama", **sizes).save_pretrained(model)
+    # Of whole words, so that the examples are short.
+    texts = (ROOT / "examples/preferences.jsonl").read_text().splitlines()
+    tiny.tokenizer().train_new_from_iterator(texts, 4000).save_pretrained(model)
     for name, layer in SAES.items():
         sae = tiny.sae("topk", features=2048)
         sae.cfg.metadata.hook_name = f"model.layers.{layer}"
