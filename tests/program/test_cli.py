@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tiny
 import typer
 import yaml
 import zarr
+from doc_commands import parse
 from processes import Command, results
 from stores import set_attributes
 from typer.testing import CliRunner
@@ -138,6 +140,39 @@ def test_help_lists_each_flag_once_under_its_heading():
     for field in dataclasses.fields(TrainConfig):
         flag = "--" + field.name.replace("_", "-")
         assert len(re.findall(rf"(?m)^  {flag}[ ,]", printed + " ")) == 1, flag
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_ends_with_commands_that_are_understood(name):
+    end = re.split(r"\n *Examples?:\n", run(*name.split(), "--help").stdout)[-1]
+    lines = end.replace("\\\n", " ").splitlines()
+    examples = [shlex.split(line) for line in lines if line.strip()]
+    assert examples
+    for words in examples:
+        assert words[: 1 + len(name.split())] == ["fpo", *name.split()]
+        parse(words[1:])
+
+
+def test_the_shell_completes_commands_flags_and_values_and_loads_nothing_heavy():
+    """As bash asks: by the words so far, and the number of the one to complete."""
+    code = "import sys; sys.argv = ['fpo']; from fpocli.__main__ import main; main()"
+    for line, number, expected in [
+        ("fpo tr", 1, "train"),
+        ("fpo features st", 2, "steer"),
+        ("fpo train --ca", 2, "--cache"),
+        ("fpo train --reward dpo_", 3, "dpo_norm"),
+    ]:
+        asked = {"_FPO_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(number)}
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | asked,
+            check=True,
+        )
+        assert done.stdout.split() == [expected]
+        loaded = {entry.rpartition("|")[2].strip() for entry in done.stderr.splitlines()}
+        assert "fpocli.config" in loaded and not HEAVY & loaded
 
 
 def test_every_command_can_be_quiet_or_print_json_lines():

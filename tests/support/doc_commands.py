@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import typer
+
+from fpocli.cli.commands import app
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     [
@@ -81,6 +85,18 @@ def blocks(page: Path) -> Iterator[Block]:
         if not state.inside and (found := _MARK.match(line)):
             mark = {found[1].replace(" ", "_"): found[2]}
     assert not mark, f"{page}: {mark} marks no code"
+
+
+def parse(words: list[str]) -> None:
+    """Have the command line take the words after `fpo`, without running anything."""
+    command, name = typer.main.get_command(app), "fpo"
+    if words[0].startswith("--"):
+        assert words[0] in {option for flag in command.params for option in flag.opts}
+        return
+    context = command.make_context(name, words.copy())
+    while hasattr(command, "commands"):
+        name, command, words = command.resolve_command(context, words)
+        context = command.make_context(name, words.copy(), parent=context)
 
 
 @dataclass
