@@ -13,6 +13,8 @@ import shlex
 import shutil
 import subprocess
 from functools import partial
+from glob import glob
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -105,11 +107,11 @@ def test_the_command_line_takes_every_command(place, line):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    """A folder with what `make demo` makes, and the examples with their texts cut short."""
+    """A folder with what `make demo` makes, and the examples with fewer and shorter texts."""
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(ROOT / "examples", folder / "examples")
     for file in folder.glob("examples/**/*.jsonl"):
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [json.loads(line) for line in file.read_text().splitlines()[:40]]
         file.write_text("".join(json.dumps(cut(row)) + "\n" for row in rows))
     model = folder / "demo/SmolLM2-135M-Instruct"
     sizes = {"num_hidden_layers": 26, "max_position_embeddings": 4096, "vocab_size": 4000}
@@ -198,7 +200,9 @@ def run(block: Block, line: str) -> None:
                 Path(name).write_text(yaml.safe_dump(grid | {"launch": launch}))
                 fpo(words[1:], Path.cwd())
         case ["fpo", *rest]:
-            fpo(rest, Path.cwd())
+            # As a shell expands them.
+            expanded = [sorted(glob(word)) if "*" in word else [word] for word in rest]
+            fpo([*chain.from_iterable(expanded)], Path.cwd())
         case ["python", script, *rest]:
             fpo(rest, Path.cwd(), main=partial(runpy.run_path, script, run_name="__main__"))
         case _:
