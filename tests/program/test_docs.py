@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 from functools import partial
-from glob import glob
 from itertools import chain
 from pathlib import Path
 
@@ -201,7 +200,9 @@ def run(block: Block, line: str) -> None:
                 fpo(words[1:], Path.cwd())
         case ["fpo", *rest]:
             # As a shell expands them.
-            expanded = [sorted(glob(word)) if "*" in word else [word] for word in rest]
+            expanded = [
+                sorted(map(str, Path().glob(word))) if "*" in word else [word] for word in rest
+            ]
             fpo([*chain.from_iterable(expanded)], Path.cwd())
         case ["python", script, *rest]:
             fpo(rest, Path.cwd(), main=partial(runpy.run_path, script, run_name="__main__"))
