@@ -9,7 +9,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Where datasets keeps what it made.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
 
-import shutil
 from pathlib import Path
 
 import pytest

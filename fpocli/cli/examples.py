@@ -18,6 +18,7 @@ _LINES = {
     "saes": ["fpo saes gemma-2-2b-it --layer 25"],
     "doctor": ["fpo doctor", "fpo doctor --bucket s3://BUCKET/NAME"],
     "report": ["fpo report run other-run --html runs.html"],
+    "export": ["fpo export run", "fpo export run --push-to-hub OWNER/NAME --private"],
     "contrast": ["fpo features contrast ref.zarr --top 20"],
     "find": [
         "fpo features find --model gemma-2-2b-it --layer 25 --target french.jsonl \\",

@@ -49,6 +49,7 @@ LACKING = {
     "half an hour",
     "Kubernetes",
     "minutes",
+    "other programs",
     "Slurm",
     "the hub",
     "the key of a judge",

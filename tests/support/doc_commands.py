@@ -21,7 +21,7 @@ PAGES = sorted(
 )
 # What a block of commands begins with.
 _FIRST = re.compile(
-    r"(\$ )?(\.|cat|docker|fpo|git|head|hf|kubectl|make|pip|python3?|sh|sed|torchrun|\w+=\S+) "
+    r"(\$ )?(\.|cat|docker|fpo|git|head|hf|kubectl|make|pip|python3?|sh|sed|torchrun|vllm|\w+=\S+) "
 )
 _MARK = re.compile(r"<!-- (needs|run by): (.+) -->")
 
