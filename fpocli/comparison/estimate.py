@@ -82,7 +82,9 @@ def estimate_costs(grid: Grid) -> Iterator[tuple[Step, Cost]]:
             per_token = 2 * found.parameters + 2 * found.width * sum(found.features)
             yield step, Cost(per_token * found.tokens / speed / 3600, found.bytes)
         elif step.kind == "train":
-            yield step, _train(TrainConfig(**step.settings), found, speed)
+            trained = TrainConfig(**step.settings)
+            other = count(trained.eval_cache) if trained.eval_cache else None
+            yield step, _train(trained, found, other, speed)
         else:
             config = EvalConfig(**step.settings)
             seconds = _scoring(config, _held_out(step), found) / speed
@@ -97,21 +99,26 @@ def _held_out(step: Step) -> float:
     return EvalConfig(**step.settings).eval_fraction
 
 
-def _train(config: TrainConfig, found: StoreSize, speed: float) -> Cost:
+def _train(config: TrainConfig, found: StoreSize, other: StoreSize | None, speed: float) -> Cost:
     passes = 8 if config.activation_checkpointing else 6
-    held_out = config.eval_fraction
+    # Of all tokens of the store; those of --eval-cache come on top.
+    held_out = other.tokens / found.tokens if other else config.eval_fraction
+    steps = config.epochs * found.pairs // config.batch_size
+    epochs: float = config.epochs
+    if config.max_steps and config.max_steps < steps:
+        epochs *= config.max_steps / steps
     # Without distributions in the store, the reference runs as well.
     with_reference = 0 if found.distributions and not config.exact_kl else 2
     trained = with_reference if config.needs_kl else 0
-    per_token = (passes + trained) * found.parameters * config.epochs * (1 - held_out)
+    per_token = (passes + trained) * found.parameters * epochs * (1 - config.eval_fraction)
     # The held-out pairs, before and after, with the reference if the KL is measured.
     times = 2
     if config.eval_every:
-        times += config.epochs * found.pairs // (config.batch_size * config.eval_every)
+        times += int(epochs * found.pairs) // (config.batch_size * config.eval_every)
     measured = with_reference if config.needs_kl or config.measure_kl else 0
     per_token += times * held_out * (2 + measured) * found.parameters
-    steps = config.epochs * found.pairs // config.batch_size
     kept = config.keep_checkpoints if steps > config.save_every else 0
+    kept += config.best is not None
     size = found.parameters * (_WEIGHTS + kept * _CHECKPOINT)
     return Cost(per_token * found.tokens / speed / 3600, size)
 

@@ -169,6 +169,11 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
         # Only to be checked: no command reads them, and sft needs no features.
         settings |= {"method": "sft"}
     config = make_config(TrainConfig, settings, f"`train` of {name} in {file.path}")
+    if config.max_minutes is not None:
+        raise UserError(
+            f"`train` of {name} in {file.path} sets max_minutes, and a grid needs complete runs",
+            "leave it out: fpo compare resumes what was stopped",
+        )
     sites = _sites(store, cache)
     if sites is not None:
         _check_sites(config.constraint, config.at, sites, f"{name} in {file.path}")
@@ -209,6 +214,8 @@ def _evaluation(
         model = store.settings["model"] if store else find_model_of(Store.open(cache), "`model`")
         # The pairs that the trained runs hold out.
         settings = {"eval_fraction": config.eval_fraction, "k": config.k} | settings
+    # All pairs of the store that --eval-cache names are held out.
+    cache = config.eval_cache or cache
     settings |= {"model": model, "cache": cache, "out": str(folder / "eval")}
     measured = make_config(EvalConfig, settings, f"`eval` in {file.path}")
     if sites:

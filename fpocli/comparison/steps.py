@@ -86,6 +86,8 @@ class Step:
         if self.kind in ("train", "eval") or (self.kind == "cache" and finished):
             store = place_of(self.settings.get("cache") or self.settings["out"])
             digest.update(str(attributes(store).get("fingerprint", "")).encode())
+        if held_out := self.settings.get("eval_cache"):
+            digest.update(str(attributes(place_of(held_out)).get("fingerprint", "")).encode())
         return digest.hexdigest()
 
     def _large_files(self) -> list[Path]:

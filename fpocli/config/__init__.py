@@ -17,6 +17,7 @@ from fpocli.config.features import (
     ShowConfig,
     SteerConfig,
 )
+from fpocli.config.held_out import LOWER_IS_BETTER
 from fpocli.config.inspect import InspectConfig
 from fpocli.config.methods import METHODS, override
 from fpocli.config.report import ReportConfig
@@ -28,6 +29,7 @@ __all__ = [
     "DEFAULT_DATA",
     "JUDGES",
     "LOGITS",
+    "LOWER_IS_BETTER",
     "MAY_DIFFER",
     "METHODS",
     "PAIR_COLUMNS",

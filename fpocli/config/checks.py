@@ -3,11 +3,13 @@
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from fpocli.config.shared import TRACKERS
 from fpocli.system.errors import UserError
 
 # What may differ from the store's model with no effect but rounding: the name in --allow, and that
 # of the store's attribute.
 MAY_DIFFER = {"dtype": "dtype", "kernel": "attention"}
+_KNOWN = {"allow": tuple(MAY_DIFFER), "track": TRACKERS}
 
 
 def check_values(config: Any) -> None:
@@ -34,8 +36,10 @@ def check_values(config: Any) -> None:
         if get_origin(kind) is list:
             items = value if isinstance(value, (list, tuple)) else [value]
             value = [_convert(command, flag, item, get_args(kind)[0]) for item in items]
-            if name == "allow" and (wrong := [item for item in value if item not in MAY_DIFFER]):
-                raise UserError(f"--allow {wrong[0]} is unknown", f"use {' or '.join(MAY_DIFFER)}")
+            # What a list may hold is not part of its type, which typer could not read.
+            known = _KNOWN.get(name)
+            if known and (wrong := [item for item in value if item not in known]):
+                raise UserError(f"{flag} {wrong[0]} is unknown", f"use {' or '.join(known)}")
         else:
             value = _convert(command, flag, value, kind)
         object.__setattr__(config, name, value)

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from fpocli.config.checks import check_values
-from fpocli.config.shared import DEVICE, JSON, LOGITS, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
+from fpocli.config.shared import (
+    DEVICE,
+    JSON,
+    LOGITS,
+    PACKED_LENGTH_HELP,
+    TRACK,
+    TRUST_REMOTE_CODE,
+)
 from fpocli.system.errors import UserError
 
 
@@ -98,6 +105,7 @@ class EvalConfig:
     out: Annotated[
         str | None, Option(help="Folder of the results. Default: eval in the run's folder.")
     ] = None
+    track: Annotated[list[str], TRACK] = field(default_factory=list)
     overwrite: Annotated[
         bool, Option("--overwrite", help="Delete existing samples and sample again.")
     ] = False

@@ -27,6 +27,14 @@ class Optimization:
         float, Option(min=0, help="Steps of linear warm-up; below 1, a share of all steps.")
     ] = 150.0
     epochs: Annotated[int, Option(min=1, help="Passes over the training pairs.")] = 1
+    max_steps: Annotated[
+        int | None,
+        Option(
+            min=1,
+            help="End the run after so many steps, if the passes have more. The schedule ends "
+            "there as well.",
+        ),
+    ] = None
     batch_size: Annotated[int, Option(min=1, help="Pairs per optimiser step, over all ranks.")] = 32
     grad_clip: Annotated[float, Option(min=0, help="Gradient norm to clip to; 0 is off.")] = 10.0
     seed: Annotated[int, Option(help="Seed of the order of the pairs.")] = 0

@@ -26,9 +26,16 @@ JUDGES = {
     "mt_bench": ("lmsys/mt-bench", "space", "data/mt_bench/question.jsonl"),
 }
 
+# Where --track can send what is measured.
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 DEVICE = Option(help="cpu, cuda, cuda:1, ... Default: cuda if available.")
 JSON = Option("--json", help="Print JSON.")
+TRACK = Option(
+    metavar="TRACKER",
+    help=f"Also send what is measured to {', '.join(TRACKERS[:-1])} or {TRACKERS[-1]}, by its own "
+    "client, whose environment variables hold. Repeatable.",
+)
 TRUST_REMOTE_CODE = Option(
     "--trust-remote-code",
     help="Run Python code that comes with the models. Not allowed in a YAML file.",

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 from typer import Option
 
 from fpocli.config.checks import check_values
+from fpocli.config.held_out import HeldOut
 from fpocli.config.objective import Objective
 from fpocli.config.optimization import Hardware, Optimization
-from fpocli.config.shared import PAIR_COLUMNS, TRUST_REMOTE_CODE
+from fpocli.config.shared import PAIR_COLUMNS, TRACK, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
 
 
@@ -52,39 +53,6 @@ class _Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Evaluation:
-    """What is measured meanwhile."""
-
-    HEADING = "Evaluation"
-
-    eval_fraction: Annotated[
-        float,
-        Option(
-            min=0, max=0.9, help="Share of the pairs to hold out, scored before and after training."
-        ),
-    ] = 0.0
-    eval_every: Annotated[
-        int | None, Option(min=1, help="Also score the held-out pairs every so many steps.")
-    ] = None
-    measure_kl: Annotated[
-        bool,
-        Option(
-            "--measure-kl",
-            help="Measure the sequential KL of held-out pairs with any method: by the store's "
-            "distributions, or else by the reference, which is then loaded.",
-        ),
-    ] = False
-    exact_kl: Annotated[
-        bool,
-        Option(
-            "--exact-kl",
-            help="Load the reference for the KL even if the store has distributions, which give a "
-            "lower bound.",
-        ),
-    ] = False
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Output:
     """What is written."""
 
@@ -97,15 +65,24 @@ class _Output:
         bool, Option("--overwrite", help="Delete an existing run and start over.")
     ] = False
 
+    track: Annotated[list[str], TRACK] = field(default_factory=list)
     save_every: Annotated[int, Option(min=1, help="Steps between checkpoints.")] = 500
     keep_checkpoints: Annotated[
-        int, Option(min=1, help="Number of newest checkpoints to keep.")
+        int, Option(min=1, help="Number of newest checkpoints to keep, beside that of --best.")
     ] = 1
+    max_minutes: Annotated[
+        float | None,
+        Option(
+            min=0,
+            help="Save a checkpoint and end this command after so many minutes; the same command "
+            "goes on. final/ is written at the end of the run alone.",
+        ),
+    ] = None
 
 
 # A dataclass takes the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Output, _Evaluation, Hardware, Optimization, Objective, _Start):
+class TrainConfig(_Output, HeldOut, Hardware, Optimization, Objective, _Start):
     """Train the policy alone against a store.
 
     A method is a reward and a constraint: fpo is dpo_norm with features, tdpo2 is dpo with kl. A
@@ -119,20 +96,27 @@ class TrainConfig(_Output, _Evaluation, Hardware, Optimization, Objective, _Star
     def __post_init__(self) -> None:
         check_values(self)
         self.check_objective()
+        self.check_held_out()
         if self.where is not None:
             # It imports numpy, which a config does not need otherwise.
             from fpocli.system.conditions import Condition
 
             Condition(self.where, PAIR_COLUMNS, "--where")
-        if (self.measure_kl or self.eval_every) and not self.eval_fraction:
-            raise UserError(
-                "--measure-kl and --eval-every need held-out pairs, and none are held out",
-                "set --eval-fraction, such as 0.05",
-            )
         if self.exact_kl and not (self.needs_kl or self.measure_kl):
             raise UserError(
                 f"{self.method} needs no KL, so --exact-kl would have no effect",
                 "leave it out, or add --measure-kl",
+            )
+        best = self.best or ""
+        if best.startswith("kl_") and not (self.needs_kl or self.measure_kl):
+            raise UserError(
+                f"--best {best} needs the KL, which {self.method} does not measure",
+                "add --measure-kl, or choose another metric",
+            )
+        if best.startswith("distance_") and self.constraint != "features":
+            raise UserError(
+                f"--best {best} needs the distance, which {self.method} does not measure",
+                "choose another metric, or use --constraint features",
             )
 
 

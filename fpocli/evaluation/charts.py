@@ -74,6 +74,9 @@ def draw_figure3(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
             ]
             if not curves:
                 continue
+            # A run that ended early has fewer steps.
+            shared = set.intersection(*({step for step, *_ in curve} for curve in curves))
+            curves = [[point for point in curve if point[0] in shared] for curve in curves]
             points = np.array(curves)  # [runs, steps, 4]
             steps = points[0, :, 0]
             points[..., 3] *= records[0]["settings"]["beta"]

@@ -1,6 +1,7 @@
 """fpo eval: measure a policy on the pairs of a store, sample from it, write the results."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fpocli.evaluation.prompts import load_prompts
 from fpocli.evaluation.samples import Samples
 from fpocli.evaluation.sampling import generate
 from fpocli.evaluation.summary import summarise
+from fpocli.evaluation.track import send_evaluation
 from fpocli.features.weights import (
     FeatureWeights,
     load_feature_weights,
@@ -28,8 +30,9 @@ from fpocli.system.files import replace_text
 from fpocli.system.json_yaml import parse_yaml
 from fpocli.system.model_folder import ModelFolder, find_model
 from fpocli.system.ranks import Ranks, connected_ranks
+from fpocli.tracking.trackers import Trackers
 from fpocli.training.pair_loader import PairLoader
-from fpocli.training.run_folder import read_run, recorded_weights
+from fpocli.training.run_folder import held_out_store, read_run, recorded_weights
 from fpocli.training.where import pairs_where
 
 
@@ -46,10 +49,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         UserError: the model, store, reference or prompts cannot be used.
     """
     with connected_ranks() as ranks:
-        return _evaluate(config, ranks)
+        with Trackers(config.track, ranks) as trackers:
+            result = _evaluate(config, ranks, trackers)
+        if ranks.rank == 0:
+            _print(result, config)
+        return result
 
 
-def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
+def _evaluate(config: EvalConfig, ranks: Ranks, trackers: Trackers) -> dict[str, Any]:
     """The stage itself: every rank measures and samples its share, rank 0 writes the results."""
     prompts = load_prompts(config)
     store = Store.open(locally_cached(config.cache))
@@ -58,6 +65,13 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
     run = run_folder(config.model)
     folder, trained = find_policy(config, run, store)
     out = Path(config.out or (run / "eval" if run else "eval"))
+    if config.track:
+        if run is None or trained is None:
+            raise UserError(
+                f"--track continues the trackers of a run of fpo train, and {config.model} is none",
+                "leave it out",
+            )
+        trackers.open(run, asdict(trained))
     tokenizer = tokenizer_of(store, folder)
     k = config.k or (trained.k if trained else TrainConfig(cache=config.cache).k)
     sites = sites_of(store, config.at or (trained.at if trained else []))
@@ -67,7 +81,7 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
         store,
         batch_size=1,
         packed_length=config.packed_length or default_packed_length(device),
-        eval_fraction=trained.eval_fraction if trained else config.eval_fraction,
+        eval_fraction=_held_out_share(config, run, trained, store),
         seed=0,
         rank=ranks.rank,
         world=ranks.world,
@@ -95,8 +109,32 @@ def _evaluate(config: EvalConfig, ranks: Ranks) -> dict[str, Any]:
         measured = in_order(parts)
         result = _describe(config, store, folder, trained, split, measured.values, sampled)
         _write(result, measured, out)
-        _print(result, config)
+        if config.track:
+            send_evaluation(trackers, result, measured.changes, answers, out)
     return ranks.of_first(result)
+
+
+def _held_out_share(
+    config: EvalConfig, run: Path | None, trained: TrainConfig | None, store: Store
+) -> float:
+    """The share of the store's pairs that the policy was not trained on.
+
+    Raises:
+        UserError: the run held out the pairs of another store, and held-out pairs are asked for.
+    """
+    if run is None or trained is None:
+        return config.eval_fraction
+    if trained.eval_cache is None:
+        return trained.eval_fraction
+    if held_out_store(run) == store.meta["fingerprint"]:
+        return 1.0
+    if config.split in (None, "eval"):
+        raise UserError(
+            f"the run {run} was trained on all pairs of {store.path}, and held out those of "
+            f"{trained.eval_cache}",
+            "name that store with --cache, or measure the pairs of training with --split train",
+        )
+    return 0.0
 
 
 def _groups(config: EvalConfig, run: Path | None, store: Store) -> dict[str, FeatureWeights]:
@@ -172,7 +210,8 @@ def find_policy(
             "complete it with the `fpo train` command that began it",
         )
     fingerprint, settings = read_run(run)
-    if fingerprint != store.meta["fingerprint"] and config.split != "all":
+    known = (fingerprint, held_out_store(run))
+    if store.meta["fingerprint"] not in known and config.split != "all":
         raise UserError(
             f"the run {run} was trained on another store than {store.path}, so it may have seen "
             "the pairs that would be held out here",

@@ -26,6 +26,7 @@ from fpocli.system.console import progress
 from fpocli.system.errors import UserError
 from fpocli.system.json_yaml import read_json
 from fpocli.training.run_folder import read_run
+from fpocli.training.stopping import BestStep
 
 # Points of a curve; longer ones are means of consecutive steps.
 _POINTS = 400
@@ -79,7 +80,7 @@ def describe_runs(named: list[str]) -> dict[str, Any]:
         "runs": found,
         "differing": _differing([run["settings"] for run in found]),
         "curves": _curves(lines),
-        "held_out": _held_out(lines),
+        "held_out": _held_out(lines, [run["best_step"] for run in found]),
         "evaluation": evaluation_table(results),
         "reward_margins": _reward_margins(folders),
         "changed_features": changed_features(
@@ -106,17 +107,23 @@ def _read(name: str) -> dict[str, Any]:
     if evaluated and not _is_evaluation(result):
         raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
+    lines = _read_metrics(folder / "metrics.jsonl") if folder else []
+    best = None
     if folder is not None:
         fingerprint, settings = read_run(folder)
         values = dataclasses.asdict(settings)
         about["settings"] = {n: v for n, v in values.items() if n not in _NO_SETTING}
         about["store"] = {"fingerprint": fingerprint} | _describe_store(settings.cache, fingerprint)
         about["finished"] = (folder / "final" / "config.json").is_file()
-    lines = _read_metrics(folder / "metrics.jsonl") if folder else []
+        best = BestStep(settings)
+        for line in lines:
+            if line["split"] == "eval" and settings.best in line:
+                best.watch(line)
     steps = [line["step"] for line in lines if line["split"] == "train"]
     seconds = [line.get("seconds", 0) for line in lines]
     return about | {
         "steps": int(max(steps)) if steps else None,
+        "best_step": int(best.step) if best and best.step else None,
         "seconds": float(sum(seconds)) if steps else None,
         "evaluation": result,
         "lines": lines,
@@ -216,14 +223,17 @@ def _thinned(points: np.ndarray) -> tuple[list[float], list[float]]:
     return points[:, 0].tolist(), points[:, 1].tolist()
 
 
-def _held_out(lines: list[list[dict[str, Any]]]) -> dict[str, list[dict[str, float] | None]]:
-    """By metric, for every run, its mean over the held-out pairs at step 0 and at the last step
-    measured; None for a run without it."""
+def _held_out(
+    lines: list[list[dict[str, Any]]], best: list[int | None]
+) -> dict[str, list[dict[str, float] | None]]:
+    """By metric, for every run, its mean over the held-out pairs at step 0 and at the best step, or
+    without --best at the last one measured; None for a run without it."""
     before_after = []
-    for rows in lines:
+    for rows, chosen in zip(lines, best, strict=True):
         own = [row for row in rows if row["split"] == "eval"]
         begins = bool(own) and own[0]["step"] == 0 and len(own) > 1
-        before_after.append((own[0], own[-1]) if begins else ({}, {}))
+        after = next((row for row in own if row["step"] == chosen), own[-1] if own else {})
+        before_after.append((own[0], after) if begins else ({}, {}))
     names = dict.fromkeys(name for _, after in before_after for name in after)
     return {
         name: [

@@ -23,8 +23,10 @@ from fpocli.training.checkpoint_files import (
 from fpocli.training.engine import MOMENTS, optimizer_states
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: int) -> None:
-    """Write a checkpoint of all ranks, then delete all but the newest.
+def save_checkpoint(
+    engine: Any, folder: Path, step: int, alpha: float, keep: int, best: int | None = None
+) -> None:
+    """Write a checkpoint of all ranks, then delete all but the newest and the best.
 
     Args:
         engine: after the step.
@@ -32,6 +34,7 @@ def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: in
         step: how many steps are done.
         alpha: of the next step, which --hold changes.
         keep: how many checkpoints to keep.
+        best: the step whose checkpoint is kept beside them; None without --best.
 
     Raises:
         UserError: the disk is full; older checkpoints are unchanged.
@@ -47,9 +50,15 @@ def save_checkpoint(engine: Any, folder: Path, step: int, alpha: float, keep: in
         files = {name: digest for part in gathered for name, digest in part.items()}
         write_document(partial, step, alpha, files)
         # A checkpoint gets its name when it is complete.
-        partial.rename(folder / f"step-{step}")
+        partial.rename(checkpoint_of(folder, step))
         for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            if best is None or old != checkpoint_of(folder, best):
+                shutil.rmtree(old)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, in the folder of the checkpoints."""
+    return folder / f"step-{step}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -64,7 +73,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
 
 
-@torch.no_grad()
 def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float]:
     """Load the newest checkpoint, whatever the number of ranks that wrote it.
 
@@ -79,21 +87,36 @@ def load_checkpoint(engine: Any, folder: Path, alpha: float) -> tuple[int, float
     Raises:
         UserError: it is damaged, or of an earlier version. All ranks raise.
     """
-    ranks = Ranks.connected()
     # On another host a listing of the folder may be a minute old.
-    newest: Path | None = ranks.of_first(newest_checkpoint(folder))
+    newest: Path | None = Ranks.connected().of_first(newest_checkpoint(folder))
     if newest is None:
         return 0, alpha
+    checkpoint = load_from(engine, newest)
+    return checkpoint.step, checkpoint.alpha
+
+
+@torch.no_grad()
+def load_from(engine: Any, folder: Path) -> Checkpoint:
+    """Load one checkpoint.
+
+    Args:
+        engine: before or after any step.
+        folder: of this checkpoint.
+
+    Raises:
+        UserError: it is damaged, or of an earlier version. All ranks raise.
+    """
+    ranks = Ranks.connected()
     shapes = {state.name: state.shape for state in _states(engine)}
     checkpoint: Checkpoint = ranks.on_each(
-        lambda: open_checkpoint(newest, ranks.rank, ranks.world, shapes)
+        lambda: open_checkpoint(folder, ranks.rank, ranks.world, shapes)
     )
     for _, own in optimizer_states(engine):
         own["step"].fill_(checkpoint.step)
     for state in _states(engine):
         state.set(checkpoint.tensor(state.name))
     _round_weights(engine)
-    return checkpoint.step, checkpoint.alpha
+    return checkpoint
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class PairLoader:
         store: the store.
         batch_size: pairs per step over all ranks.
         packed_length: the most tokens of a packed sequence.
-        eval_fraction: share of the pairs held out.
+        eval_fraction: share of the pairs held out; 1 is all.
         seed: of the order of the pairs.
         rank: of this process.
         world: number of processes.

@@ -49,12 +49,15 @@ class RunFolder:
     Args:
         settings: of the run.
         fingerprint: of the store, so that a run is not resumed on another store.
+        held_out: the same of the store whose pairs are held out; None without --eval-cache.
 
     Raises:
         UserError: the folder holds another run.
     """
 
-    def __init__(self, settings: TrainConfig, fingerprint: str) -> None:
+    def __init__(
+        self, settings: TrainConfig, fingerprint: str, held_out: str | None = None
+    ) -> None:
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / "checkpoints"
         self.final = self.folder / "final"
@@ -65,6 +68,8 @@ class RunFolder:
         del config["trust_remote_code"]
         identity = {name: value for name, value in config.items() if name not in _NOT_IDENTITY}
         identity["store"] = fingerprint
+        if held_out:
+            identity[_HELD_OUT] = held_out
         if settings.feature_weights and settings.feature_weights != LOGITS:
             identity["feature_weights"] = Path(settings.feature_weights).read_text(encoding="utf-8")
         # Before another rank looks at the folder.
@@ -110,13 +115,14 @@ class RunFolder:
         call this function.
 
         Returns:
-            the metrics of the training steps before it.
+            the lines of metrics.jsonl up to it.
         """
+        ranks = Ranks.connected()
         lines = self._metrics.read_text().splitlines() if self._metrics.is_file() else []
-        kept = [line for line in lines if step and _step_of(line) <= step]
-        Ranks.connected().on_first(lambda: self._keep(kept))
-        records = [json.loads(line) for line in kept]
-        return [record for record in records if record["split"] == "train"]
+        # Another host may see fewer lines, and all must decide the same.
+        kept = ranks.of_first([line for line in lines if step and _step_of(line) <= step])
+        ranks.on_first(lambda: self._keep(kept))
+        return [json.loads(line) for line in kept]
 
     def _keep(self, lines: list[str]) -> None:
         for left in self.checkpoints.glob("partial-*"):
@@ -130,15 +136,26 @@ class RunFolder:
                 metrics.write(json.dumps(record) + "\n")
 
     def save_model(
-        self, network: Any, weights: dict[str, torch.Tensor], tokenizer: Any, store: Store
+        self,
+        network: Any,
+        weights: dict[str, torch.Tensor],
+        tokenizer: Any,
+        store: Store,
+        step: str,
     ) -> None:
-        """Write final/ as a plain transformers folder; it appears complete, by rename."""
+        """Write final/ as a plain transformers folder; it appears complete, by rename.
+
+        Args:
+            network, weights, tokenizer: what is written.
+            store: the reference, for the model card.
+            step: which one the weights are of, in words.
+        """
         partial = self.folder / "final.partial"
         shutil.rmtree(partial, ignore_errors=True)
         with report_write_errors(partial):
             network.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(self.settings, store))
+        (partial / "README.md").write_text(_model_card(self.settings, store, step))
         partial.rename(self.final)
 
 
@@ -156,6 +173,11 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
             f"{folder} is not a run of this version of fpo: {error}",
             "train it again, or name its folder final/",
         ) from error
+
+
+def held_out_store(folder: Path) -> str | None:
+    """The fingerprint of the store whose pairs a run held out; None without --eval-cache."""
+    return _object(folder / "run.json").get(_HELD_OUT)
 
 
 def recorded_weights(folder: Path) -> str | None:
@@ -192,16 +214,19 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
+# In run.json the fingerprint of the store of --eval-cache.
+_HELD_OUT = "eval_store"
 # Settings of version 0.1 that have another name now.
 _NEW_NAMES = {"tokens_per_row": "packed_length"}
 # Where things are and how often they are saved: a resumed run may change these.
 _NOT_IDENTITY = (
     "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
-    "keep_checkpoints", "deepspeed", "trust_remote_code", "gpus",
+    "keep_checkpoints", "deepspeed", "trust_remote_code", "gpus", "eval_cache", "max_minutes",
+    "track",
 )  # fmt: skip
 
 
-def _model_card(settings: TrainConfig, store: Store) -> str:
+def _model_card(settings: TrainConfig, store: Store, step: str) -> str:
     base = settings.model or store.meta["model"]["source"]
     data = store.meta["data"]
     rows = "\n".join(
@@ -226,7 +251,8 @@ tags: [{tags}]
 
 Trained with fpo (Feature-level Preference Optimization, arXiv 2411.07618) from `{base}` on
 {store.pairs:,} preference pairs of `{data["source"]}`, against a cached reference
-`{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}).
+`{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}). The weights are those of
+{step}.
 
 {constraint}| setting | value |
 |---|---|

@@ -1,8 +1,23 @@
-"""The learning rate of every step."""
+"""How many steps there are, and the learning rate of each."""
 
 import math
 
 from fpocli.config import TrainConfig
+from fpocli.system.errors import UserError
+
+
+def total_steps(steps_per_epoch: int, settings: TrainConfig) -> int:
+    """Steps of a run: those of all passes over the pairs, or --max-steps if that is less.
+
+    Raises:
+        UserError: there are none.
+    """
+    if not steps_per_epoch:
+        raise UserError(
+            "no pairs are left for training", "use a smaller --eval-fraction, or another --where"
+        )
+    steps = settings.epochs * steps_per_epoch
+    return min(steps, settings.max_steps or steps)
 
 
 def warmup_steps(steps: int, settings: TrainConfig) -> int:

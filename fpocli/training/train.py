@@ -1,8 +1,7 @@
 """fpo train: read the store, score with the policy, step, log, save."""
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
 from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.network import choose_device
-from fpocli.model.packing import default_packed_length
 from fpocli.scoring.loading import find_reference, load_reference, sites_of, tokenizer_of
 from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.scoring.saes import load_encoders, sae_sources
@@ -22,13 +20,20 @@ from fpocli.scoring.score import score
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.local_cache import locally_cached
 from fpocli.store.reader import Store
-from fpocli.system.console import progress, say, warn
+from fpocli.system.console import progress, say
 from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
 from fpocli.system.model_folder import find_model
 from fpocli.system.ranks import Ranks
-from fpocli.training.checkpoints import load_checkpoint, save_checkpoint
+from fpocli.tracking.trackers import Trackers
+from fpocli.training.announce import announce
+from fpocli.training.checkpoints import (
+    checkpoint_of,
+    load_checkpoint,
+    load_from,
+    save_checkpoint,
+)
 from fpocli.training.chosen_fall import ChosenFall
 from fpocli.training.deepspeed_config import deepspeed_config
 from fpocli.training.engine import (
@@ -46,32 +51,34 @@ from fpocli.training.first_step import (
     check_policy_is_reference,
     check_store_serves,
 )
-from fpocli.training.held_out import held_out_means
+from fpocli.training.held_out import held_out_means, open_held_out_store, open_loaders
 from fpocli.training.hold import HeldAlpha
 from fpocli.training.means import Means, values_to_show
-from fpocli.training.memory import MemoryMeter
 from fpocli.training.objective import objective, shares_of_groups
-from fpocli.training.pair_loader import PairLoader
 from fpocli.training.run_folder import RunFolder, locked_run_folder
-from fpocli.training.schedule import learning_rate, warmup_steps
-from fpocli.training.where import pairs_where
+from fpocli.training.schedule import learning_rate, total_steps
+from fpocli.training.step_meter import StepMeter
+from fpocli.training.stopping import BestStep, TimeLimit
 
 
-def train(settings: TrainConfig) -> Path:
+def train(settings: TrainConfig) -> Path | None:
     """Train a policy against a store, or resume a run that was stopped.
 
     Args:
         settings: of the run.
 
     Returns:
-        The folder of the trained model, in transformers' format.
+        The folder of the trained model, in transformers' format; None if --max-minutes ended the
+        command before the run was complete.
 
     Raises:
         UserError: the store, model, SAE or run folder cannot be used; see its hint.
     """
+    limit = TimeLimit(settings.max_minutes)
     settings = replace(settings, out=str(resolve_last_part(settings.out)))
     store = Store.open(locally_cached(settings.cache))
     check_store_serves(store, settings)
+    held_out = open_held_out_store(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
     if settings.gpus and settings.gpus != world:
@@ -79,43 +86,45 @@ def train(settings: TrainConfig) -> Path:
             f"gpus is {settings.gpus}, but the number of processes is {world}",
             "use the command fpo train --gpus, which starts them; from Python, use torchrun",
         )
-    with heartbeat(rank, world), locked_run_folder(Path(settings.out)) as may_write:
-        return _train(settings, store, device, may_write)
+    with (
+        heartbeat(rank, world),
+        locked_run_folder(Path(settings.out)) as may_write,
+        Trackers(settings.track, Ranks.connected()) as trackers,
+    ):
+        return _train(settings, store, held_out, device, limit, trackers, may_write)
 
 
 def _train(
-    settings: TrainConfig, store: Store, device: torch.device, may_write: Callable[[], None]
-) -> Path:
+    settings: TrainConfig,
+    store: Store,
+    other: Store | None,
+    device: torch.device,
+    limit: TimeLimit,
+    trackers: Trackers,
+    may_write: Callable[[], None],
+) -> Path | None:
     """The stage itself, while this run holds the lock of its folder."""
     # -- settings and files, checked before any model is loaded --------------------------------
     sites = sites_of(store, settings.at) if settings.constraint == "features" else []
-    world = Ranks.connected().world
-    loader = PairLoader(
-        store,
-        batch_size=settings.batch_size,
-        packed_length=settings.packed_length or default_packed_length(device),
-        eval_fraction=settings.eval_fraction,
-        seed=settings.seed,
-        rank=Ranks.connected().rank,
-        world=world,
-        sites=[str(site) for site in sites],
-        where=pairs_where(store, settings.where),
-    )
-    steps = settings.epochs * loader.steps_per_epoch
-    if not steps:
-        raise UserError(
-            "no pairs are left for training", "use a smaller --eval-fraction, or another --where"
-        )
+    loader, held_out = open_loaders(settings, store, other, sites, device)
+    steps = total_steps(loader.steps_per_epoch, settings)
     dtype = "bfloat16" if settings.bf16 else "float32"
-    check_dtype_and_kernel(store, dtype, choose_kernel(device), settings.allow)
+    for one in filter(None, (store, other)):
+        check_dtype_and_kernel(one, dtype, choose_kernel(device), settings.allow)
     deepspeed = deepspeed_config(settings)
     omegas = {}
     if settings.feature_weights and settings.feature_weights != LOGITS:
         omegas = load_feature_weights(settings.feature_weights, store.widths)
-    run = RunFolder(settings, store.meta["fingerprint"])
+    fingerprints = [one.meta["fingerprint"] for one in (store, other) if one]
+    run = RunFolder(settings, *fingerprints)
     if run.finished:
         say(f"{run.final} is complete; --overwrite trains it again")
         return run.final
+    trackers.open(run.folder, asdict(settings))
+
+    def log(line: dict[str, Any]) -> None:
+        run.log(line)
+        trackers.log(line)
 
     # -- the policy, its SAEs and the engine -----------------------------------------------------
     # The KL needs the reference's distributions: those of the store, or else the reference itself.
@@ -149,47 +158,43 @@ def _train(
     done, alpha = load_checkpoint(engine, run.checkpoints, settings.alpha)
     held_alpha = HeldAlpha(alpha, settings.hold, settings.beta)
     chosen_fall = ChosenFall(from_reference=settings.model is None)
+    best = BestStep(settings)
     for line in run.resume_at(done):
-        chosen_fall.watch(line)
-        held_alpha.watch(line)
-    say(
-        f"{settings.method}{_kl_text(settings, store)} on {loader.training_pairs:,} pairs, "
-        f"{loader.held_out_pairs:,} held out; steps {done} to {steps} of "
-        f"{settings.batch_size} pairs, packed into sequences of {loader.packed_length:,} tokens; "
-        f"{world} {device.type} process{'es' if world > 1 else ''}, ZeRO {settings.zero}; "
-        f"{model.kernels(distributions=settings.needs_kl)}"
-    )
-    if warmup_steps(steps, settings) > steps:
-        warn(
-            f"note: the warm-up of {warmup_steps(steps, settings)} steps is longer than the run, "
-            f"so the learning rate never reaches {settings.lr}"
-        )
+        trackers.log(line)
+        if line["split"] == "eval":
+            best.watch(line)
+        else:
+            chosen_fall.watch(line)
+            held_alpha.watch(line)
+    kernels = model.kernels(distributions=settings.needs_kl)
+    announce(settings, store, loader, held_out, done, steps, device, kernels)
 
     def measure(step: int) -> None:
-        if loader.held_out_pairs:
+        if held_out.held_out_pairs:
             means = held_out_means(
                 engine,
                 encoders,
-                loader.evaluation(device, with_top=measure_top),
+                held_out.evaluation(device, with_top=measure_top),
                 settings,
                 weights,
                 reference,
                 f"step {step}, held-out pairs",
                 alpha=held_alpha.alpha,
             )
-            run.log({"step": step, "split": "eval"} | means)
+            line = {"step": step, "split": "eval"} | means
+            log(line)
+            best.watch(line)
 
     # -- the loop ----------------------------------------------------------------------------------
     if done == 0:
         sample = next(iter(loader.steps(0, 1, device, with_top=train_top)))[0]
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
-    memory = MemoryMeter(device)
+    prefetched = loader.steps(done, steps, device, with_top=train_top)
     with progress("Training", steps, done) as bar:
-        began, waited = time.perf_counter(), 0.0
-        prefetched = loader.steps(done, steps, device, with_top=train_top)
-        for step, micro_batches in enumerate(prefetched, done):
-            lr = learning_rate(step, steps, settings)
+        meter = StepMeter(device, prefetched)
+        for step, micro_batches in enumerate(prefetched, done + 1):
+            lr = learning_rate(step - 1, steps, settings)
             means = Means()
             engine.train()
             for number, micro in enumerate(micro_batches, 1):
@@ -201,58 +206,58 @@ def _train(
                 # DeepSpeed averages over ranks, while the weights already make this the mean over
                 # the step's pairs.
                 backward(
-                    engine, (micro.pair_weights * loss).sum() * world, number == len(micro_batches)
+                    engine,
+                    (micro.pair_weights * loss).sum() * loader.world,
+                    number == len(micro_batches),
                 )
                 means.add(metrics | {"tokens": micro.tokens}, micro.pair_weights, micro.pairs)
                 bar.advance(1 / len(micro_batches))
             # Before the optimiser steps, which it must not do with non-finite values.
-            line = shares_of_groups(means.result(f"step {step + 1}"))
-            norm = take_step(engine, lr, step + 1)
-            now = time.perf_counter()
-            tokens = line["tokens"] * loader.size(step)
-            line |= memory.step() | {
-                "gradient_norm": norm,
-                "lr": lr,
-                "seconds": now - began,
-                "tokens_per_second": tokens / (now - began),
-                "data_wait": (prefetched.waited - waited) / (now - began),
-            }
+            line = shares_of_groups(means.result(f"step {step}"))
+            norm = take_step(engine, lr, step)
+            pairs = loader.size(step - 1)
+            tokens = line["tokens"] * pairs
+            line |= meter.step(tokens) | {"gradient_norm": norm, "lr": lr}
             if settings.hold is not None:
                 line["alpha"] = held_alpha.alpha
-            run.log({"step": step + 1, "split": "train"} | line)
+            log({"step": step, "split": "train"} | line)
             held_alpha.update(line)
             chosen_fall.watch(line)
-            bar.advance(0, pairs=loader.size(step), tokens=tokens)
+            bar.advance(0, pairs=pairs, tokens=tokens)
             bar.show(values_to_show(line))
-            if step + 1 < steps and (step + 1) % (settings.eval_every or steps) == 0:
-                measure(step + 1)
-            if (step + 1) % settings.save_every == 0 and step + 1 < steps:
+            if step == steps or (settings.eval_every and step % settings.eval_every == 0):
+                measure(step)
+            complete = step == steps or best.exhausted
+            stopped = not complete and limit.over()
+            if not complete and (stopped or step == best.step or step % settings.save_every == 0):
                 may_write()
                 save_checkpoint(
-                    engine, run.checkpoints, step + 1, held_alpha.alpha, settings.keep_checkpoints
+                    engine,
+                    run.checkpoints,
+                    step,
+                    held_alpha.alpha,
+                    settings.keep_checkpoints,
+                    best.step,
                 )
-            memory.restart()
-            began, waited = time.perf_counter(), prefetched.waited
+            if stopped or complete:
+                break
+            meter.restart()
+    if stopped:
+        say(f"ended by --max-minutes at step {step} of {steps}; the same command goes on")
+        return None
     held_alpha.warn_if_missed()
-    measure(steps)
 
     # -- the result -----------------------------------------------------------------------------
+    if best.step and best.step != step:
+        load_from(engine, checkpoint_of(run.checkpoints, best.step))
+    of_step = str(best) if best.step else f"step {step}"
     state = gather_weights(engine)
     may_write()
     if state is not None:
-        run.save_model(model.network, state, tokenizer, store)
-        say(f"the trained model is in {run.final}")
+        run.save_model(model.network, state, tokenizer, store, of_step)
+        say(f"the trained model is in {run.final}" + (f": {best}" if best.step else ""))
     torch.distributed.barrier()
     return run.final
-
-
-def _kl_text(settings: TrainConfig, store: Store) -> str:
-    """Where the KL of the constraint comes from, for a message; nothing without it."""
-    if not settings.needs_kl:
-        return ""
-    if store.distributions is None or settings.exact_kl:
-        return " with the reference in memory"
-    return f" with {store.distributions.words} of the store"
 
 
 def _load_models(

@@ -19,6 +19,7 @@ from fpocli.comparison.compare import compare
 from fpocli.comparison.differences import BaselineDifferences
 from fpocli.comparison.grid import read_grid
 from fpocli.comparison.tables import REPORTS, make_table
+from fpocli.evaluation.charts import draw_figure3
 from fpocli.store.place import place_of
 from fpocli.system.errors import UserError
 
@@ -431,3 +432,36 @@ def test_the_reference_is_measured_and_not_trained(finished, material, tmp_path)
     assert found.baselines_of(reference) == [trained] and not found.baselines_of(trained)
     assert "alpha" not in reference.settings
     assert reference.settings["model"] == trained.settings["model"]
+
+
+def test_the_pairs_of_a_second_store_are_evaluated(store_path, tmp_path):
+    """Also those of the reference, all of them."""
+    found = read(
+        tmp_path,
+        store=str(store_path),
+        train={"eval_cache": "test.zarr"},
+        runs=[{"method": "reference"}, {"method": "fpo"}],
+    )
+    for run in found.runs:
+        assert run.evaluate.settings["cache"] == "test.zarr"
+    assert found.runs[0].evaluate.settings["eval_fraction"] == 0
+    assert found.runs[1].train.settings["cache"] == str(store_path)
+
+
+def test_a_grid_needs_complete_runs(tmp_path):
+    with pytest.raises(UserError, match="sets max_minutes") as error:
+        read(tmp_path, train={"max_minutes": 5})
+    assert "resumes" in error.value.hint
+
+
+def test_figure_3_of_runs_that_ended_early(tmp_path):
+    """The curve goes as far as all runs of the method do."""
+
+    def record(last):
+        names = ("step", "kl_chosen", "kl_rejected", "kl_margin")
+        curve = [dict.fromkeys(names, step / 2) for step in range(last)]
+        return {"curve": curve, "settings": {"beta": 0.1}, "verdicts": []}
+
+    draw_figure3({"fpo": [record(3), record(6)]}, tmp_path / "early.png")
+    draw_figure3({"fpo": [record(3), record(3)]}, tmp_path / "alike.png")
+    assert (tmp_path / "early.png").read_bytes() == (tmp_path / "alike.png").read_bytes()

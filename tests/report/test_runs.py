@@ -1,6 +1,7 @@
 """What fpo report knows of runs, against the files they left."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -90,6 +91,21 @@ def test_a_run_that_is_going_on_is_shown_as_far_as_it_is(tmp_path):
     assert shown["held_out"] == {} and shown["evaluation"] == [] and shown["samples"] == []
     (run / "metrics.jsonl").unlink()
     report_runs(ReportConfig(runs=[str(run)], html=str(tmp_path / "page.html")))
+
+
+def test_a_run_with_best_is_shown_at_the_step_of_its_final(tmp_path):
+    held_out = [{"step": n, "split": "eval", "loss": value} for n, value in enumerate([3, 2, 1, 4])]
+    settings = {"best": "loss", "eval_every": 1, "eval_fraction": 0.1}
+    written(tmp_path / "run", [*held_out, *steps(3)], **settings)
+    written(tmp_path / "last", [*held_out, *steps(3)])
+    shown = describe_runs([str(tmp_path / "run"), str(tmp_path / "last")])
+    assert [run["best_step"] for run in shown["runs"]] == [2, None]
+    values = [{"before": 3, "after": 1}, {"before": 3, "after": 4}]
+    assert shown["held_out"]["loss"] == values
+    runs = [str(tmp_path / "run"), str(tmp_path / "last")]
+    report_runs(ReportConfig(runs=runs, html=str(tmp_path / "page.html")))
+    row = (tmp_path / "page.html").read_text().split("step of final/")[1].split("</tr>")[0]
+    assert re.findall(r">(\d+)<", row) == ["2", "3"]
 
 
 def test_metrics_of_any_name_have_a_chart(tmp_path):

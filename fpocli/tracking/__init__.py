@@ -1,0 +1,1 @@
+"""TensorBoard, W&B, MLflow and Trackio: what a run measures, sent there while it runs."""
