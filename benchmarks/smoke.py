@@ -23,6 +23,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny.model_folder(folder / "model", "llama")
+        # In 4 bits a CPU needs multiples of 64.
+        sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+        tiny.model_folder(folder / "wide", "llama", **sizes)
         tiny.sae_folder(folder / "sae")
         write_pairs(folder / "pairs.jsonl", 100)
         pairs = ["--model", f"{folder}/model", "--data", f"{folder}/pairs.jsonl"]
@@ -46,6 +49,7 @@ def main() -> None:
             "bucket": ["--pairs", "16", "--block", "8", "--width", "32"],
             "gpu": ["--tiny", "--pairs", "4"],
             "host_memory": ["--parameters", "1", "--ranks", "2"],
+            "lora": [*pairs, "--model", f"{folder}/wide", "--max-length", "256"],
             "ranks": [*pairs, "--pairs", "64", "--with-distributions", "8", "--ranks", "1", "2"],
             "scaling": [],
         }

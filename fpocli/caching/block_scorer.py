@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -49,6 +50,7 @@ class BlockScorer:
         self._config, self._meta, self._encoders, self._device = config, meta, encoders, device
         self._packed_length = config.packed_length or default_packed_length(device)
         sites = [Site.parse(name) for name in meta["sites"]]
+        folder = replace(folder, load_in_4bit=config.load_in_4bit)
         self._model = load_model(folder, sites, getattr(torch, config.dtype), device).eval()
         if distributions := Distributions.of(meta):
             self._model.require_vocabulary(distributions.vocabulary)

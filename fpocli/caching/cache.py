@@ -28,6 +28,7 @@ from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import Source, sources_of
 from fpocli.data.token_rows import with_token_ids
 from fpocli.features.site import Site
+from fpocli.model.four_bit import require_bitsandbytes
 from fpocli.model.language_model import check_layers
 from fpocli.model.network import choose_device, read_config
 from fpocli.scoring.saes import choose_default_saes, load_saes
@@ -68,6 +69,8 @@ def cache(config: CacheConfig) -> Store:
             "fpo cache starts its processes itself, and a launcher has started this one",
             "run it by itself, with --workers N for N processes",
         )
+    if config.load_in_4bit:
+        require_bitsandbytes()
     place = place_of(config.out)
     if isinstance(place, Folder):
         place = Folder(resolve_last_part(config.out))

@@ -13,6 +13,7 @@ from fpocli.data.sources import Source, identity_of, split_weight
 from fpocli.features.encoder import SparseEncoder
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
+from fpocli.model.four_bit import NF4
 from fpocli.store.distribution_rows import Distributions
 from fpocli.store.place import place_of
 from fpocli.store.reader import Store
@@ -48,6 +49,7 @@ def identify(
             # Of the program that computed them nothing is known.
             "attention": "imported" if imported else choose_kernel(device),
             **({"imported": imported} if imported else {}),
+            **({"quantization": NF4} if config.load_in_4bit else {}),
         },
         "sites": _describe_sites(config, encoders),
         "block": config.block,

@@ -101,6 +101,9 @@ def _held_out(step: Step) -> float:
 
 def _train(config: TrainConfig, found: StoreSize, other: StoreSize | None, speed: float) -> Cost:
     passes = 8 if config.activation_checkpointing else 6
+    if config.lora_rank:
+        # The frozen weights have no gradient.
+        passes -= 2
     # Of all tokens of the store; those of --eval-cache come on top.
     held_out = other.tokens / found.tokens if other else config.eval_fraction
     steps = config.epochs * found.pairs // config.batch_size
@@ -118,8 +121,10 @@ def _train(config: TrainConfig, found: StoreSize, other: StoreSize | None, speed
     measured = with_reference if config.needs_kl or config.measure_kl else 0
     per_token += times * held_out * (2 + measured) * found.parameters
     kept = config.keep_checkpoints if steps > config.save_every else 0
+    # A checkpoint of an adapter is small.
+    checkpoint = 0 if config.lora_rank else _CHECKPOINT
     kept += config.best is not None
-    size = found.parameters * (_WEIGHTS + kept * _CHECKPOINT)
+    size = found.parameters * (_WEIGHTS + kept * checkpoint)
     return Cost(per_token * found.tokens / speed / 3600, size)
 
 

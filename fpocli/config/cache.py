@@ -46,6 +46,13 @@ class _Model:
     dtype: Annotated[
         Literal["bfloat16", "float32", "float16"], Option(help="Dtype of the model.")
     ] = "bfloat16"
+    load_in_4bit: Annotated[
+        bool,
+        Option(
+            "--load-in-4bit",
+            help="Linear layers in 4 bits, for fpo train --load-in-4bit. Needs the extra qlora.",
+        ),
+    ] = False
     trust_remote_code: Annotated[bool, TRUST_REMOTE_CODE] = False
     allow: Annotated[
         list[str],

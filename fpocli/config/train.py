@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
+from fpocli.config.adapters import Adapter
 from fpocli.config.checks import check_values
 from fpocli.config.held_out import HeldOut
 from fpocli.config.objective import Objective
@@ -82,7 +83,7 @@ class _Output:
 
 # A dataclass takes the fields of its last base first.
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(_Output, HeldOut, Hardware, Optimization, Objective, _Start):
+class TrainConfig(_Output, HeldOut, Hardware, Optimization, Adapter, Objective, _Start):
     """Train the policy alone against a store.
 
     A method is a reward and a constraint: fpo is dpo_norm with features, tdpo2 is dpo with kl. A
@@ -96,6 +97,7 @@ class TrainConfig(_Output, HeldOut, Hardware, Optimization, Objective, _Start):
     def __post_init__(self) -> None:
         check_values(self)
         self.check_objective()
+        self.check_adapter(self.zero)
         self.check_held_out()
         if self.where is not None:
             # It imports numpy, which a config does not need otherwise.

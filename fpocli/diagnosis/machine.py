@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from fpocli.diagnosis.check import Check
 
 _NEEDED = ("torch", "transformers", "deepspeed", "zarr", "sae-lens")
-_OPTIONAL = ("liger-kernel", "ray", "obstore")
+_OPTIONAL = ("liger-kernel", "ray", "obstore", "peft", "bitsandbytes")
 # Flags in /proc/cpuinfo of instructions that multiply in bfloat16, on x86 and on ARM.
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 # Less than training Gemma-2-2B takes: weights twice and one checkpoint, in bytes.

@@ -13,12 +13,13 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
     """Print the result of report.inspect.describe."""
     model, data, tokenizer = shown["model"], shown["data"], shown["tokenizer"]
     blocks, pairs, limits = shown["blocks"], shown["pairs"], shown["limits"]
+    in_4_bits = ", linear layers in 4 bits" if "quantization" in model else ""
     head = _grid()
     for name, value in (
         ("store", f"{shown['path']}  ({shown['format']} {shown['version']})"),
         ("state", f"{shown['state']}, {blocks['done']} of {blocks['all']} blocks"),
         ("created", f"{shown['created']} by {_join(shown['writer'])}"),
-        ("model", f"{model['source']}{_at(model['revision'])}, {model['architecture']}"),
+        ("model", f"{model['source']}{_at(model['revision'])}, {model['architecture']}{in_4_bits}"),
         ("", f"{model['dtype']}, {model['attention']} attention, weights {model['hash'][:12]}"),
         *((" ", _imported(about)) for about in [model.get("imported")] if about),
         *((" ", f"some blocks in {' and '.join(how)}") for how in shown["allowed"].values()),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fpocli.data.top_tokens import TopTokens
 from fpocli.features.site import Site
+from fpocli.model.adapter import LoRA
 from fpocli.model.attention import (
     attention_mask,
     check_attention,
@@ -18,6 +19,7 @@ from fpocli.model.attention import (
     layer_types,
     register_kernel,
 )
+from fpocli.model.four_bit import prepare
 from fpocli.model.head import (
     CHUNKED,
     choose_head,
@@ -36,6 +38,8 @@ from fpocli.system.model_folder import ModelFolder
 class LanguageModel(nn.Module):
     """A causal language model that scores packed sequences: the policy, or the reference.
 
+    Its attribute `adapter` is the LoRA adapter that is trained in it, or None.
+
     Args:
         network: transformers' model with its head, on its device. Its attention implementation is
             replaced by one that follows the attention rule of packed sequences.
@@ -50,6 +54,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.network = network
         self.head = head
+        self.adapter: LoRA | None = None
         self.config = network.config.get_text_config()
         self.sites = sites
         check_layers(self.config, sites)
@@ -190,6 +195,26 @@ class FrozenReference(LanguageModel):
         return ReferenceOutput(self.network, *self.states(batch))
 
 
+class WithoutAdapter:
+    """The policy with its adapter off: the frozen reference, without a second copy of its weights.
+
+    Args:
+        policy: with an adapter, which started from the reference.
+    """
+
+    def __init__(self, policy: LanguageModel) -> None:
+        assert policy.adapter
+        self._policy, self._adapter = policy, policy.adapter
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedSequence) -> ReferenceOutput:
+        """Run the decoder on a packed sequence."""
+        with self._adapter.off():
+            final, _ = self._policy.states(batch)
+        # The head has no adapter.
+        return ReferenceOutput(self._policy.network, final, {})
+
+
 def load_model(
     folder: ModelFolder,
     sites: list[Site],
@@ -207,7 +232,10 @@ def load_model(
         partitioned: as `load_network` takes it.
 
     Raises:
-        UserError: its files are incomplete, or it has no such layer.
+        UserError: its files are incomplete, it has no such layer, or cannot be run in 4 bits.
     """
     check_layers(read_config(folder), sites)
-    return LanguageModel(load_network(folder, dtype, partitioned).to(device), sites)
+    network = load_network(folder, dtype, partitioned).to(device)
+    if folder.load_in_4bit:
+        prepare(network)
+    return LanguageModel(network, sites)

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from fpocli.features.site import Site
+from fpocli.model.four_bit import four_bit_config, require_bitsandbytes
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, refuse_code
 
@@ -46,7 +47,7 @@ def load_network(
 
     Raises:
         UserError: the configuration does not match the weights, or the model needs remote code
-            that is not allowed.
+            that is not allowed; or bitsandbytes is not installed, which 4 bits need.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -56,6 +57,10 @@ def load_network(
     # Missing weights become an error below. Where sae-lens is imported, it has silenced this too.
     logging.set_verbosity_error()
     config = _read_config(folder)
+    quantised = {}
+    if folder.load_in_4bit:
+        require_bitsandbytes()
+        quantised["quantization_config"] = four_bit_config(dtype)
     loaded: Any
     try:
         _check_size(folder, config)
@@ -69,6 +74,7 @@ def load_network(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=folder.trust_remote_code,
+                **quantised,
             )
     except UserError:
         raise

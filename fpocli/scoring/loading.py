@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from fpocli.data.tokenizer import load_tokenizer, vocabulary_hash
 from fpocli.features.site import Site
+from fpocli.model.four_bit import require_bitsandbytes
 from fpocli.model.language_model import FrozenReference, load_model
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
@@ -72,7 +74,7 @@ def check_k(store: Store, sites: list[Site], k: int) -> None:
 def find_reference(
     store: Store, name: str | None, *, trust_remote_code: bool = False
 ) -> ModelFolder:
-    """The model that a store was made with.
+    """The model that a store was made with, in 4 bits if it was.
 
     Args:
         store: the store.
@@ -80,7 +82,8 @@ def find_reference(
         trust_remote_code: whether its Python code may be run.
 
     Raises:
-        UserError: it is not found, or its weights differ.
+        UserError: it is not found, its weights differ, or bitsandbytes is not installed, which 4
+            bits need.
     """
     about = store.meta["model"]
     folder = find_model(
@@ -93,7 +96,10 @@ def find_reference(
             f"the weights of {folder.source} are not those that {store.path} was made with",
             "name the store's reference model, or cache again with this one",
         )
-    return folder
+    in_4bit = "quantization" in about
+    if in_4bit:
+        require_bitsandbytes()
+    return replace(folder, load_in_4bit=in_4bit)
 
 
 def find_local(store: Store, name: str, source: str, flag: str, *, was_local: bool = False) -> str:

@@ -85,6 +85,8 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
     lists = list(allowed.values()) if isinstance(allowed, dict) else [None]
     if not all(isinstance(v, list) and all(isinstance(t, str) for t in v) for v in lists):
         return "allowed are no lists of names"
+    if (bits := meta["model"].get("quantization", "nf4")) != "nf4":
+        return f"the quantisation {bits} is unknown"
     named = meta.get("neuronpedia", {})
     if not isinstance(named, dict) or set(map(type, named.values())) - {str}:
         return "neuronpedia are no names by site"

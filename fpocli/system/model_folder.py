@@ -33,12 +33,14 @@ class ModelFolder:
         path: the folder with config, tokeniser and weights.
         revision: the hub's commit; None for a local folder.
         trust_remote_code: whether Python code in it may be run.
+        load_in_4bit: whether its linear layers are held in 4 bits.
     """
 
     source: str
     path: Path
     revision: str | None
     trust_remote_code: bool = False
+    load_in_4bit: bool = False
 
     @property
     def weight_files(self) -> list[Path]:

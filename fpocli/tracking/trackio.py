@@ -44,7 +44,9 @@ class Trackio(Tracker):
 
         media: dict[str, Any] = {name: trackio.Image(str(file)) for name, file in images.items()}
         for name, rows in tables.items():
-            media[name] = trackio.Table(data=rows)
+            columns = list(dict.fromkeys(column for row in rows for column in row))
+            cells = [[row.get(column) for column in columns] for row in rows]
+            media[name] = trackio.Table(columns=columns, data=cells)
         self._run.log(numbers | media, step=step)
 
     def close(self, *, complete: bool) -> None:

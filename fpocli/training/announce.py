@@ -50,5 +50,6 @@ def _kl_text(settings: TrainConfig, store: Store) -> str:
     if not settings.needs_kl:
         return ""
     if store.distributions is None or settings.exact_kl:
-        return " with the reference in memory"
+        beside = settings.lora_rank is None or settings.model is not None
+        return " with the reference in memory" if beside else " to the policy without its adapter"
     return f" with {store.distributions.words} of the store"

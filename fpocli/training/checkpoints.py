@@ -1,5 +1,7 @@
 """The checkpoints of a run: whole weights and moments by parameter name, for any number of ranks.
 
+Of an adapter's run they have the adapter alone.
+
 DeepSpeed holds them flat and in parts. Here they are put together, parameter by parameter, and
 taken apart again for the ranks that go on.
 """
@@ -20,7 +22,7 @@ from fpocli.training.checkpoint_files import (
     write_document,
     write_tensors,
 )
-from fpocli.training.engine import MOMENTS, optimizer_states
+from fpocli.training.engine import MOMENTS, optimizer_states, trained
 
 
 def save_checkpoint(
@@ -176,10 +178,11 @@ class _State:
 
 
 def _states(engine: Any) -> Iterator[_State]:
-    """The weights and moments of every parameter, once also if it is tied."""
+    """The weights and moments of every parameter that is trained, once also if it is tied."""
     moments = MOMENTS[type(engine.basic_optimizer)]
     whole = optimizer_states(engine) if engine.zero_optimization_stage() == 0 else []
-    for number, (name, parameter) in enumerate(engine.module.named_parameters()):
+    named = [(name, one) for name, one in engine.module.named_parameters() if one.requires_grad]
+    for number, (name, parameter) in enumerate(named):
         name = name.removeprefix("network.")
         own, own_moments = whole[number] if whole else (None, {})
         yield _State(name, number, parameter, None, own)
@@ -200,7 +203,7 @@ def _round_weights(engine: Any) -> None:
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
         updated = [tensor for tensor, _ in optimizer_states(engine)]
-        for parameter, tensor in zip(engine.module.parameters(), updated, strict=True):
+        for parameter, tensor in zip(trained(engine.module), updated, strict=True):
             parameter.copy_(tensor)
     elif engine.zero_optimization_stage() < 3:
         optimizer.update_lp_params()

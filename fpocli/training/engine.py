@@ -194,11 +194,16 @@ def shard(model: FrozenReference, config: dict[str, Any]) -> Any:
     return engine
 
 
+def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that have a gradient: all, or those of an adapter."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def _parameter_groups(model: LanguageModel) -> list[dict[str, Any]]:
     """The parameters in groups of moderate size: ZeRO updates them group by group, and its copies
     of the gradients are no larger than a group."""
     groups: list[list[torch.nn.Parameter]] = [[]]
-    for parameter in model.parameters():
+    for parameter in trained(model):
         if groups[-1] and sum(p.numel() for p in groups[-1]) + parameter.numel() > GROUP_SIZE:
             groups.append([])
         groups[-1].append(parameter)

@@ -21,12 +21,24 @@ from fpocli.training.objective import compare_features
 
 
 def check_store_serves(store: Store, settings: TrainConfig) -> None:
-    """Refuse a method that the store cannot serve.
+    """Refuse a method, or starting weights, that the store cannot serve.
 
     Raises:
-        UserError: the store is incomplete, or lacks what the method needs.
+        UserError: the store is incomplete, lacks what the method needs, or is of a reference whose
+            weights were rounded otherwise.
     """
     store.require_complete()
+    in_4bit = "quantization" in store.meta["model"]
+    if settings.model is None and in_4bit != settings.load_in_4bit:
+        there, flag, here = (
+            ("in 4 bits", "add --lora-rank and --load-in-4bit", "without")
+            if in_4bit
+            else ("with all bits of its weights", "leave out --load-in-4bit", "with")
+        )
+        raise UserError(
+            f"the reference of {store.path} was run {there}, so the policy would not start from it",
+            f"{flag}, cache again {here} --load-in-4bit, or name the starting weights with --model",
+        )
     if settings.constraint != "features":
         return
     if not store.sites:

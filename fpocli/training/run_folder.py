@@ -1,4 +1,5 @@
-"""The folder of a training run: config.yaml, metrics.jsonl, checkpoints/ and final/."""
+"""The folder of a training run: config.yaml, metrics.jsonl, checkpoints/, final/ and, with LoRA,
+adapter/."""
 
 import dataclasses
 import json
@@ -15,6 +16,7 @@ import torch
 import yaml
 
 from fpocli.config import LOGITS, TrainConfig
+from fpocli.model.language_model import LanguageModel
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
@@ -61,6 +63,7 @@ class RunFolder:
         self.folder = Path(settings.out)
         self.checkpoints = self.folder / "checkpoints"
         self.final = self.folder / "final"
+        self.adapter = self.folder / "adapter"
         self.settings = settings
         self._metrics = self.folder / "metrics.jsonl"
         config = dataclasses.asdict(settings)
@@ -137,26 +140,40 @@ class RunFolder:
 
     def save_model(
         self,
-        network: Any,
+        model: LanguageModel,
         weights: dict[str, torch.Tensor],
         tokenizer: Any,
         store: Store,
         step: str,
     ) -> None:
-        """Write final/ as a plain transformers folder; it appears complete, by rename.
+        """Write final/ as a plain transformers folder. An adapter is written to adapter/ first, and
+        merged into final/.
 
         Args:
-            network, weights, tokenizer: what is written.
+            model, weights, tokenizer: what is written.
             store: the reference, for the model card.
             step: which one the weights are of, in words.
         """
-        partial = self.folder / "final.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        with report_write_errors(partial):
-            network.save_pretrained(partial, state_dict=weights)
+        if model.adapter:
+            with _appearing(self.adapter) as partial:
+                model.adapter.save(partial, weights)
+            weights = model.adapter.merge(weights)
+        with _appearing(self.final) as partial:
+            model.network.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(_model_card(self.settings, store, step))
-        partial.rename(self.final)
+            (partial / "README.md").write_text(_model_card(self.settings, store, step))
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """Where to write a folder, which gets its name when it is complete."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with report_write_errors(partial):
+        yield partial
+    # An adapter of a run that was killed before it wrote its final model.
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def read_run(folder: Path) -> tuple[str, TrainConfig]:

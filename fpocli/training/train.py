@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from fpocli.config import LOGITS, TrainConfig
-from fpocli.features.site import Site
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.attention import choose_kernel
-from fpocli.model.language_model import LanguageModel, load_model
 from fpocli.model.network import choose_device
-from fpocli.scoring.loading import find_reference, load_reference, sites_of, tokenizer_of
+from fpocli.scoring.loading import sites_of
 from fpocli.scoring.logit_weights import logit_weights, token_counts
 from fpocli.scoring.saes import load_encoders, sae_sources
 from fpocli.scoring.score import score
@@ -24,7 +22,6 @@ from fpocli.system.console import progress, say
 from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
-from fpocli.system.model_folder import find_model
 from fpocli.system.ranks import Ranks
 from fpocli.tracking.trackers import Trackers
 from fpocli.training.announce import announce
@@ -40,8 +37,6 @@ from fpocli.training.engine import (
     backward,
     gather_weights,
     make_engine,
-    partitioned,
-    shard,
     start_processes,
     take_step,
     whole,
@@ -54,6 +49,7 @@ from fpocli.training.first_step import (
 from fpocli.training.held_out import held_out_means, open_held_out_store, open_loaders
 from fpocli.training.hold import HeldAlpha
 from fpocli.training.means import Means, values_to_show
+from fpocli.training.models import load_models, require_packages
 from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.run_folder import RunFolder, locked_run_folder
 from fpocli.training.schedule import learning_rate, total_steps
@@ -76,6 +72,7 @@ def train(settings: TrainConfig) -> Path | None:
     """
     limit = TimeLimit(settings.max_minutes)
     settings = replace(settings, out=str(resolve_last_part(settings.out)))
+    require_packages(settings)
     store = Store.open(locally_cached(settings.cache))
     check_store_serves(store, settings)
     held_out = open_held_out_store(store, settings)
@@ -132,7 +129,7 @@ def _train(
     train_top = settings.needs_kl and from_store
     measure_top = (settings.needs_kl or settings.measure_kl) and from_store
     with_reference = settings.needs_kl and not from_store
-    model, tokenizer, reference = _load_models(
+    model, tokenizer, reference = load_models(
         store,
         settings,
         sites,
@@ -254,47 +251,7 @@ def _train(
     state = gather_weights(engine)
     may_write()
     if state is not None:
-        run.save_model(model.network, state, tokenizer, store, of_step)
+        run.save_model(model, state, tokenizer, store, of_step)
         say(f"the trained model is in {run.final}" + (f": {best}" if best.step else ""))
     torch.distributed.barrier()
     return run.final
-
-
-def _load_models(
-    store: Store,
-    settings: TrainConfig,
-    sites: list[Site],
-    deepspeed: dict[str, Any],
-    device: torch.device,
-    *,
-    with_reference: bool,
-) -> tuple[LanguageModel, Any, Any]:
-    """The policy with its starting weights, its tokeniser, and the frozen reference if it is
-    needed: complete on each rank, or partitioned under ZeRO-3 as the policy is."""
-    ranks = Ranks.connected()
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
-    trust = settings.trust_remote_code
-    if settings.model:
-        folder = find_model(settings.model, trust_remote_code=trust)
-    else:
-        folder = find_reference(store, settings.reference, trust_remote_code=trust)
-    tokenizer = tokenizer_of(store, folder)
-    # Under ZeRO-3 rank 0 alone sees what is wrong with the files.
-    model = ranks.on_each(lambda: load_model(folder, sites, dtype, device, partitioned(deepspeed)))
-    if settings.activation_checkpointing:
-        model.network.activation_checkpointing_enable()
-    if not with_reference:
-        return model, tokenizer, None
-    original = (
-        find_reference(store, settings.reference, trust_remote_code=trust)
-        if settings.model
-        else folder
-    )
-    reference = ranks.on_each(
-        lambda: load_reference(original, [], dtype, device, partitioned(deepspeed))
-    )
-    model.require_vocabulary(reference.vocabulary)
-    sharded = shard(reference, deepspeed) if settings.zero == 3 else reference
-    if settings.model:
-        check_against_transformers(reference, store.tokens(0))
-    return model, tokenizer, sharded

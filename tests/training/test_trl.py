@@ -1,4 +1,4 @@
-"""Compared with TRL: the references it precomputes and its losses, on the same token ids."""
+"""Compared with TRL on the same token ids: references it precomputes, losses, steps with LoRA."""
 
 import json
 
@@ -7,14 +7,21 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model_state_dict
+from runs import run
+from safetensors.torch import load_file
+from stores import cache_config
 from trl import DPOConfig, DPOTrainer
 
+from fpocli import cache
 from fpocli.config import TrainConfig
 from fpocli.data.pairs import TokenPair
+from fpocli.model.adapter import LoRA
 from fpocli.model.language_model import LanguageModel
 from fpocli.model.packing import pack
 from fpocli.scoring.score import score
 from fpocli.store.records import ReferenceValues
+from fpocli.system.model_folder import find_model
 from fpocli.training.objective import objective
 
 BETA = 0.3
@@ -134,6 +141,53 @@ def test_simpo_and_sft_agree_with_trls(material, tmp_path, loss_type):
     assert loss.mean().item() == pytest.approx(their_loss.item(), abs=1e-5)
     assert torch.allclose(own_gradient, their_gradient, atol=1e-6)
     assert their_gradient.abs().max() > 1e-5
+
+
+def test_steps_with_lora_agree(material, tmp_path):
+    """TRL's trainer with PEFT against fpo train: the matrices after three steps on all pairs."""
+    model = tiny.model_folder(tmp_path / "model", "llama")
+    changes = {"model": str(model), "layer": [], "sae": []}
+    store = cache(cache_config(material, tmp_path / "ref.zarr", **changes))
+    out = tmp_path / "run"
+    run(
+        material, out, "--no-bf16", cache=store.path, method="dpo_norm", beta=BETA, lora_rank=3,
+        lora_alpha=8, batch_size=21, epochs=3, lr=1e-2, eval_fraction=0,
+    )  # fmt: skip
+    pairs = [store.tokens(block).pair(n) for block in range(3) for n in range([8, 8, 5][block])]
+    theirs = DPOTrainer(
+        model=tiny.network("llama"),
+        args=DPOConfig(
+            output_dir=str(tmp_path / "trl"), per_device_train_batch_size=21, num_train_epochs=3,
+            learning_rate=1e-2, lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=10.0,
+            loss_type="sigmoid_norm", beta=BETA, use_cpu=True, bf16=False, report_to="none",
+            max_length=None, dataloader_pin_memory=False, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=3, lora_alpha=8, target_modules="all-linear"),
+    )  # fmt: skip
+    theirs.train_dataset = Dataset.from_list(
+        [
+            {
+                f"{part}_ids": getattr(pair, part).tolist()
+                for part in ("prompt", "chosen", "rejected")
+            }
+            for pair in pairs
+        ]
+    )
+    # fpo's first matrices, which depend on its seed.
+    start = tiny.network("llama")
+    LoRA(start, find_model(str(model)), rank=3, alpha=8, targets=[], seed=0)
+    named = {f"base_model.model.{name}": value for name, value in start.state_dict().items()}
+    theirs.model.load_state_dict(named)
+    theirs.train()
+    expected = get_peft_model_state_dict(theirs.model)
+    found = load_file(out / "adapter/adapter_model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.allclose(found[name], value, atol=2e-4), name
+    moved = [value for name, value in found.items() if ".lora_B" in name]
+    assert min(value.abs().max() for value in moved) > 0.01
 
 
 def cpo_row(pair: TokenPair) -> dict:
