@@ -142,7 +142,7 @@ def test_the_report_names_no_user(monkeypatch):
 def test_missing_and_old_packages_fail(monkeypatch):
     versions = dict.fromkeys(machine._NEEDED, "99") | {"torch": "1.0", "liger-kernel": "0.8.5"}
     del versions["zarr"]
-    versions |= {"fpocli": "0.2.0", "transformers": "5.23.0", "sae-lens": "6.54.12"}
+    versions |= {"fpocli": "0.3.0", "transformers": "5.23.0", "sae-lens": "6.54.12"}
 
     def version(name):
         try:
