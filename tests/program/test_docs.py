@@ -51,6 +51,7 @@ LACKING = {
     "minutes",
     "other programs",
     "Slurm",
+    "your store",
     "the hub",
     "the key of a judge",
     "your model and SAE",

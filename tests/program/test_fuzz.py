@@ -31,12 +31,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from fpocli.caching.imported import ImportedReference
 from fpocli.cli.commands import app
 from fpocli.config import CacheConfig, EvalConfig, TrainConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import open_source
+from fpocli.data.token_rows import read_token_pairs
 from fpocli.features.pretrained import load_encoder
 from fpocli.features.weights import load_feature_weights
 from fpocli.model.language_model import load_model
@@ -653,6 +655,124 @@ def tokenise(folder):
     return list(tokenizer(pairs))
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": ["<eos>"]}}}
+TOOL_ROW = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "prompt": [
+        says("user", "Hi"),
+        says("assistant", "so") | {"tool_calls": [CALL, CALL]},
+        says("tool", "2") | {"name": "f", "tool_call_id": "a"},
+    ],
+    "chosen": [says("assistant", "") | {"tool_calls": [CALL]}],
+    "rejected": [says("assistant", "no <eos>")],
+}
+TEXT_ROW = {
+    "tools": json.dumps(TOOL_ROW["tools"]),
+    "conversations": [{"from": "human", "value": "Hi"},
+                      {"from": "function_call", "value": json.dumps(CALL["function"])},
+                      {"from": "observation", "value": "2"}],
+    "chosen": {"from": "function_call", "value": json.dumps([CALL["function"]])},
+    "rejected": {"from": "gpt", "value": "no"},
+}  # fmt: skip
+# Renders everything; raises for anything that is not as layouts.py makes it.
+TOOL_TEMPLATE = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name + (t | tojson) }}{% endfor %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + m.role + m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}"
+    "{% endfor %}{{ '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>assistant' }}{% endif %}"
+)
+
+
+def tool_rows(originals):
+    row = st.sampled_from([TOOL_ROW, TEXT_ROW])
+    return st.lists(row | row.flatmap(edited), min_size=1, max_size=3)
+
+
+def check_tool_rows(folder, rows, originals):
+    """Each row is a pair or dropped; no token of the data is special, and no call is made up."""
+    file, template = folder / "data.jsonl", folder / "template.jinja"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template.write_text(TOOL_TEMPLATE)
+    dropped = DroppedRows()
+    tokenizer = PairTokenizer(
+        find_model(str(originals / "model")), str(template), 500, 400, dropped
+    )
+    source = open_source(str(file), None, None)
+    pairs = attempt(lambda: list(read_pairs(source, DroppedRows()))) or []
+    tokens = attempt(lambda: list(tokenizer(read_pairs(source, dropped))))
+    assert tokens is not None and dropped.read == len(tokens) + dropped.counts.total()
+    special = {*tokenizer.tokenizer.all_special_ids}
+    for pair in tokens:
+        for response in (pair.chosen, pair.rejected):
+            assert not special & {*response[:-1]}
+    for pair in pairs:
+        said = set(texts_in(rows[pair.row]))
+        # Calls may be JSON text.
+        inside = [parsed for text in said for parsed in [json_in(text)] if parsed is not None]
+        said |= {text for value in inside for text in texts_in(value)}
+        calls = [
+            call for message in [*pair.prompt, pair.chosen, pair.rejected]
+            if isinstance(message, dict) for call in message.get("tool_calls", [])
+        ]  # fmt: skip
+        assert {call["function"]["name"] for call in calls} <= said
+
+
+def json_in(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+TOKEN_ROW = {"prompt_ids": [1, 5, 6], "chosen_ids": [7, 2], "rejected_ids": [8, 2]}
+
+
+def token_rows(originals):
+    return st.lists(st.just(TOKEN_ROW) | edited(TOKEN_ROW), min_size=1, max_size=3)
+
+
+def check_token_rows(folder, rows, originals):
+    """The ids of a row are those of its pair, or the row is dropped."""
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dropped = DroppedRows()
+    tokenizer = PairTokenizer(find_model(str(originals / "model")), "halos", 64, 32, dropped)
+    source = open_source(str(file), None, None)
+    found = attempt(lambda: list(read_token_pairs(source, tokenizer)))
+    assert found is not None and dropped.read == len(rows) == len(found) + dropped.counts.total()
+    for pair in found:
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        kept = {name: part.tolist() for name, part in zip(TOKEN_ROW, parts, strict=True)}
+        assert kept == {name: rows[pair.row][name] for name in TOKEN_ROW}
+
+
+@st.composite
+def tensors(draw):
+    kinds = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
+    shapes = st.lists(st.integers(0, 4), max_size=2)
+    named = {
+        name: torch.full(draw(shapes), draw(st.integers(-1, 1))).to(draw(kinds))
+        if draw(st.booleans())
+        else torch.full((3,), draw(st.floats(width=32)))
+        for name in draw(st.sets(st.sampled_from(["chosen_logps", "rejected_logps", "more"])))
+    }
+    made = io.BytesIO()
+    torch.save(draw(st.sampled_from([named, list(named.values()), 3])), made)
+    return draw(spoilt(made.getvalue())) if draw(st.booleans()) else made.getvalue()
+
+
+def check_tensors(folder, content):
+    """Values of a file are one number for each row and side, none above 0."""
+    file = folder / "logps.pt"
+    file.write_bytes(content)
+    config = CacheConfig(model="m", data=str(file), reference_logps=str(file))
+    found = attempt(ImportedReference, config)
+    if found is not None:
+        assert found._values.ndim == 2 and found._values.shape[1] == 2
+        assert not (found._values > 0).any()
+
+
 # Target: (inputs, check, number of inputs, number of inputs in the long run). Those of FILES are
 # functions of the original files.
 TARGETS = {
@@ -662,6 +782,7 @@ TARGETS = {
     "other layouts": (other_layouts(), check_other_layouts, 60, 2500),
     "table": (table(), check_table, 40, 1500),
     "compressed": (compressed(), check_compressed, 40, 1000),
+    "tensors": (tensors(), check_tensors, 40, 1500),
     "flags": (flags(), check_flags, 40, 1000),
     "flag file": (flag_file(), check_flag_file, 40, 1500),
     "grid": (as_text(st.just(GRID).flatmap(edited) | VALUES), check_grid, 40, 1500),
@@ -671,6 +792,8 @@ FILES = {
     "npz": (npz, check_npz, 40, 1500),
     "sae": (sae, check_sae, 40, 1500),
     "model": (model, check_model, 30, 1000),
+    "tools": (tool_rows, check_tool_rows, 40, 1500),
+    "token rows": (token_rows, check_token_rows, 40, 1000),
 }
 
 

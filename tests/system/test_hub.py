@@ -19,7 +19,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 from transformers import AutoModelForCausalLM
 
 from fpocli import CacheConfig, Store, cache
-from fpocli.data.sources import open_source
+from fpocli.data.sources import open_source, sources_of
 from fpocli.model.attention import BY_SEQUENCE
 
 SCOPE = "layer_25/width_16k/average_l0_116"
@@ -176,8 +176,8 @@ def test_what_is_missing_offline_is_reported(folder, names, what):
 
 def test_defaults_are_the_papers(monkeypatch):
     config = CacheConfig(model="gemma-2-2b", layer=[25])
-    assert (config.data, config.out) == ("HuggingFaceH4/ultrafeedback_binarized", "ref.zarr")
-    assert (config.split, config.limit, config.sae) == (None, None, [])
+    assert (config.data, config.out) == (["HuggingFaceH4/ultrafeedback_binarized"], "ref.zarr")
+    assert (config.split, config.limit, config.sae) == ([], None, [])
     asked = []
 
     def load_dataset(name, config_name, split, revision):
@@ -185,7 +185,7 @@ def test_defaults_are_the_papers(monkeypatch):
         return datasets.Dataset.from_list(PAIRS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    source = open_source(config.data, config.split, config.limit)
+    (source,) = sources_of(config)
     assert asked == [("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", None)]
     assert source.identity["split"] == "train_prefs"
     assert [row for _, row in source.rows()] == PAIRS
