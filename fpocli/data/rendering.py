@@ -103,15 +103,22 @@ def _marks(
     texts = list(_texts(data))
     if not any(spelt.search(text) for text in texts):
         return lambda value: value, lambda text: [text]
-    # Two private-use characters that do not occur in them.
+    # Two rare ideographs that do not occur in them. A template that writes lists or objects as
+    # Python does would write characters that are not printable, such as private ones, as escapes.
     used = {character for text in texts for character in text}
-    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in used)
+    free = (chr(code) for code in range(0x20000, 0x2A6D0) if chr(code) not in used)
     left, right = next(free), next(free)
+    marked = re.compile(f"{left}({spelt.pattern}){right}?")
 
     def mark(value: Any) -> Any:
         return _changed(value, lambda text: spelt.sub(rf"{left}\g<0>{right}", text))
 
-    return mark, lambda text: re.split(f"[{left}{right}]", text)
+    def split(text: str) -> list[str]:
+        # A template that cuts the data at a special token, such as the end of a thought, leaves a
+        # single mark.
+        return [re.sub(f"[{left}{right}]", "", part) for part in marked.split(text)]
+
+    return mark, split
 
 
 @lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ import datasets
 import pytest
 import tiny
 import trl
+from tokenizers import AddedToken
 from trl.data_utils import apply_chat_template
 
 from fpocli.data.dropped import DroppedRows
@@ -171,6 +172,35 @@ def test_text_of_calls_that_spells_a_special_token_stays_text(tmp_path):
     assert not special & {*pair.prompt[1:], *pair.chosen[:-1], *pair.rejected[:-1]}
     assert "<bos>Paris" in tokenizer.tokenizer.decode(pair.chosen)
     assert tokenizer.tokenizer.decode(pair.prompt).count("<eos>") == 4
+
+
+def test_text_that_a_template_writes_as_python_does_stays_text(tmp_path):
+    """LFM2.5's writes a list in an argument as Python prints it."""
+    row = ROWS["a call is better"] | {"chosen": [calling(["<eos>", "a"])]}
+    tokenizer, (pair,) = tokenize(tmp_path, "lfm2_2_5", row)
+    assert tokenizer.tokenizer.eos_token_id not in pair.chosen
+    assert "['<eos>', 'a']" in tokenizer.tokenizer.decode(pair.chosen)
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_6", "nemotron_3_nano"])
+def test_a_template_may_cut_the_data_at_a_special_token(tmp_path, template):
+    """What follows is rendered as ever: control tokens of the template are no text."""
+    made = tiny.tokenizer()
+    made.add_tokens(
+        [AddedToken(text, special=True) for text in ("</think>", "<|im_start|>", "<|im_end|>")],
+        special_tokens=True,
+    )
+    made.chat_template = (TEMPLATES / f"{template}.jinja").read_text()
+    made.save_pretrained(tmp_path)
+    folder = ModelFolder(str(tmp_path), tmp_path, None)
+    tokenizer = PairTokenizer(folder, None, 5000, 4000, DroppedRows())
+    prompt = [ASK, assistant("<think>hm</think>Paris?"), user("Yes.")]
+    row = {"prompt": prompt, "chosen": "17 degrees.", "rejected": "No idea."}
+    (pair,) = tokenizer([parse_row(row, 0, "here")])
+    plain = tokenizer.tokenizer.apply_chat_template(
+        prompt, tokenize=False, add_generation_prompt=True
+    )
+    assert pair.prompt == tokenizer.tokenizer(plain, add_special_tokens=False).input_ids
 
 
 def test_a_long_call_is_truncated_and_has_no_end(tmp_path):
