@@ -1,6 +1,8 @@
 """Where preference data come from: files, saved data sets and the hub -> raw rows."""
 
 import hashlib
+import math
+import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -156,10 +158,20 @@ def identity_of(sources: list[Source]) -> dict[str, Any]:
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
-    """SOURCE and weight of SOURCE:WEIGHT, or of SOURCE alone."""
+    """SOURCE and weight of SOURCE:WEIGHT, or of SOURCE alone.
+
+    Raises:
+        UserError: the weight is 0, or too large for a number.
+    """
     path, _, weight = data.rpartition(":")
-    if not _WEIGHT.fullmatch(weight) or not path or Path(data).exists():
+    # Where pathlib raises an error for a long name, this says no.
+    if not _WEIGHT.fullmatch(weight) or not path or os.path.exists(data):
         return data, None
+    if not 0 < float(weight) < math.inf:
+        raise UserError(
+            f"--data {data[:200]} has a weight that is not above 0, or too large",
+            "leave the source out, or give it a weight such as 0.5",
+        )
     return path, float(weight)
 
 
@@ -228,7 +240,7 @@ def _load_dataset(data: str, path: Path, split: str, config_name: str | None) ->
     with hub_errors(f"the data set {data}"):
         try:
             return datasets.load_dataset(name, config_name, split=split, revision=revision or None)
-        except datasets.exceptions.DatasetNotFoundError as error:
+        except (datasets.exceptions.DatasetNotFoundError, FileNotFoundError) as error:
             raise UserError(
                 f"the data set {data} is neither a local path nor on the hub",
                 "check the spelling; a private one needs `hf auth login`",

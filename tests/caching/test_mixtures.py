@@ -105,6 +105,18 @@ def test_limit_and_score_margin_are_of_each_source(material, tmp_path, files):
     assert store.meta["pairs"]["sources"]["kept"] == [5, 5]
 
 
+@pytest.mark.parametrize("weight", ["0", "0.000", "9" * 400])
+def test_a_weight_of_nothing_is_refused(material, tmp_path, files, weight):
+    """It would be none, and all pairs would be used."""
+    with pytest.raises(UserError, match="a weight that is not above 0"):
+        cache(mixture(material, tmp_path, [f"{files[0]}:{weight}", files[1]]))
+
+
+def test_a_number_that_is_no_weight_is_no_data_set(material, tmp_path, files):
+    with pytest.raises(UserError, match="neither a local path nor on the hub"):
+        cache(mixture(material, tmp_path, [f"{files[0]}:-1", files[1]]))
+
+
 def test_a_source_without_a_pair_is_named(material, tmp_path, files):
     files[1].write_text('{"prompt": "q"}\n')
     with pytest.raises(UserError, match=r"no pair is left of 1 rows.*b\.jsonl, line 1"):
