@@ -81,11 +81,11 @@ class ImportedReference:
                 f"{file} has {len(self._values):,} rows, and the data {rows:,}",
                 "name the data that it was made from; its row i belongs to row i of --data",
             )
-        sample = _sample(store)
+        sample = _sample(store, np.isfinite(self._values).all(1))
         own = scorer.score(sample, bar).reference.logp
-        counts = sample.counts
+        known = np.isfinite(own)
         sums, averages = (
-            float(np.nansum(abs(own - values)) / counts.sum())
+            float(abs(own - values)[known].sum() / sample.counts[known].sum())
             for values in (self._values_of(sample), self._values_of(sample, other=True))
         )
         found = f"{sums:.2g} nats per token apart"
@@ -135,11 +135,20 @@ class ImportedReference:
         return values * tokens.counts.astype(np.float32) if averages else values
 
 
-def _sample(store: Store) -> TokenPairs:
-    spans = store.read_array("spans")
-    longest = np.argsort(spans[:, 0] - spans[:, 3], kind="stable")[:_LONGEST]
-    others = np.linspace(0, store.pairs - 1, _OTHERS).astype(int)
-    chosen = np.unique(np.concatenate([longest, others]))
+def _sample(store: Store, finite: np.ndarray) -> TokenPairs:
+    """Pairs whose values are finite; any, if there are none.
+
+    Args:
+        store: with the token ids of all pairs.
+        finite: bool, of each row of the file.
+    """
+    spans, rows = store.read_array("spans"), store.read_array("source_row")
+    usable = np.flatnonzero(finite[rows])
+    if not len(usable):
+        usable = np.arange(store.pairs)
+    longest = np.argsort((spans[:, 0] - spans[:, 3])[usable], kind="stable")[:_LONGEST]
+    others = np.linspace(0, len(usable) - 1, _OTHERS).astype(int)
+    chosen = usable[np.unique(np.concatenate([longest, others]))]
     return TokenPairs.of([store.pair(pair) for pair in chosen.tolist()])
 
 
@@ -152,12 +161,15 @@ def _of_row(row: Any, place: str) -> list[float]:
         )
     # A missing value is one that is not finite.
     values = [np.nan if row[name] is None else row[name] for name in _COLUMNS]
-    if not all(isinstance(value, (int, float)) for value in values):
-        raise UserError(
-            f"{place}: the values of {' and '.join(_COLUMNS)} are no numbers",
-            "write a log-probability in nats for each",
-        )
-    return values
+    try:
+        if all(isinstance(value, (int, float)) for value in values):
+            return [float(value) for value in values]
+    except OverflowError:  # an integer of hundreds of digits
+        pass
+    raise UserError(
+        f"{place}: the values of {' and '.join(_COLUMNS)} are no numbers",
+        "write a log-probability in nats for each",
+    )
 
 
 def _read_tensors(file: Path) -> np.ndarray:
@@ -177,4 +189,9 @@ def _read_tensors(file: Path) -> np.ndarray:
             f"{file} does not hold {' and '.join(_TENSORS)}, a number for each row",
             "name the cache that open-instruct writes to reference_logprobs_cache",
         )
-    return torch.stack(parts, 1).float().numpy()
+    try:
+        return torch.stack(parts, 1).detach().float().numpy()
+    except (TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{file} holds tensors without plain values: {error}", "save dense ones"
+        ) from error

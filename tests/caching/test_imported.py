@@ -196,6 +196,17 @@ def test_sums_are_not_averages(material, scored, tmp_path):
     assert "they are sums: leave out --reference-averages" in error.value.hint
 
 
+@pytest.mark.parametrize("missing", [lambda n: n != 7, lambda n: n % 2])
+def test_missing_values_do_not_hide_wrong_ones(material, scored, tmp_path, missing):
+    """What is compared has values: missing ones are no agreement."""
+    values = logps(scored) - 0.1
+    values[[number for number in range(len(values)) if missing(number)]] = np.nan
+    file = write_cache(tmp_path / "cache.pt", values.tolist())
+    changes = plain(reference_logps=file, drop_non_finite=True)
+    with pytest.raises(UserError, match="are not those of"):
+        cache(cache_config(material, tmp_path / "ref.zarr", **changes))
+
+
 def test_weights_of_another_model_are_refused(material, scored, tmp_path):
     file = write_cache(tmp_path / "cache.pt", logps(scored))
     settings = plain(reference_logps=file, model=str(material / "policy"))
