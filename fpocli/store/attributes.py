@@ -71,6 +71,8 @@ def wrong_attribute(meta: dict[str, Any]) -> str | None:
             return "paths is not an object of absolute and relative paths"
     if not (pairs >= 1 and block >= 1 and tokens >= 3 * pairs):
         return f"{pairs} pairs in blocks of {block} cannot be of {tokens} tokens"
+    if not all(type(count) is int for count in meta["pairs"]["dropped"].values()):
+        return "pairs.dropped are no counts"
     gaps = meta["pairs"].get("not_finite", [])
     if not (
         isinstance(gaps, list)
@@ -124,6 +126,9 @@ def _wrong_sources(meta: dict[str, Any]) -> str | None:
         and sum(kept) == meta["pairs"]["kept"]
     ):
         return "pairs.sources do not match data.sources"
+    weights = [one.get("weight", 1.0) for one in sources]
+    if not all(type(weight) in (int, float) and weight > 0 for weight in weights):
+        return "a weight of data.sources is no number above 0"
     return None
 
 

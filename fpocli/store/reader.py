@@ -167,8 +167,11 @@ class Store(DistributionReader):
         if not self.is_mixture:
             return np.zeros(self.pairs, np.uint16)
         values = self.read_array("source")
-        if hash_of_sources(values) != self.meta["pairs"]["sources"]["hash"]:
+        about = self.meta["pairs"]["sources"]
+        if hash_of_sources(values) != about["hash"]:
             raise self._damaged("source", None, "it does not match its hash")
+        if np.bincount(values, minlength=len(about["kept"])).tolist() != about["kept"]:
+            raise self._damaged("source", None, "it does not match pairs.sources")
         return values
 
     def neuronpedia(self, site: str) -> str | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from stores import cache_config, write_pairs
+from stores import cache_config, set_attributes, write_pairs
 from typer.testing import CliRunner
 
 from fpocli import UserError, cache, preview
@@ -156,6 +156,28 @@ def test_damage_to_the_sources_is_found_and_repaired(material, tmp_path, files):
     (out / "source/c/2").unlink()
     with pytest.raises(UserError, match=r"chunk 2 is missing"):
         Store.open(out).sources()
+
+
+@pytest.mark.parametrize("weight", ["x", None, [], 0, -1.0, float("nan"), True])
+def test_made_up_weights_are_refused(material, tmp_path, files, weight):
+    config = mixture(material, tmp_path, files)
+    data = cache(config).meta["data"]
+    data["sources"][0]["weight"] = weight
+    set_attributes(Path(config.out), data=data)
+    with pytest.raises(UserError, match=r"a weight of data\.sources is no number above 0"):
+        Store.open(config.out)
+
+
+def test_made_up_counts_are_refused(material, tmp_path, files):
+    config = mixture(material, tmp_path, files)
+    pairs = cache(config).meta["pairs"]
+    pairs["sources"]["kept"].reverse()
+    set_attributes(Path(config.out), pairs=pairs)
+    with pytest.raises(UserError, match=r"does not match pairs\.sources"):
+        Store.open(config.out).sources()
+    set_attributes(Path(config.out), pairs=pairs | {"dropped": {"duplicate": "x"}})
+    with pytest.raises(UserError, match=r"pairs\.dropped are no counts"):
+        Store.open(config.out)
 
 
 def test_the_preview_shows_pairs_of_every_source(material, tmp_path, files):
