@@ -50,13 +50,14 @@ def preview(config: CacheConfig) -> dict[str, Any]:
     )
     layouts: Counter[str] = Counter()
     kept = 0
+    known: set[bytes] = set()
     first: list[tuple[Pair, TokenPair]] = []
     # Of a mixture, pairs of every source.
     most = max(1, _SHOWN // len(sources))
     with progress("Tokenising pairs", limit * len(sources)) as bar:
         for source in sources:
             places: dict[int, Pair] = {}
-            tokenised = tokenizer(_noted(read_pairs(source, dropped), layouts, places))
+            tokenised = tokenizer(_noted(read_pairs(source, dropped, known), layouts, places))
             for number, tokens in enumerate(tokenised):
                 kept += 1
                 bar.advance()

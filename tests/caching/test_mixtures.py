@@ -189,6 +189,13 @@ def test_the_preview_shows_pairs_of_every_source(material, tmp_path, files):
     assert found["kept"] == 41
 
 
+def test_the_preview_finds_equal_pairs_of_two_sources(material, tmp_path, files):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(files[1].read_bytes())
+    found = preview(mixture(material, tmp_path, [files[1], copy], deduplicate=True))
+    assert (found["kept"], found["dropped"]) == (11, {"duplicate": 11})
+
+
 def test_a_pair_is_named_with_its_source(material, tmp_path, files):
     tokens = cache(mixture(material, tmp_path, files)).tokens(0)
     assert tokens.place(0) == f"row {tokens.source_row[0]} of source {tokens.source[0]}"
