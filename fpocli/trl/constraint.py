@@ -112,6 +112,12 @@ class FeatureConstraint:
             pairs: the numbers of the P pairs in the store.
             beta: scale of the rewards.
         """
+        if max(pairs) >= self.store.pairs or min(pairs) < 0:
+            raise UserError(
+                f"the batch has pair {max(pairs)}, and the constraint's store {self.store.path} "
+                f"has {self.store.pairs:,}",
+                "make data set and constraint from the same store",
+            )
         places = [divmod(pair, self.store.block_size) for pair in pairs]
         values = [(self._block(block), row) for block, row in places]
         reference = reference_tensors(values, output.logp.device)

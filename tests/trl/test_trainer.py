@@ -281,6 +281,17 @@ def test_a_data_set_of_another_store_is_refused(material, store_path, dataset, t
         trainer.compute_loss(trainer.model, batch)
 
 
+def test_a_data_set_of_a_larger_store_is_refused(material, dataset, tmp_path):
+    from fpocli import cache
+
+    other = tmp_path / "other.zarr"
+    cache(cache_config(material, other, limit=9))
+    trainer = make_trainer(material, tmp_path, dataset, FeatureConstraint(str(other), k=K))
+    batch = trainer.data_collator([dataset[p] for p in PAIRS])
+    with pytest.raises(UserError, match="the batch has pair 20, and the constraint's store"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 def test_a_store_without_features_has_no_constraint(material, tmp_path):
     from fpocli import cache
 
