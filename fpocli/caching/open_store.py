@@ -138,6 +138,9 @@ def _tokenise(
         return counts, tokens
     source = np.array([pair.source for pair in kept], np.uint16)
     shares = np.bincount(source, minlength=len(sources)).tolist()
+    for one, share in zip(sources, shares, strict=True):
+        if not share:
+            warn(f"no pair of {one.identity['source']} is in the store, by its weight or its rows")
     counts["sources"] = {"kept": shares, "hash": hash_of_sources(source)}
     return counts, replace(tokens, source=source)
 

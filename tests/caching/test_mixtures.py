@@ -123,6 +123,14 @@ def test_a_source_without_a_pair_is_named(material, tmp_path, files):
         cache(mixture(material, tmp_path, files))
 
 
+def test_a_source_of_which_nothing_is_left_is_named(material, tmp_path, files, capsys):
+    """It ends a mixture with weights at once."""
+    files[1].write_text(json.dumps({"prompt": "a " * 3000, "chosen": "a", "rejected": "b"}))
+    store = cache(mixture(material, tmp_path, [f"{files[0]}:1", f"{files[1]}:1"]))
+    assert store.pairs == 1
+    assert f"no pair of {files[1]} is in the store" in capsys.readouterr().err.replace("\n", "")
+
+
 def test_inspect_shows_the_sources(material, tmp_path, files):
     config = mixture(material, tmp_path, [f"{files[0]}:2", files[1]])
     store = cache(config)
