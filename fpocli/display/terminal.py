@@ -43,7 +43,8 @@ def show_store(shown: dict[str, Any], out: Console) -> None:
         *(("next tokens", _next_tokens(stored)) for stored in [shown["distributions"]] if stored),
         ("fingerprint", shown["fingerprint"][:16]),
     ):  # fmt: skip
-        head.add_row(name, value)
+        # A store from elsewhere may hold what controls a terminal.
+        head.add_row(name, "".join(char if char.isprintable() else " " for char in value))
     out.print(head)
 
     lengths = dict(shown["lengths"])

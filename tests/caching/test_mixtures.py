@@ -150,6 +150,15 @@ def test_inspect_shows_the_sources(material, tmp_path, files):
     assert done.exit_code == 0 and str(files[1]) in page.read_text()
 
 
+def test_attributes_cannot_control_a_terminal(material, tmp_path, files):
+    config = mixture(material, tmp_path, files)
+    data = cache(config).meta["data"]
+    data["sources"][0]["source"] = "\x1b]0;title\x07a.jsonl"
+    set_attributes(Path(config.out), data=data)
+    printed = CliRunner().invoke(app, ["inspect", config.out]).stdout
+    assert "a.jsonl" in printed and "\x1b" not in printed and "\x07" not in printed
+
+
 def test_damage_to_the_sources_is_found_and_repaired(material, tmp_path, files):
     config = mixture(material, tmp_path, files)
     before = cache(config).sources()
