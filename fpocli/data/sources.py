@@ -165,7 +165,7 @@ def split_weight(data: str) -> tuple[str, float | None]:
     """
     path, _, weight = data.rpartition(":")
     # Where pathlib raises an error for a long name, this says no.
-    if not _WEIGHT.fullmatch(weight) or not path or os.path.exists(data):
+    if not _WEIGHT.fullmatch(weight) or not path or os.path.exists(data):  # noqa: PTH110
         return data, None
     if not 0 < float(weight) < math.inf:
         raise UserError(
