@@ -260,8 +260,6 @@ class CacheConfig(_Output, _Hardware, ImportSettings, _Stored, DataSettings, _Mo
             )
         if not self.data:
             raise UserError("--data has no value", "set one, or leave it out")
-        if repeated := [data for data in self.data if self.data.count(data) > 1]:
-            raise UserError(f"--data {repeated[0]} is named twice", "name each once, with a weight")
         for flag, values in (("--split", self.split), ("--config-name", self.config_name)):
             if len(values) not in (0, 1, len(self.data)):
                 raise UserError(

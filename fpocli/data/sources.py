@@ -126,8 +126,13 @@ def sources_of(config: DataSettings) -> list[Source]:
 
     splits, names = each(config.split), each(config.config_name)
     opened = []
+    known = set()
     for data, split, name in zip(config.data, splits, names, strict=True):
         path, weight = split_weight(data)
+        key = os.path.realpath(path) if os.path.exists(path) else path, split, name  # noqa: PTH110
+        if key in known:
+            raise UserError(f"--data {path} is named twice", "name each once, with a weight")
+        known.add(key)
         source = open_source(
             path,
             split,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 
+from fpocli.store.digest import hash_of_sources
 from fpocli.store.metadata import REPAIR, attributes
 from fpocli.store.place import Place
 from fpocli.store.schema import array_bytes, kept_features
@@ -124,6 +125,22 @@ class ArrayReader:
         if self.meta["state"] == "complete" or name in _OF_TOKENS:
             for file in _perhaps_missing(self._array(name), 0, values):
                 self._require_file(name, file, file if name != "tokens" else None)
+        return values
+
+    def sources(self) -> np.ndarray:
+        """Which source of the mixture each pair is from: uint16 [N]; zeros without a mixture.
+
+        Raises:
+            UserError: the array does not match its hash.
+        """
+        if not self.is_mixture:
+            return np.zeros(self.pairs, np.uint16)
+        values = self.read_array("source")
+        about = self.meta["pairs"]["sources"]
+        if hash_of_sources(values) != about["hash"]:
+            raise self._damaged("source", None, "it does not match its hash")
+        if np.bincount(values, minlength=len(about["kept"])).tolist() != about["kept"]:
+            raise self._damaged("source", None, "it does not match pairs.sources")
         return values
 
     def sizes(self) -> dict[str, tuple[int, int]]:

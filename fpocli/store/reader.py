@@ -14,12 +14,7 @@ from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import TopFeatures
 from fpocli.store.array_reader import BROKEN
 from fpocli.store.attributes import wrong_attribute
-from fpocli.store.digest import (
-    digest_of_block,
-    digest_of_kept,
-    digest_of_totals,
-    hash_of_sources,
-)
+from fpocli.store.digest import digest_of_block, digest_of_kept, digest_of_totals
 from fpocli.store.distribution_reader import DistributionReader
 from fpocli.store.metadata import (
     DOCUMENT,
@@ -157,22 +152,6 @@ class Store(DistributionReader):
             raise self._damaged("spans", block, "they do not describe token ids")
         ids = self._read("tokens", slice(begin, end), block)
         return TokenPairs(ids, spans - begin, read["source_row"], read.get("source"))
-
-    def sources(self) -> np.ndarray:
-        """Which source of the mixture each pair is from: uint16 [N]; zeros without a mixture.
-
-        Raises:
-            UserError: the array does not match its hash.
-        """
-        if not self.is_mixture:
-            return np.zeros(self.pairs, np.uint16)
-        values = self.read_array("source")
-        about = self.meta["pairs"]["sources"]
-        if hash_of_sources(values) != about["hash"]:
-            raise self._damaged("source", None, "it does not match its hash")
-        if np.bincount(values, minlength=len(about["kept"])).tolist() != about["kept"]:
-            raise self._damaged("source", None, "it does not match pairs.sources")
-        return values
 
     def neuronpedia(self, site: str) -> str | None:
         """The id of a site's SAE at Neuronpedia, such as gemma-2-2b/25-gemmascope-res-16k; None if

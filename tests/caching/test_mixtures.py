@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import zarr
@@ -216,3 +217,18 @@ def test_the_preview_finds_equal_pairs_of_two_sources(material, tmp_path, files)
 def test_a_pair_is_named_with_its_source(material, tmp_path, files):
     tokens = cache(mixture(material, tmp_path, files)).tokens(0)
     assert tokens.place(0) == f"row {tokens.source_row[0]} of source {tokens.source[0]}"
+
+
+def test_a_source_is_named_once(material, tmp_path, files):
+    """In no spelling twice; two splits of one data set are two sources."""
+    again = f"{tmp_path}/../{tmp_path.name}/{files[0].name}:2"
+    with pytest.raises(UserError, match="is named twice"):
+        cache(mixture(material, tmp_path, [files[0], again]))
+    saved = tmp_path / "saved"
+    parts = {
+        file.stem: datasets.Dataset.from_json(str(file), cache_dir=str(tmp_path / "hf"))
+        for file in files
+    }
+    datasets.DatasetDict(parts).save_to_disk(saved)
+    store = cache(mixture(material, tmp_path, [saved, saved], split=["a", "b"]))
+    assert store.meta["pairs"]["sources"]["kept"] == [30, 11]

@@ -492,7 +492,6 @@ def test_version():
     [
         (CacheConfig, {"model": "m", "layer": "x"}, "--layer x is not of type int"),
         (CacheConfig, {"model": "m", "data": []}, "--data has no value"),
-        (CacheConfig, {"model": "m", "data": ["a", "a"]}, "--data a is named twice"),
         (CacheConfig, {"model": "m", "data": "a", "split": ["s", "t"]}, "--split is used 2 times"),
         (CacheConfig, {"model": "m", "layer": [1], "dtype": "fp16"}, "--dtype fp16 is unknown"),
         (TrainConfig, {"cache": "s", "method": "fpp"}, "--method fpp is unknown"),
