@@ -74,6 +74,15 @@ class Objective:
             "conservative DPO.",
         ),
     ] = 0.0
+    router_aux_loss: Annotated[
+        float,
+        Option(
+            min=0,
+            metavar="COEFFICIENT",
+            help="Weight of the auxiliary loss that balances the load of a mixture of experts, "
+            "such as the router_aux_loss_coef of its config.json.",
+        ),
+    ] = 0.0
     k: Annotated[int, Option(min=1, help="Top features compared by the constraint.")] = 50
     at: Annotated[
         list[str],

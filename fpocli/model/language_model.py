@@ -31,6 +31,7 @@ from fpocli.model.head import (
 from fpocli.model.hook_point import captured_outputs
 from fpocli.model.network import check_layers, load_network, read_config
 from fpocli.model.packing import PackedSequence
+from fpocli.model.router import RouterLoss
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder
 
@@ -38,7 +39,8 @@ from fpocli.system.model_folder import ModelFolder
 class LanguageModel(nn.Module):
     """A causal language model that scores packed sequences: the policy, or the reference.
 
-    Its attribute `adapter` is the LoRA adapter that is trained in it, or None.
+    Its attribute `adapter` is the LoRA adapter that is trained in it, or None; `router_loss` is the
+    auxiliary loss of its routers if that is trained as well, or None.
 
     Args:
         network: transformers' model with its head, on its device. Its attention implementation is
@@ -55,6 +57,7 @@ class LanguageModel(nn.Module):
         self.network = network
         self.head = head
         self.adapter: LoRA | None = None
+        self.router_loss: RouterLoss | None = None
         self.config = network.config.get_text_config()
         self.sites = sites
         check_layers(self.config, sites)
@@ -77,7 +80,8 @@ class LanguageModel(nn.Module):
             top: what a store holds of the reference's distributions, for the KL's lower bound.
             distributions: of how many tokens this model's own distributions are returned.
         """
-        final, states = self.states(batch)
+        routers = {"output_router_logits": True} if self.router_loss else {}
+        final, states, decoded = self._decode(batch, **routers)
         head = self.network, final, batch.targets
         logp, kl, bound, own = None, None, None, None
         if reference is not None:
@@ -88,7 +92,10 @@ class LanguageModel(nn.Module):
             logp, own = logprobs_and_top(*head, distributions)
         if logp is None:
             logp = logprobs(*head, self.head)
-        return ModelOutput(logp, states, kl, bound, own)
+        uneven = None
+        if self.router_loss:
+            uneven = self.router_loss(decoded.router_logits, batch.spans[-1, 3])
+        return ModelOutput(logp, states, kl, bound, own, uneven)
 
     def states(self, batch: PackedSequence) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the decoder without the head.
@@ -97,11 +104,20 @@ class LanguageModel(nn.Module):
             the head's input at each predicting position, [M, d], and the hidden states of each
             site there, [M, d].
         """
+        final, states, _ = self._decode(batch)
+        return final, states
+
+    def _decode(
+        self, batch: PackedSequence, **options: bool
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """What `states` returns, and all that the decoder does with these options."""
         with captured_outputs(self.network, self.sites) as captured:
-            final = self.network.get_decoder()(**self.inputs(batch)).last_hidden_state
-        return final[0].index_select(0, batch.predictors), {
+            decoded = self.network.get_decoder()(**self.inputs(batch), **options)
+        final = decoded.last_hidden_state[0].index_select(0, batch.predictors)
+        states = {
             name: state[0].index_select(0, batch.predictors) for name, state in captured.items()
         }
+        return final, states, decoded
 
     def inputs(self, batch: PackedSequence) -> dict[str, Any]:
         """A packed sequence as the arguments of transformers' decoder."""
@@ -158,13 +174,15 @@ class ModelOutput(NamedTuple):
         kl: float32 [M], KL(reference || policy) at each predicting position, nats; or None.
         kl_bound: float32 [M], its lower bound by a store's distributions, nats; or None.
         top: the model's own distributions at these positions, or None.
+        router_aux_loss: float32 scalar, the auxiliary loss of the routers over all tokens; or None.
     """
 
     logp: Tensor
     states: dict[str, Tensor]
-    kl: Tensor | None
-    kl_bound: Tensor | None
-    top: TopTokens[Tensor] | None
+    kl: Tensor | None = None
+    kl_bound: Tensor | None = None
+    top: TopTokens[Tensor] | None = None
+    router_aux_loss: Tensor | None = None
 
 
 class ReferenceOutput(NamedTuple):

@@ -15,6 +15,7 @@ _METRICS: dict[str, dict[str, tuple[str, str]]] = {
         "loss": ("Loss", "nats"),
         "u": ("u, the argument of the sigmoid", "u"),
         "delta": ("δ, the constraint inside u", "δ"),
+        "router_aux_loss": ("Auxiliary loss of the routers", "loss"),
     },
     "Rewards and accuracy": {
         "margin": ("Reward margin", "margin"),

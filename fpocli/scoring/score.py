@@ -30,6 +30,8 @@ class PairScores:
         kl_bound: float32 [P, 2], its lower bound by a store's distributions, nats, with gradient;
             None without them.
         top: the model's own distributions at the M scored tokens, or None.
+        router_aux_loss: float32 scalar, the auxiliary loss of the routers over all tokens of the
+            packed sequence, with gradient; None unless the model is trained with it.
     """
 
     logp: Tensor
@@ -39,6 +41,7 @@ class PairScores:
     kl: Tensor | None
     kl_bound: Tensor | None
     top: TopTokens[Tensor] | None
+    router_aux_loss: Tensor | None
 
     @property
     def average(self) -> Tensor:
@@ -99,4 +102,5 @@ def reduce_to_pairs(
         kl=None if output.kl is None else sums(output.kl),
         kl_bound=None if output.kl_bound is None else sums(output.kl_bound),
         top=output.top,
+        router_aux_loss=output.router_aux_loss,
     )

@@ -10,6 +10,7 @@ from fpocli.features.site import Site
 from fpocli.model.adapter import LoRA, require_peft
 from fpocli.model.four_bit import require_bitsandbytes
 from fpocli.model.language_model import LanguageModel, WithoutAdapter, load_model
+from fpocli.model.router import RouterLoss
 from fpocli.scoring.loading import find_reference, load_reference, tokenizer_of
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.reader import Store
@@ -89,6 +90,8 @@ def load_models(
     model = ranks.on_each(lambda: load_model(folder, sites, dtype, device, partitioned(deepspeed)))
     if settings.lora_rank:
         ranks.on_each(lambda: _add_adapter(model, folder, settings))
+    if settings.router_aux_loss:
+        model.router_loss = ranks.on_each(lambda: RouterLoss(model.network))
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
     if not with_reference:

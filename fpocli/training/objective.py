@@ -130,6 +130,8 @@ def objective(
         sft_weight=settings.sft_weight,
         label_smoothing=settings.label_smoothing,
     )
+    if scores.router_aux_loss is not None:
+        loss = loss + settings.router_aux_loss * scores.router_aux_loss
     reward = REWARDS[settings.reward]
     # A reward is X - X_ref, so this gives |X| + |X_ref|.
     magnitudes = replace(terms, logp=terms.logp.abs(), ref_logp=-terms.ref_logp.abs())
@@ -157,6 +159,9 @@ def objective(
         metrics["kl_margin"] = (kl[:, 1] - kl[:, 0]).abs()
     if delta is not None:
         metrics["delta"] = delta
+    if scores.router_aux_loss is not None:
+        # The same for all pairs of a packed sequence.
+        metrics["router_aux_loss"] = scores.router_aux_loss.expand_as(loss)
     if settings.hold is not None and divergence is not None:
         metrics |= {"held_chosen": divergence[:, 0], "held": divergence[:, 1]}
     if compared:

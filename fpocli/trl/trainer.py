@@ -148,7 +148,7 @@ class FPOTrainer(DPOTrainer):
                 )
             with torch.autocast(mask.device.type, enabled=False):
                 states = {site: scored(state[:, :-1]) for site, state in captured.items()}
-                policy = ModelOutput(scored(output.log_probs.float()), states, None, None, None)
+                policy = ModelOutput(scored(output.log_probs.float()), states)
                 found = constraint.compare(policy, counts, pairs, self.beta)
             kept = torch.stack([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]], 1)
             if not torch.equal(kept, found.ref_logp):

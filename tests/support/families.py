@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fpocli.features.site import Site
 from fpocli.model.language_model import LanguageModel
+from fpocli.model.router import RouterLoss
 from fpocli.scoring.startup_check import check_against_transformers
 from fpocli.store.records import TokenPairs
 from fpocli.system.errors import UserError
@@ -96,6 +97,9 @@ also refused where the layer does not add the MLP's output to the residual strea
 Real checkpoints of these families may differ from the tiny ones in their settings; the check at
 the start sees those.
 
+Of the families that agree, {routed} can be trained with the auxiliary loss of
+their routers, `fpo train --router-aux-loss` ([method.md](method.md#the-losses)).
+
 | transformers' `model_type` | `resid_post` | `mlp_out` |
 |---|---|---|
 {families}
@@ -134,6 +138,15 @@ def verdict(family: str, kind: str) -> str:
     return "agrees" if found.nats < 1e-5 and found.states < 1e-5 else f"differs by {found}"
 
 
+def has_router_loss(family: str) -> bool:
+    """Whether it can be trained with --router-aux-loss."""
+    try:
+        RouterLoss(network(family))
+    except UserError:
+        return False
+    return True
+
+
 def _why(message: str) -> str:
     """The reason without figures, which depend on the machine."""
     for words, reason in (
@@ -159,13 +172,19 @@ def page() -> str:
         f"| {str(dtype).removeprefix('torch.')} | {most.nats:g} nats per token | {most.states:g} |"
         for dtype, most in TOLERANCE.items()
     ]
-    rows = [
-        f"| `{family}` | {verdict(family, 'resid_post')} | {verdict(family, 'mlp_out')} |"
-        for family in FAMILIES
+    verdicts = {
+        family: [verdict(family, kind) for kind in ("resid_post", "mlp_out")] for family in FAMILIES
+    }
+    rows = [f"| `{family}` | {residual} | {mlp} |" for family, (residual, mlp) in verdicts.items()]
+    routed = [
+        f"`{family}`"
+        for family, (residual, _) in verdicts.items()
+        if residual == "agrees" and has_router_loss(family)
     ]
     return _PAGE.format(
         tolerances="\n".join(tolerances),
         version=transformers.__version__,
+        routed=" and ".join(routed),
         families="\n".join(rows),
     )
 
