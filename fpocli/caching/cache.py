@@ -216,15 +216,17 @@ def _write(
 
     writing: deque[Future[None]] = deque()
     with ThreadPoolExecutor(threads) as writers:
-        began = time.perf_counter()
+        began, sum_, count = time.perf_counter(), 0.0, 0
         for block, scored in blocks:
             margin = scored.reference.margin
             for place in scored.non_finite:
                 warn(f"{NON_FINITE} {place} is non-finite; the pair is dropped")
             missing = np.isnan(margin)
             now = time.perf_counter()
+            sum_, count = sum_ + float(margin[~missing].sum()), count + int((~missing).sum())
+            # The mean over the pairs that this command has scored.
             shown = {"tokens_per_second": scored.tokens / (now - began)}
-            bar.show(shown | ({} if missing.all() else {"margin": float(margin[~missing].mean())}))
+            bar.show(shown | ({"margin": sum_ / count} if count else {}))
             began = now
             # An error of a writer ends the scoring.
             while len(writing) >= threads:

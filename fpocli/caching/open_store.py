@@ -153,6 +153,8 @@ def _print_size(place: Place, about: dict[str, Any], tokens: TokenPairs) -> None
     """
     pairs, block = about["pairs"], about["block"]
     dropped = "".join(f"; dropped {count:,}: {why}" for why, count in pairs["dropped"].items())
+    if left := pairs["read"] - pairs["kept"] - sum(pairs["dropped"].values()):
+        dropped += f"; left out {left:,} by the weights, as one source ends first"
     about = about | {"tokens": len(tokens.ids)}
     sites = "no features, as no --layer is named: for all constraints but features"
     if about["sites"]:

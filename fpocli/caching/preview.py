@@ -9,9 +9,10 @@ from typing import Any
 from fpocli.config import CacheConfig
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
+from fpocli.data.mixture import integer_weights, mixed
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import Pair, TokenIds, TokenPair
-from fpocli.data.sources import sources_of
+from fpocli.data.sources import Source, sources_of
 from fpocli.data.token_rows import with_token_ids
 from fpocli.display.terminal import show_preview
 from fpocli.system.console import data_console, progress
@@ -49,7 +50,7 @@ def preview(config: CacheConfig) -> dict[str, Any]:
         folder, config.chat_template, config.max_length, config.max_prompt_length, dropped
     )
     layouts: Counter[str] = Counter()
-    kept = 0
+    counts: list[int] = []
     known: set[bytes] = set()
     first: list[tuple[Pair, TokenPair]] = []
     # Of a mixture, pairs of every source.
@@ -57,18 +58,19 @@ def preview(config: CacheConfig) -> dict[str, Any]:
     with progress("Tokenising pairs", limit * len(sources)) as bar:
         for source in sources:
             places: dict[int, Pair] = {}
+            counts.append(0)
             tokenised = tokenizer(_noted(read_pairs(source, dropped, known), layouts, places))
             for number, tokens in enumerate(tokenised):
-                kept += 1
+                counts[-1] += 1
                 bar.advance()
                 if number < most:
                     first.append((places[tokens.row], tokens))
-    if not kept:
+    if not any(counts):
         raise dropped.nothing_left()
     end = tokenizer.end_of_turn
     shown = {
         "read": dropped.read,
-        "kept": kept,
+        "kept": _stored(sources, counts),
         "dropped": dict(dropped.counts),
         "layouts": dict(layouts),
         "template": tokenizer.template_name,
@@ -91,6 +93,13 @@ def preview(config: CacheConfig) -> dict[str, Any]:
     }
     show_preview(shown, data_console())
     return shown
+
+
+def _stored(sources: list[Source], counts: list[int]) -> int:
+    """How many of so many pairs of each source are stored: all, or what the weights leave."""
+    weights = integer_weights(sources) if len(sources) > 1 else []
+    streams = [range(count) for count in counts]
+    return sum(1 for _ in mixed(streams, weights)) if weights else sum(counts)
 
 
 def _noted(pairs: Iterable[Pair], layouts: Counter[str], places: dict[int, Pair]) -> Iterator[Pair]:

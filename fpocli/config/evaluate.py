@@ -117,6 +117,11 @@ class EvalConfig:
             raise UserError("--temperature must be at least 0", "try --temperature 0.7")
         if len(set(self.temperature)) < len(self.temperature):
             raise UserError("a --temperature is repeated", "use each once")
+        if self.prompts and not self.generate:
+            raise UserError(
+                "--prompts limits what --generate answers, and nothing is generated",
+                "leave it out, or add --generate, such as alpaca_eval",
+            )
         if self.feature_weights == LOGITS:
             raise UserError(
                 f"--feature-weights {LOGITS} names no group of features to measure",

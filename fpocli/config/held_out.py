@@ -100,8 +100,9 @@ class HeldOut:
             "--best": self.best,
         }
         if not self.holds_out and (named := [flag for flag in needing if needing[flag]]):
+            need = "need" if named[1:] else "needs"
             raise UserError(
-                f"{' and '.join(named)} need held-out pairs, and none are held out",
+                f"{' and '.join(named)} {need} held-out pairs, and none are held out",
                 "set --eval-fraction, such as 0.05, or --eval-cache",
             )
         if self.best and not self.eval_every:

@@ -90,7 +90,10 @@ def _json(path: Path) -> Generator[tuple[str, Any]]:
     except (RecursionError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(rows, list):
-        raise UserError(f"{path} is not a JSON list of pairs", "write [{...}, {...}]")
+        raise UserError(
+            f"{path} is not a JSON list of pairs",
+            "write [{...}, {...}]; a file with one object per line is named .jsonl",
+        )
     yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
 
 

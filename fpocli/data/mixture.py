@@ -3,6 +3,7 @@
 import heapq
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
 from fpocli.data.sources import Source
 from fpocli.data.token_rows import read_token_pairs
+
+T = TypeVar("T")
 
 
 def token_pairs(
@@ -41,19 +44,25 @@ def token_pairs(
     streams = [stream(number, source) for number, source in enumerate(sources)]
     if len(streams) == 1:
         yield from streams[0]
-    elif any(source.weight for source in sources):
-        weights = [source.weight or 1.0 for source in sources]
-        # The exact ratio of two integers; so no rounding decides an order.
-        ratios = [weight.as_integer_ratio() for weight in weights]
-        below = math.lcm(*(ratio[1] for ratio in ratios))
-        yield from mixed(streams, [above * below // under for above, under in ratios])
+    elif weights := integer_weights(sources):
+        yield from mixed(streams, weights)
     else:
         read = [list(one) for one in streams]
         there = [one for one in read if one]
         yield from mixed(there, [len(one) for one in there])
 
 
-def mixed(streams: Sequence[Iterable[TokenPair]], weights: list[int]) -> Iterator[TokenPair]:
+def integer_weights(sources: list[Source]) -> list[int]:
+    """The weights of sources as integers in the same proportion, so that no rounding decides an
+    order; empty if no source has one."""
+    if not any(source.weight for source in sources):
+        return []
+    ratios = [(source.weight or 1.0).as_integer_ratio() for source in sources]
+    below = math.lcm(*(under for _, under in ratios))
+    return [above * below // under for above, under in ratios]
+
+
+def mixed(streams: Sequence[Iterable[T]], weights: list[int]) -> Iterator[T]:
     """The pairs of several streams in proportion to their weights, up to the first end of one.
 
     The i-th pair of a stream of weight w has the place (i - 1/2) / w; of equal places the earlier

@@ -177,6 +177,8 @@ def show_preview(shown: dict[str, Any], out: Console) -> None:
     out.print(f"template: {shown['template']}; reversed colours are special tokens")
     out.print(f"layouts: {layouts}")
     out.print(f"{shown['kept']:,} pairs of the first {shown['read']:,} rows")
+    if left := shown["read"] - shown["kept"] - sum(shown["dropped"].values()):
+        out.print(f"left out {left:,}: by the weights, as one source ends first")
     for reason, count in shown["dropped"].items():
         out.print(f"dropped {count:,}: {reason}")
 

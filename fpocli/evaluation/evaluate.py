@@ -213,7 +213,7 @@ def find_policy(
     known = (fingerprint, held_out_store(run))
     if store.meta["fingerprint"] not in known and config.split != "all":
         raise UserError(
-            f"the run {run} was trained on another store than {store.path}, so it may have seen "
+            f"{run} was trained on another store than {store.path}, so it may have seen "
             "the pairs that would be held out here",
             "name its own store, or measure all pairs with --split all",
         )

@@ -97,7 +97,7 @@ def _copied(final: Path, out: Path) -> Path:
 def _export_store(config: ExportConfig) -> Path:
     if config.out or config.cache:
         raise UserError(
-            f"{config.source} is no run of fpo, and --out and --cache are of runs",
+            f"{config.source} is not a run of fpo train, and --out and --cache are for runs",
             "name the folder of a run, or leave them out to write the card of a store",
         )
     store = Store.open(config.source)

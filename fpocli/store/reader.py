@@ -57,7 +57,7 @@ class Store(DistributionReader):
         path = place.name
         meta, whole = read_root(place)
         if not place.exists(DOCUMENT):
-            what = f"has no {DOCUMENT}" if place.exists() else "does not exist"
+            what = f"is not a store: it has no {DOCUMENT}" if place.exists() else "does not exist"
             raise UserError(f"{path} {what}", "write a store with `fpo cache --out`")
         if meta.get("format") != FORMAT:
             raise UserError(

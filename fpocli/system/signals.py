@@ -28,7 +28,7 @@ _callbacks: list[Callable[[], object]] = []
 # Held by the thread that ends the process; only the first one does.
 _lock = threading.Lock()
 _told = threading.Event()
-_notes: list[str] = []
+_notes: list[str | Callable[[], str]] = []
 
 
 def end_on_signals() -> None:
@@ -88,6 +88,16 @@ def add_resume_note(note: str) -> None:
     _notes.append(note)
 
 
+@contextmanager
+def resume_note(note: Callable[[], str]) -> Iterator[None]:
+    """Print what `note` says as well, if the process is ended inside this context."""
+    _notes.append(note)
+    try:
+        yield
+    finally:
+        _notes.remove(note)
+
+
 def end(code: int, why: str) -> NoReturn:
     """End the process from any thread, and print the command that resumes it.
 
@@ -115,10 +125,11 @@ def _release() -> None:
 
 def _print(why: str) -> None:
     resume = resume_command() if _is_program() else None
+    notes = [note if isinstance(note, str) else note() for note in _notes]
     if output.json_logs:
-        write_json("stopped", message=why, resume=resume, notes=_notes)
+        write_json("stopped", message=why, resume=resume, notes=notes)
         return
-    lines = [why, *_notes]
+    lines = [why, *notes]
     if resume:
         lines[0] = f"{why}; resume from what was last saved with\n    {resume}"
     print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -74,10 +74,15 @@ def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[st
         listed = "; ".join(
             f"{name} {' and '.join(there[name])} in the store, {here[name]} here" for name in other
         )
+        again = "cache again on the same kind of device"
+        if "dtype" in other:
+            again = f"cache again with --dtype {dtype}"
+            if store.meta["model"]["dtype"] in ("float32", "bfloat16"):
+                flag = "--no-bf16" if dtype == "bfloat16" else "--bf16"
+                again = f"train in the store's dtype with {flag}, {again}"
         raise UserError(
-            f"the policy would run with another dtype or attention kernel than the reference of "
-            f"{store.path}: {listed}",
-            "cache again, or add "
+            f"the policy would not run as the reference of {store.path} did: {listed}",
+            f"{again}, or add "
             + " ".join(f"--allow {name}" for name in other)
             + "; then u, D and the KL start at rounding error instead of 0",
         )

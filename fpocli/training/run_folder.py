@@ -113,6 +113,16 @@ class RunFolder:
                 )
             time.sleep(0.1)
 
+    def saved(self) -> str:
+        """What a later command resumes from, in words."""
+        newest = newest_checkpoint(self.checkpoints)
+        if newest is None:
+            return (
+                "no checkpoint has been saved yet, so it will start over; "
+                f"--save-every is {self.settings.save_every} steps"
+            )
+        return f"it will go on after step {newest.name.removeprefix('step-')}"
+
     def resume_at(self, step: int) -> list[dict[str, Any]]:
         """Remove what was logged after the checkpoint that training resumes from. All ranks must
         call this function.
@@ -267,7 +277,7 @@ tags: [{tags}]
 # {Path(base).name} trained with {settings.method}
 
 Trained with fpo (Feature-level Preference Optimization, arXiv 2411.07618) from `{base}` on
-{store.pairs:,} preference pairs of `{data["source"]}`, against a cached reference
+preference pairs of `{data["source"]}` (a store of {store.pairs:,}), against a cached reference
 `{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}). The weights are those of
 {step}.
 

@@ -23,6 +23,7 @@ from fpocli.system.errors import UserError
 from fpocli.system.files import resolve_last_part
 from fpocli.system.heartbeat import heartbeat
 from fpocli.system.ranks import Ranks
+from fpocli.system.signals import resume_note
 from fpocli.tracking.trackers import Trackers
 from fpocli.training.announce import announce
 from fpocli.training.checkpoints import (
@@ -154,7 +155,7 @@ def _train(
     weights = {site: omegas[site].to(device) for site in encoders if site in omegas}
     done, alpha = load_checkpoint(engine, run.checkpoints, settings.alpha)
     held_alpha = HeldAlpha(alpha, settings.hold, settings.beta)
-    chosen_fall = ChosenFall(from_reference=settings.model is None)
+    chosen_fall = ChosenFall(steps, from_reference=settings.model is None)
     best = BestStep(settings)
     for line in run.resume_at(done):
         trackers.log(line)
@@ -188,7 +189,7 @@ def _train(
         check_policy_is_reference(engine, encoders, store, sample, settings)
         measure(0)
     prefetched = loader.steps(done, steps, device, with_top=train_top)
-    with progress("Training", steps, done) as bar:
+    with resume_note(run.saved), progress("Training", steps, done) as bar:
         meter = StepMeter(device, prefetched)
         for step, micro_batches in enumerate(prefetched, done + 1):
             lr = learning_rate(step - 1, steps, settings)

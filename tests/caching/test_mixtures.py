@@ -232,3 +232,11 @@ def test_a_source_is_named_once(material, tmp_path, files):
     datasets.DatasetDict(parts).save_to_disk(saved)
     store = cache(mixture(material, tmp_path, [saved, saved], split=["a", "b"]))
     assert store.meta["pairs"]["sources"]["kept"] == [30, 11]
+
+
+def test_the_preview_says_what_the_weights_leave(material, tmp_path, files, capsys):
+    config = mixture(material, tmp_path, [f"{files[0]}:2", files[1]])
+    assert preview(config)["kept"] == cache(config).pairs == 34
+    printed = capsys.readouterr()
+    assert "left out 7: by the weights" in printed.out
+    assert "left out 7 by the weights" in printed.err

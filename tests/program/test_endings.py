@@ -3,6 +3,7 @@ writes that fail. Afterwards the same command is repeated until it completes."""
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import tiny
 import torch
 from processes import Command, limit_files, together
-from runs import command, read, run, same
+from runs import command, read, run, same, start
 from safetensors.torch import load_file
 from stores import cache_config, contents, write_pairs
 
@@ -78,6 +79,18 @@ def printed(messages: str) -> list[str]:
     assert messages.count("resume from what was last saved with") == 1, messages[-3000:]
     after = messages.partition("resume from what was last saved with\n")[2]
     return shlex.split(after.splitlines()[0])
+
+
+def test_a_stopped_run_says_from_where_it_goes_on(material, store_path, tmp_path):
+    process = start(command(material, tmp_path / "run", epochs=2000, save_every=3))
+    while not (tmp_path / "run/checkpoints/step-6").exists():
+        assert process.running(), process.messages()
+        time.sleep(0.02)
+    process.kill(signal.SIGINT)
+    code, messages = end_of(process, 60)
+    assert code == 130
+    (step,) = re.findall(r"it will go on after step (\d+)", messages)
+    assert (tmp_path / f"run/checkpoints/step-{step}").is_dir()
 
 
 def hears_sigterm(pid: int) -> bool:

@@ -62,7 +62,8 @@ def test_ctrl_c_on_a_terminal_leaves_the_message_alone(material, store_path, tmp
     assert process.wait(60) == 130
     left = screens(process.messages())[-1]
     process.close()
-    assert left[-2].startswith("stopped; resume from what was last saved with")
+    assert left[-3].startswith("stopped; resume from what was last saved with")
+    assert left[-1].startswith("no checkpoint has been saved yet, so it will start over")
     assert not any("Training" in line or "loss" in line for line in left)
 
 

@@ -136,7 +136,7 @@ def test_a_short_run_is_judged_by_its_second_half(capsys):
 
 
 def test_the_fall_of_chosen_responses_is_warned_of_once(capsys):
-    fall = ChosenFall(from_reference=True)
+    fall = ChosenFall(100, from_reference=True)
     for step in range(40):
         fall.watch(line(-0.03 * step, 0.01 * step))
     told = capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_the_fall_of_chosen_responses_is_warned_of_once(capsys):
     ids=["small", "margin falls", "other starting weights", "few steps"],
 )
 def test_no_warning(capsys, from_reference, lines):
-    fall = ChosenFall(from_reference=from_reference)
+    fall = ChosenFall(100, from_reference=from_reference)
     for one in lines:
         fall.watch(one)
     assert "less likely" not in capsys.readouterr().err
