@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from processes import Command, limit_files, together
-from runs import command, read, run, same, start
+from runs import command, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, write_pairs
 
@@ -82,7 +82,8 @@ def printed(messages: str) -> list[str]:
 
 
 def test_a_stopped_run_says_from_where_it_goes_on(material, store_path, tmp_path):
-    process = start(command(material, tmp_path / "run", epochs=2000, save_every=3))
+    words = command(material, tmp_path / "run", epochs=2000, save_every=3)
+    process = Command(*words[3:])
     while not (tmp_path / "run/checkpoints/step-6").exists():
         assert process.running(), process.messages()
         time.sleep(0.02)

@@ -213,7 +213,7 @@ def test_private_alone():
 def test_what_has_no_card(trained, material, store_path, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         export(ExportConfig(source=str(tmp_path / "nothing")))
-    with pytest.raises(UserError, match="is no run of fpo"):
+    with pytest.raises(UserError, match="is not a run of fpo train"):
         export(ExportConfig(source=str(store_path), out=str(tmp_path / "out")))
     unfinished = tmp_path / "unfinished"
     shutil.copytree(trained, unfinished, ignore=shutil.ignore_patterns("final"))
