@@ -259,7 +259,7 @@ def _model_card(settings: TrainConfig, store: Store, step: str) -> str:
     rows = "\n".join(
         f"| {name} | {value} |"
         for name, value in dataclasses.asdict(settings).items()
-        if name not in _NOT_IDENTITY and value is not None
+        if name not in _NOT_IDENTITY and value not in (None, [])
     )
     tags = ", ".join(dict.fromkeys(["fpo", "preference-optimization", settings.method]))
     sites = [
@@ -267,11 +267,12 @@ def _model_card(settings: TrainConfig, store: Store, step: str) -> str:
         for site, about in store.sites.items()
         if settings.constraint == "features" and site in (settings.at or store.sites)
     ]
+    # The hub takes no path of a machine for a model's name.
+    named = "" if Path(base).exists() else f"base_model: {base}\n"
     constraint = f"Sites and SAEs: {', '.join(sites)}.\n\n" if sites else ""
     return f"""---
 library_name: transformers
-base_model: {base}
-tags: [{tags}]
+{named}tags: [{tags}]
 ---
 
 # {Path(base).name} trained with {settings.method}
