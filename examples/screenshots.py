@@ -10,13 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 from playwright.sync_api import sync_playwright
+from rich.console import Console
+from rich.terminal_theme import MONOKAI
+
+from fpocli import CacheConfig, preview
+from fpocli.display.terminal import show_preview
 
 CONTROL, WORK = Path("demo/control"), Path("demo/pages")
 RUNS = CONTROL / "compare/runs"
@@ -29,6 +34,7 @@ PICTURES: dict[str, Any] = {
     "runs-dark": ("runs", "curves", "dark", 1280),
     "runs-samples": ("runs", "samples", "light", 1280),
     "runs-narrow": ("runs", None, "light", 390),
+    "terminal": ("terminal", None, "dark", 1000),
 }
 
 
@@ -41,7 +47,18 @@ def main() -> None:
     fpo(f"inspect {store} --html {WORK / 'store.html'} --feature {feature}")
     seeds = " ".join(str(run) for run in sorted(RUNS.glob("*_seed-0")))
     fpo(f"report {RUNS / 'method-reference'} {seeds} --html {WORK / 'runs.html'}")
+    write_terminal()
     take_pictures()
+
+
+def write_terminal() -> None:
+    """What `fpo cache --dry-run` prints, as a page."""
+    shown = preview(
+        CacheConfig(model="demo/SmolLM2-135M-Instruct", data=["examples/preferences.jsonl"])
+    )
+    console = Console(record=True, width=100, force_terminal=True, file=StringIO())
+    show_preview(shown, console)
+    console.save_html(str(WORK / "terminal.html"), theme=MONOKAI)
 
 
 def take_pictures() -> None:

@@ -144,7 +144,7 @@ def show_pair(shown: dict[str, Any], out: Console) -> None:
     _show_verified(shown, out)
 
 
-_PART_STYLES = {"prompt": "dim", "chosen": "green", "rejected": "red"}
+_PART_STYLES = {"prompt": "bright_black", "chosen": "green", "rejected": "red"}
 
 
 def _source(number: int, source: dict[str, Any]) -> str:
