@@ -157,7 +157,7 @@ def _run(file: GridFile, choice: dict[str, Any], store: Step | None) -> Run:
     if not is_file_name(name) or not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
         raise UserError(
             f"{file.path} has a run with the name {name:.80}, which no folder can have",
-            "put a long list of values, or one with unusual characters, into `train`",
+            "put what all runs have in common into `train` or `cache`, or shorten its values",
         )
     folder = file.out / "runs" / name
     cache = store.settings["out"] if store else str(file.store)
