@@ -63,6 +63,10 @@ def test_every_page_is_whole(opened, scheme, width):
 
 def test_the_search_works_from_a_disk(opened):
     tab = opened("index.html")
+    # What is typed before the index is loaded is not searched for.
+    tab.wait_for_function(
+        "document.querySelector('.md-search-result__meta').textContent.includes('Type to start')"
+    )
     tab.locator("input.md-search__input").fill("stop-gradient")
     result = tab.locator("a.md-search-result__link[href*='method.html']").first
     result.wait_for()
