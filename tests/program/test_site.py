@@ -63,11 +63,13 @@ def test_every_page_is_whole(opened, scheme, width):
 
 def test_the_search_works_from_a_disk(opened):
     tab = opened("index.html")
-    # What is typed before the index is loaded is not searched for.
+    box = tab.locator("input.md-search__input")
+    # The first click loads the index; what is typed before it is there may not be searched for.
+    box.click()
     tab.wait_for_function(
         "document.querySelector('.md-search-result__meta').textContent.includes('Type to start')"
     )
-    tab.locator("input.md-search__input").fill("stop-gradient")
+    box.press_sequentially("stop-gradient")
     result = tab.locator("a.md-search-result__link[href*='method.html']").first
     result.wait_for()
     result.click()
