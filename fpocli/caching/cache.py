@@ -171,7 +171,7 @@ def _cache(
     if store.meta["state"] != "complete":
         store.finish(lock.check)
     rows = store.read_array("source_row")[store.non_finite].tolist()
-    numbers = store.sources()[store.non_finite].tolist() if store.is_mixture else []
+    numbers = store.sources()[store.non_finite].tolist() if store.is_mixture else None
     listed = place.read_beside(DROPPED)
     if (now := list_non_finite(listed, rows, numbers)) != listed:
         place.write_beside(DROPPED, now)

@@ -127,7 +127,7 @@ def _tokenise(
     dropped = tokenizer.dropped
     kept: list[TokenPair] = []
     with progress("Tokenising pairs", config.limit and config.limit * len(sources)) as bar:
-        for pair in token_pairs(sources, tokenizer, dropped):
+        for pair in token_pairs(sources, tokenizer):
             kept.append(pair)
             bar.advance()
     if not kept:

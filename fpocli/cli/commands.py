@@ -211,8 +211,6 @@ def main() -> None:
     )
     # When it is imported, it warns that a kernel on the hub cannot be loaded, which is not wanted.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # bitsandbytes misses a kernel that fpo does not use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     json_logs = "--json-logs" in sys.argv
     try:
         sys.exit(app(standalone_mode=not json_logs))

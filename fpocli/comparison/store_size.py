@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from fpocli.comparison.steps import Step
 from fpocli.config import CacheConfig, DataSettings
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
+from fpocli.data.mixture import integer_weights
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.sources import sources_of
 from fpocli.features.known_saes import default_saes
@@ -131,12 +132,13 @@ def _counted(model: str, settings: str) -> tuple[int, int, int]:
     config = CacheConfig(model=model, **json.loads(settings))
     folder = find_model(model, weights=False)
     limits = (config.max_length, config.max_prompt_length)
-    counts, weights = [], []
+    counts = []
     with progress("Counting tokens", None):
-        sample = sources_of(replace(config, limit=min(config.limit or SAMPLE, SAMPLE)))
-        for first, source in zip(sample, sources_of(config), strict=True):
-            dropped = DroppedRows()
-            tokenizer = PairTokenizer(folder, config.chat_template, *limits, dropped)
+        tokenizer = PairTokenizer(folder, config.chat_template, *limits, DroppedRows())
+        sources = sources_of(config)
+        for source in sources:
+            first = source.first(SAMPLE)
+            dropped = tokenizer.dropped = DroppedRows()
             sizes = [
                 (1, len(pair.prompt), len(pair.chosen) + len(pair.rejected))
                 for pair in tokenizer(read_pairs(first, dropped))
@@ -145,9 +147,8 @@ def _counted(model: str, settings: str) -> tuple[int, int, int]:
                 raise dropped.nothing_left()
             scale = sum(1 for _ in source.rows()) / dropped.read
             counts.append([scale * sum(part) for part in zip(*sizes, strict=True)])
-            weights.append(source.weight)
     # With weights, the source that has too few pairs for its share limits the others.
-    parts = [weight or 1.0 for weight in weights] if any(weights) else [one[0] for one in counts]
+    parts = integer_weights(sources) or [one[0] for one in counts]
     whole = min(one[0] / part for one, part in zip(counts, parts, strict=True))
     shares = [whole * part / one[0] for one, part in zip(counts, parts, strict=True)]
     pairs, prompts, responses = (

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import repeat
 
 from fpocli.system.errors import UserError
 
@@ -65,17 +66,22 @@ class DroppedRows:
         return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
 
 
-def list_non_finite(before: str, rows: list[int], sources: list[int]) -> str:
+def place_in_data(row: int, source: int | None) -> str:
+    """A row of the data, such as "row 12", or of a mixture "row 12 of source 0"."""
+    return f"row {row}" if source is None else f"row {row} of source {source}"
+
+
+def list_non_finite(before: str, rows: list[int], sources: list[int] | None) -> str:
     """The list of dropped rows with those that have non-finite scores.
 
     Args:
         before: the list, as `DroppedRows.listed` or this function made it.
         rows: their numbers in the source.
-        sources: which source of a mixture each is in; empty without one.
+        sources: which source of a mixture each is in; None without one.
     """
     lines = [line for line in before.splitlines() if f'"reason": "{_NON_FINITE}"' not in line]
-    places = [f"row {row} of source {source}" for row, source in zip(rows, sources, strict=False)]
-    for row, place in list(zip(rows, places or map("row {}".format, rows), strict=True))[:_LISTED]:
+    for row, source in zip(rows[:_LISTED], sources or repeat(None)):  # noqa: B905
+        place = place_in_data(row, source)
         about = {"row": row, "place": place, "reason": _NON_FINITE, "detail": ""}
         lines.append(json.dumps(about))
     return "".join(line + "\n" for line in lines)

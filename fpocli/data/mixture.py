@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from fpocli.data.dropped import DroppedRows
 from fpocli.data.layouts import read_pairs
 from fpocli.data.pair_tokenizer import PairTokenizer
 from fpocli.data.pairs import TokenPair
@@ -17,10 +16,8 @@ from fpocli.data.token_rows import read_token_pairs
 T = TypeVar("T")
 
 
-def token_pairs(
-    sources: list[Source], tokenizer: PairTokenizer, dropped: DroppedRows
-) -> Iterator[TokenPair]:
-    """The pairs of all sources that can be scored; rows that cannot be used go to `dropped`.
+def token_pairs(sources: list[Source], tokenizer: PairTokenizer) -> Iterator[TokenPair]:
+    """The pairs of all sources that can be scored; the tokeniser counts the rows that cannot.
 
     If a source has a weight, the pairs up to any point are in proportion to the weights, as nearly
     as whole pairs can be, and the first source without a next pair is the end. Otherwise all pairs
@@ -32,7 +29,7 @@ def token_pairs(
         pairs = (
             read_token_pairs(source, tokenizer)
             if source.token_ids
-            else tokenizer(read_pairs(source, dropped, known))
+            else tokenizer(read_pairs(source, tokenizer.dropped, known))
         )
         for pair in pairs:
             # Arrays take a tenth of the memory of lists.

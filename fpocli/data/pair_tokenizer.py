@@ -16,7 +16,7 @@ from typing import Any
 from fpocli.data.chat_templates import CHAT_TEMPLATES, DEFAULT_TEMPLATE
 from fpocli.data.dropped import DroppedRows
 from fpocli.data.pairs import BadRow, Pair, TokenPair
-from fpocli.data.rendering import left_out, render_answer, render_prompt
+from fpocli.data.rendering import left_out, render
 from fpocli.data.tokenizer import (
     encode,
     encode_rendered,
@@ -133,10 +133,7 @@ class PairTokenizer:
             for talk in [[*pair.prompt, one] for one in answers] or [pair.prompt]:
                 if what := left_out(self.tokenizer, talk, pair.tools, self._shown):
                     raise ValueError(f"it leaves out {what}")
-            prompt = render_prompt(self.tokenizer, pair.prompt, pair.tools)
-            written = [
-                render_answer(self.tokenizer, pair.prompt, one, pair.tools) for one in answers
-            ]
+            prompt, *written = render(self.tokenizer, pair.prompt, pair.tools, answers)
         except Exception as error:  # a template is a program and may raise anything
             detail = f"{self.template_name}: {error}"
             raise BadRow("refused by the chat template", detail) from error
@@ -162,7 +159,7 @@ class PairTokenizer:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not answer
             )
-        except Exception as error:  # as in _prompt
+        except Exception as error:  # as in _rendered
             raise UserError(
                 f"the chat template {self.template_name} cannot render a question: {error}",
                 "choose another one with --chat-template",

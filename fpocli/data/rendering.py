@@ -2,7 +2,7 @@
 text: it is marked before the template runs, and split off afterwards."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,33 +11,25 @@ from fpocli.data.pairs import Message
 Tools = list[dict[str, Any]]
 
 
-def render_prompt(tokenizer: Any, messages: list[Message], tools: Tools) -> list[str]:
-    """A conversation with its generation prompt.
+def render(
+    tokenizer: Any, messages: list[Message], tools: Tools, answers: Sequence[Message] = ()
+) -> list[list[str]]:
+    """A conversation with its generation prompt, and each answer with its end of turn: what the
+    template writes of it after the prompt.
 
     Returns:
-        The text in parts; every second one is text of the data that spells a special token.
-    """
-    mark, split = _marks(tokenizer, [messages, tools])
-    return split(_apply(tokenizer, mark(messages), mark(tools), asks=True))
-
-
-def render_answer(
-    tokenizer: Any, messages: list[Message], answer: Message, tools: Tools
-) -> list[str]:
-    """An answer with its end of turn: what the template writes of it after the prompt.
-
-    Returns:
-        Parts, as of `render_prompt`.
+        Each text in parts; every second one is text of the data that spells a special token.
 
     Raises:
         ValueError: it writes the prompt otherwise when an answer follows.
     """
-    mark, split = _marks(tokenizer, [messages, answer, tools])
-    prompt = _apply(tokenizer, mark(messages), mark(tools), asks=True)
-    whole = _apply(tokenizer, mark([*messages, answer]), mark(tools))
-    if not whole.startswith(prompt):
+    mark, split = _marks(tokenizer, [messages, tools, *answers])
+    talk, offered = mark(messages), mark(tools)
+    prompt = _apply(tokenizer, talk, offered, asks=True)
+    written = [_apply(tokenizer, [*talk, mark(answer)], offered) for answer in answers]
+    if not all(whole.startswith(prompt) for whole in written):
         raise ValueError("with an answer, it writes the prompt otherwise than without")
-    return split(whole.removeprefix(prompt).rstrip())
+    return [split(prompt), *(split(whole.removeprefix(prompt).rstrip()) for whole in written)]
 
 
 def left_out(

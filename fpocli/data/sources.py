@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fpocli.config import DEFAULT_DATA, DataSettings
 from fpocli.data.files import KINDS, file_rows, kind_of
@@ -48,6 +48,11 @@ class Source:
         early is closed at once."""
         with closing(self.open_rows()) as rows:
             yield from islice(rows, self.identity["limit"])
+
+    def first(self, count: int) -> Self:
+        """The same source with at most so many rows."""
+        limit = min(self.identity["limit"] or count, count)
+        return replace(self, identity=self.identity | {"limit": limit})
 
 
 def open_source(

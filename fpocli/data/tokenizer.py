@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from fpocli.data.pairs import Message
-from fpocli.data.rendering import render_prompt
+from fpocli.data.rendering import render
 from fpocli.system.errors import UserError
 from fpocli.system.model_folder import ModelFolder, refuse_code
 
@@ -40,7 +40,7 @@ def encode_prompt(tokenizer: Any, messages: list[Message], bos: int | None) -> l
         messages: the conversation; text that spells a special token stays text.
         bos: the id that starts the prompt once, whether the template writes it or not; or None.
     """
-    return encode_rendered(tokenizer, render_prompt(tokenizer, messages, []), bos)
+    return encode_rendered(tokenizer, render(tokenizer, messages, [])[0], bos)
 
 
 def encode_rendered(tokenizer: Any, parts: list[str], bos: int | None) -> list[int]:

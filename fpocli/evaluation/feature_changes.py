@@ -35,6 +35,13 @@ class FeatureChanges:
     change: csr_array
     before: np.ndarray
 
+    def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Over the pairs: the change of chosen responses and that of rejected ones, and the
+        reference's value over both; [m] each."""
+        n = self.change.shape[0] // 2
+        chosen, rejected = (self.change[side::2].sum(0) / n for side in (0, 1))
+        return chosen, rejected, self.before.mean(0) / n
+
 
 def changes_of(
     pooled: Tensor, reference: TopFeatures[Tensor], dtype: torch.dtype = torch.float32

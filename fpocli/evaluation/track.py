@@ -55,9 +55,8 @@ def _numbers(result: dict[str, Any]) -> dict[str, float]:
 
 def _most_changed(found: FeatureChanges) -> Rows:
     """The features whose mean over all responses changed most, as `fpo features diff` has it."""
-    chosen, rejected = (found.change[side::2].mean(0) for side in (0, 1))
+    chosen, rejected, before = found.means()
     mean = (chosen + rejected) / 2
-    before = found.before.sum(0) / found.change.shape[0]
     order = np.argsort(-np.abs(mean), kind="stable")[:_FEATURES]
     return [
         {

@@ -201,18 +201,17 @@ def mean_change(changes: FeatureChanges) -> MeanChange:
     The test is that of fpo features contrast: if training changed nothing systematically, policy
     and reference could be exchanged in any pair.
     """
-    chosen, rejected = changes.change[::2], changes.change[1::2]
-    of_pairs = (chosen + rejected) / 2
+    chosen, rejected, before = changes.means()
+    of_pairs = (changes.change[::2] + changes.change[1::2]) / 2
     n = of_pairs.shape[0]
     total, squares = of_pairs.sum(0), of_pairs.power(2).sum(0)
     mean = total / n
     variance = np.maximum(squares / n - mean**2, 0)
-    before = changes.before.mean(0) / n
     return MeanChange(
         mean=mean,
         error=np.sqrt(variance / max(1, n - 1)),
-        chosen=chosen.sum(0) / n,
-        rejected=rejected.sum(0) / n,
+        chosen=chosen,
+        rejected=rejected,
         before=before,
         after=before + mean,
         q=correct(sign_flip_p(total, squares), squares > 0),

@@ -96,10 +96,9 @@ def find_reference(
             f"the weights of {folder.source} are not those that {store.path} was made with",
             "name the store's reference model, or cache again with this one",
         )
-    in_4bit = "quantization" in about
-    if in_4bit:
+    if store.in_4bit:
         require_bitsandbytes()
-    return replace(folder, load_in_4bit=in_4bit)
+    return replace(folder, load_in_4bit=store.in_4bit)
 
 
 def find_local(store: Store, name: str, source: str, flag: str, *, was_local: bool = False) -> str:

@@ -75,6 +75,11 @@ class ArrayReader:
         return self.meta["model"].get("imported")
 
     @property
+    def in_4bit(self) -> bool:
+        """Whether the linear layers of the reference were held in 4 bits."""
+        return "quantization" in self.meta["model"]
+
+    @property
     def blocks(self) -> int:
         """B, the number of blocks."""
         return -(-self.pairs // self.block_size)

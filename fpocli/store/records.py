@@ -9,6 +9,7 @@ from typing import Generic, Self
 
 import numpy as np
 
+from fpocli.data.dropped import place_in_data
 from fpocli.data.pairs import TokenPair
 from fpocli.features.top_features import Array, TopFeatures
 
@@ -80,9 +81,9 @@ class TokenPairs:
         return TokenPair(ids[a:b], ids[b:c], ids[c:d], int(self.source_row[number]), source)
 
     def place(self, number: int) -> str:
-        """Where a pair is in the data, such as "row 12", or "row 12 of source 0"."""
-        of = "" if self.source is None else f" of source {self.source[number]}"
-        return f"row {self.source_row[number]}{of}"
+        """Where a pair is in the data, in words."""
+        source = None if self.source is None else int(self.source[number])
+        return place_in_data(int(self.source_row[number]), source)
 
     @property
     def counts(self) -> np.ndarray:

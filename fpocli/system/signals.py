@@ -11,10 +11,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fpocli.system.output import output, write_json
 from fpocli.system.ranks import is_first_rank
@@ -28,7 +28,7 @@ _callbacks: list[Callable[[], object]] = []
 # Held by the thread that ends the process; only the first one does.
 _lock = threading.Lock()
 _told = threading.Event()
-_notes: list[str | Callable[[], str]] = []
+_notes: list[Callable[[], str]] = []
 
 
 def end_on_signals() -> None:
@@ -67,15 +67,19 @@ def _wait(read: int) -> None:
     end(128 + number, "stopped" if is_first_rank() else "")
 
 
-@contextmanager
-def run_if_stopped(callback: Callable[[], object]) -> Iterator[None]:
+def run_if_stopped(callback: Callable[[], object]) -> AbstractContextManager[None]:
     """Call `callback` if the process is ended inside this context, which nobody leaves then."""
-    _callbacks.append(callback)
+    return _inside(_callbacks, callback)
+
+
+@contextmanager
+def _inside(listed: list[Any], one: Any) -> Iterator[None]:
+    listed.append(one)
     try:
         yield
     finally:
         with _lock:
-            _callbacks.remove(callback)
+            listed.remove(one)
 
 
 def suppress_stop_message() -> None:
@@ -85,17 +89,12 @@ def suppress_stop_message() -> None:
 
 def add_resume_note(note: str) -> None:
     """Print this as well, after the command that resumes."""
-    _notes.append(note)
+    _notes.append(lambda: note)
 
 
-@contextmanager
-def resume_note(note: Callable[[], str]) -> Iterator[None]:
+def resume_note(note: Callable[[], str]) -> AbstractContextManager[None]:
     """Print what `note` says as well, if the process is ended inside this context."""
-    _notes.append(note)
-    try:
-        yield
-    finally:
-        _notes.remove(note)
+    return _inside(_notes, note)
 
 
 def end(code: int, why: str) -> NoReturn:
@@ -125,7 +124,7 @@ def _release() -> None:
 
 def _print(why: str) -> None:
     resume = resume_command() if _is_program() else None
-    notes = [note if isinstance(note, str) else note() for note in _notes]
+    notes = [note() for note in _notes]
     if output.json_logs:
         write_json("stopped", message=why, resume=resume, notes=notes)
         return

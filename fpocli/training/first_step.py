@@ -28,11 +28,10 @@ def check_store_serves(store: Store, settings: TrainConfig) -> None:
             weights were rounded otherwise.
     """
     store.require_complete()
-    in_4bit = "quantization" in store.meta["model"]
-    if settings.model is None and in_4bit != settings.load_in_4bit:
+    if settings.model is None and store.in_4bit != settings.load_in_4bit:
         there, flag, here = (
             ("in 4 bits", "add --lora-rank and --load-in-4bit", "without")
-            if in_4bit
+            if store.in_4bit
             else ("with all bits of its weights", "leave out --load-in-4bit", "with")
         )
         raise UserError(

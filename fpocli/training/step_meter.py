@@ -5,7 +5,7 @@ import time
 import torch
 
 from fpocli.training.memory import MemoryMeter
-from fpocli.training.pair_loader import Prefetched
+from fpocli.training.prefetched import Prefetched
 
 
 class StepMeter:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,17 @@ def run(*arguments, processes: int = 1, **settings) -> list[dict]:
 def start(words: list[str], **settings: object) -> Command:
     """Start `python -m fpocli ...` in a process that is forked."""
     return Command(*words[3:], **settings)
+
+
+def kill_at_checkpoint(words: list[str], out: Path) -> None:
+    """Run such a command and kill it as soon as it has saved a checkpoint."""
+    process = start(words)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.running() and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.close()
+    assert not (out / "final").exists()
 
 
 def finish(words: list[str]) -> subprocess.CompletedProcess:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from naive_tdpo2 import follow
 from packed import random_pairs
 from processes import results, together
 from runs import read, run, same
@@ -24,35 +25,7 @@ def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_pa
     lines = run(material, tmp_path / "run", "--no-bf16", method="tdpo2", alpha=2)
     loader, arrays = make_loader(Store.open(store_path)), contents(store_path)
     network, reference = tiny.network("gemma2"), tiny.network("gemma2")
-    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0)
-
-    def naive(pair: int) -> torch.Tensor:
-        start, chosen, rejected, end = arrays["spans"][pair].tolist()
-        sums, divergences = [], []
-        for first, last in ((chosen, rejected), (rejected, end)):
-            sequence = torch.cat([ids[start:chosen], ids[first:last]])[None]
-            predictors = slice(chosen - start - 1, sequence.shape[1] - 1)
-            own, other = (
-                model(sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
-                for model in (network, reference)
-            )
-            sums.append(own.gather(-1, sequence[0, chosen - start :, None]).sum())
-            divergences.append((other.exp() * (other - own)).sum())
-        of_reference = arrays["ref/logp"][pair]
-        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
-        return -torch.nn.functional.logsigmoid(
-            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
-        )
-
-    for line in lines[1:-1]:
-        loss = torch.stack([naive(int(pair)) for pair in loader.pairs(line["step"] - 1)]).mean()
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])
-        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
-        optimizer.step()
+    follow(lines[1:-1], loader, arrays, network, reference, 1e-3)
     assert lines[-1]["kl_rejected"] > 1e-4 and abs(lines[-1]["delta"]) > 1e-6
 
 

@@ -3,14 +3,14 @@
 import json
 import shutil
 import sys
-import time
 
 import numpy as np
 import peft
 import pytest
 import tiny
 import torch
-from runs import command, finish, finish_all, read, run, same, start
+from naive_tdpo2 import follow
+from runs import command, finish, finish_all, kill_at_checkpoint, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, make_loader, write_pairs
 from transformers import AutoModelForCausalLM
@@ -65,36 +65,7 @@ def test_tdpo2_equals_a_naive_loop_with_peft(adapted_kl, store_path):
     policy = peft.get_peft_model(
         policy, peft.LoraConfig(r=3, lora_alpha=6, target_modules="all-linear")
     )
-    ids = torch.from_numpy(arrays["tokens"].astype(np.int64))
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0)
-
-    def naive(pair: int) -> torch.Tensor:
-        begin, chosen, rejected, end = arrays["spans"][pair].tolist()
-        sums, divergences = [], []
-        for first, last in ((chosen, rejected), (rejected, end)):
-            sequence = torch.cat([ids[begin:chosen], ids[first:last]])[None]
-            predictors = slice(chosen - begin - 1, sequence.shape[1] - 1)
-            own, other = (
-                model(input_ids=sequence, use_cache=False).logits[0, predictors].log_softmax(-1)
-                for model in (policy, reference)
-            )
-            sums.append(own.gather(-1, sequence[0, chosen - begin :, None]).sum())
-            divergences.append((other.exp() * (other - own)).sum())
-        of_reference = arrays["ref/logp"][pair]
-        u = 0.1 * (sums[0] - sums[1] - (of_reference[0] - of_reference[1]))
-        return -torch.nn.functional.logsigmoid(
-            u - 2 * 0.1 * (divergences[1] - divergences[0].detach())
-        )
-
-    for line in lines[1:-1]:
-        loss = torch.stack([naive(int(pair)) for pair in loader.pairs(line["step"] - 1)]).mean()
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=2e-5)
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-        assert line["gradient_norm"] == pytest.approx(norm.item(), rel=2e-3)
-        optimizer.step()
+    follow(lines[1:-1], loader, arrays, policy, reference, 1e-2)
     assert lines[-1]["kl_rejected"] > 0.01
     expected = peft.get_peft_model_state_dict(policy)
     found = load_file(adapted_kl / "adapter/adapter_model.safetensors")
@@ -182,13 +153,7 @@ def test_a_killed_run_resumes_to_the_bit(adapted, material, tmp_path):
     """Its checkpoints have the adapter alone."""
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", save_every=2, **RANK)
-    process = start(words)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*")):
-        assert process.running() and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.close()
-    assert not (out / "final").exists()
+    kill_at_checkpoint(words, out)
     (saved,) = out.glob("checkpoints/step-*/*.safetensors")
     names = load_file(saved).keys()
     assert len(names) == 3 * 2 * 7 * tiny.LAYERS and all(".lora_" in name for name in names)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from processes import results, together
-from runs import command, finish, finish_all, read, run, same, start
+from runs import command, finish, finish_all, kill_at_checkpoint, read, run, same, start
 from safetensors.torch import load_file
 
 from fpocli.training import checkpoints, run_folder
@@ -21,13 +21,7 @@ def test_a_killed_run_resumes_with_the_same_command(baseline, material, tmp_path
     """SIGKILL after a checkpoint: the curve and the weights are those of an uninterrupted run."""
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", save_every=2)
-    process = start(words)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*")):
-        assert process.running() and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.close()
-    assert not (out / "final").exists()
+    kill_at_checkpoint(words, out)
     stale = {"step": 99, "split": "train", "loss": 0}
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write(json.dumps(stale) + "\n" + '{"step": 3, "spl')
