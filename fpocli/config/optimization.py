@@ -37,7 +37,9 @@ class Optimization:
     ] = None
     batch_size: Annotated[int, Option(min=1, help="Pairs per optimiser step, over all ranks.")] = 32
     grad_clip: Annotated[float, Option(min=0, help="Gradient norm to clip to; 0 is off.")] = 10.0
-    seed: Annotated[int, Option(help="Seed of the order of the pairs.")] = 0
+    seed: Annotated[
+        int, Option(help="Seed of the order of the pairs, and of a LoRA adapter at its start.")
+    ] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
