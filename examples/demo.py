@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from train_sae import STEPS, collect_activations, train_sae
 
 from fpocli.system.console import progress
+from train_sae import STEPS, collect_activations, train_sae
 
 PAIRS = Path("examples/preferences.jsonl")
 WORK = Path("demo")

@@ -24,9 +24,8 @@ import fpocli
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import train_sae  # noqa: E402
-
 import demo  # noqa: E402
+import train_sae  # noqa: E402
 
 WORK = Path("demo/control")
 LAYER, SAE_PAIRS = 19, 32
