@@ -11,6 +11,7 @@ from fpocli.comparison.judge_script import matches
 from fpocli.comparison.verdicts import grade_difference, read_grades, read_verdicts
 from fpocli.evaluation.measure import read_measurements
 from fpocli.evaluation.summary import per_pair
+from fpocli.training.run_folder import read_metrics
 
 Record = dict[str, Any]
 # The first steps of a run allocate more, or less, than the others; the paper averages over 1,000.
@@ -38,7 +39,7 @@ def _training(run: Run) -> Record:
     """What metrics.jsonl says: the held-out curve, time and memory; none for the reference."""
     if run.train is None:
         return {"curve": [], "seconds": None, "memory_gb": None, "peak_memory_gb": None}
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run.folder)
     train = [line for line in lines if line["split"] == "train"]
     held = [line["memory_gb"] for line in train[:_STEPS] if "memory_gb" in line]
     # With --measure-kl the reference may be in memory as well, for any method.

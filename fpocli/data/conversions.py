@@ -9,10 +9,10 @@
 What is not recognised is returned as it is.
 """
 
-import math
 from typing import Any
 
 from fpocli.data.pairs import SIDES, BadRow
+from fpocli.system.json_yaml import is_finite_number
 
 _ROLES = {
     "human": "user", "user": "user",
@@ -70,7 +70,7 @@ def _two_answers(row: dict[str, Any], score_margin: float) -> dict[str, Any]:
         return {"chosen": output[0], "rejected": output[1]}
     if (scored := _scored(row)) is None:
         return {}
-    known = [(score, answer) for score, answer in scored if _is_number(score)]
+    known = [(score, answer) for score, answer in scored if is_finite_number(score)]
     if len(known) < 2:
         raise BadRow("too few scores", f"{len(known)} of {len(scored)} answers have one")
     # Of several equal ones the first.
@@ -185,8 +185,3 @@ def _role(message: Any) -> Any:
 
 def _first(row: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)

@@ -7,7 +7,7 @@ from typing import Any
 from fpocli.config import ExportConfig, TrainConfig
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.publishing.hub import push
-from fpocli.publishing.model_card import model_card
+from fpocli.publishing.results import figures_of, results_section
 from fpocli.publishing.store_card import store_card
 from fpocli.store.place import Folder
 from fpocli.store.reader import Store
@@ -15,7 +15,9 @@ from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, replace_text
 from fpocli.system.json_yaml import read_json
-from fpocli.training.run_folder import read_run
+from fpocli.training.model_card import model_card
+from fpocli.training.run_folder import read_metrics, read_run
+from fpocli.training.stopping import BestStep
 
 _CARD = ".README.md"
 
@@ -48,7 +50,9 @@ def _export_run(config: ExportConfig, run: Path) -> Path:
     store = _store_of(config, settings, run, fingerprint)
     folder = _copied(final, Path(config.out)) if config.out else final
     title = config.push_to_hub or (folder if config.out else run.resolve()).name
-    card = model_card(settings, store, _results(run), title, config.push_to_hub or str(folder))
+    place, found = config.push_to_hub or str(folder), _results(run)
+    measured = (results_section(found), figures_of(found, store)) if found else ()
+    card = model_card(settings, store, _weights_of(run, settings), title, place, *measured)
     replace_text(folder / "README.md", card)
     say(f"the model with its card is in {folder}")
     if config.push_to_hub:
@@ -70,6 +74,15 @@ def _store_of(config: ExportConfig, settings: TrainConfig, run: Path, fingerprin
             f"{name} is not the store that {run} was trained on", "name that with --cache"
         )
     return store
+
+
+def _weights_of(run: Path, settings: TrainConfig) -> str:
+    """Which step the final model is of, in words."""
+    best, last = BestStep(settings), 0
+    for line in read_metrics(run):
+        best.watch(line)
+        last = int(line["step"])
+    return best.weights_of(last)
 
 
 def _results(run: Path) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCardData
 
-from fpocli.publishing.text import on_hub, plain, table, versions
+from fpocli.display.cards import on_hub, plain, table, versions
 from fpocli.store.reader import Store
 
 

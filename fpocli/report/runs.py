@@ -6,7 +6,6 @@ folder of fpo eval, such as that of the reference before training.
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from fpocli.report.samples import side_by_side
 from fpocli.store.reader import Store
 from fpocli.system.console import progress
 from fpocli.system.errors import UserError
-from fpocli.system.json_yaml import read_json
-from fpocli.training.run_folder import read_run
+from fpocli.system.json_yaml import is_finite_number, read_json
+from fpocli.training.run_folder import read_metrics, read_run
 from fpocli.training.stopping import BestStep
 
 # Points of a curve; longer ones are means of consecutive steps.
@@ -107,7 +106,7 @@ def _read(name: str) -> dict[str, Any]:
     if evaluated and not _is_evaluation(result):
         raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
-    lines = _read_metrics(folder / "metrics.jsonl") if folder else []
+    lines = read_metrics(folder) if folder else []
     best = None
     if folder is not None:
         fingerprint, settings = read_run(folder)
@@ -117,8 +116,7 @@ def _read(name: str) -> dict[str, Any]:
         about["finished"] = (folder / "final" / "config.json").is_file()
         best = BestStep(settings)
         for line in lines:
-            if line["split"] == "eval" and settings.best in line:
-                best.watch(line)
+            best.watch(line)
     steps = [line["step"] for line in lines if line["split"] == "train"]
     seconds = [line.get("seconds", 0) for line in lines]
     return about | {
@@ -136,7 +134,7 @@ def _is_evaluation(result: Any) -> bool:
     try:
         evaluation_table([result])
         known = result["reward_accuracy"]["share"], result["pairs"]
-        return all(map(_is_number, known)) and all(
+        return all(map(is_finite_number, known)) and all(
             isinstance(text, str)
             for text in (result["store"]["fingerprint"], result["model"], result["split"])
         )
@@ -158,27 +156,6 @@ def _describe_store(path: str, fingerprint: str) -> dict[str, Any]:
         "pairs": store.pairs,
         "sites": {site: about["sae"]["source"] for site, about in store.sites.items()},
     }
-
-
-def _read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, with their finite numbers; a line that is not complete, as of a
-    run that is going on, is left out."""
-    found = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if not isinstance(row, dict) or row.get("split") not in ("train", "eval"):
-            continue
-        numbers = {name: value for name, value in row.items() if _is_number(value)}
-        if "step" in numbers:
-            found.append(numbers | {"split": row["split"]})
-    return found
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _names(paths: list[str]) -> list[str]:

@@ -79,6 +79,11 @@ def json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def is_finite_number(value: Any) -> bool:
+    """Whether it is a finite number of JSON or YAML; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def is_file_name(name: Any) -> bool:
     """Whether it is the name of a file directly inside a folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")

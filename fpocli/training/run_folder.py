@@ -20,10 +20,11 @@ from fpocli.model.language_model import LanguageModel
 from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
-from fpocli.system.json_yaml import read_json, read_yaml
+from fpocli.system.json_yaml import is_finite_number, read_json, read_yaml
 from fpocli.system.lock import WriterLock
 from fpocli.system.ranks import Ranks, is_first_rank
 from fpocli.training.checkpoints import newest_checkpoint
+from fpocli.training.model_card import model_card
 
 # Seconds after which NFS shows a file that another host has written.
 _LATE = 65.0
@@ -154,7 +155,7 @@ class RunFolder:
         weights: dict[str, torch.Tensor],
         tokenizer: Any,
         store: Store,
-        step: str,
+        weights_of: str,
     ) -> None:
         """Write final/ as a plain transformers folder. An adapter is written to adapter/ first, and
         merged into final/.
@@ -162,7 +163,7 @@ class RunFolder:
         Args:
             model, weights, tokenizer: what is written.
             store: the reference, for the model card.
-            step: which one the weights are of, in words.
+            weights_of: which step, in words.
         """
         if model.adapter:
             with _appearing(self.adapter) as partial:
@@ -171,7 +172,9 @@ class RunFolder:
         with _appearing(self.final) as partial:
             model.network.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(_model_card(self.settings, store, step))
+            name = self.final.parent.resolve().name
+            card = model_card(self.settings, store, weights_of, name, str(self.final))
+            (partial / "README.md").write_text(card)
 
 
 @contextmanager
@@ -200,6 +203,23 @@ def read_run(folder: Path) -> tuple[str, TrainConfig]:
             f"{folder} is not a run of this version of fpo: {error}",
             "train it again, or name its folder final/",
         ) from error
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, with their finite numbers; a line that is not complete,
+    as of a run that is going on, is left out."""
+    file, found = folder / "metrics.jsonl", []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict) or row.get("split") not in ("train", "eval"):
+            continue
+        numbers = {name: value for name, value in row.items() if is_finite_number(value)}
+        if "step" in numbers:
+            found.append(numbers | {"split": row["split"]})
+    return found
 
 
 def held_out_store(folder: Path) -> str | None:
@@ -251,38 +271,3 @@ _NOT_IDENTITY = (
     "keep_checkpoints", "deepspeed", "trust_remote_code", "gpus", "eval_cache", "max_minutes",
     "track",
 )  # fmt: skip
-
-
-def _model_card(settings: TrainConfig, store: Store, step: str) -> str:
-    base = settings.model or store.meta["model"]["source"]
-    data = store.meta["data"]
-    rows = "\n".join(
-        f"| {name} | {value} |"
-        for name, value in dataclasses.asdict(settings).items()
-        if name not in _NOT_IDENTITY and value not in (None, [])
-    )
-    tags = ", ".join(dict.fromkeys(["fpo", "preference-optimization", settings.method]))
-    sites = [
-        f"{site} ({about['sae']['source']})"
-        for site, about in store.sites.items()
-        if settings.constraint == "features" and site in (settings.at or store.sites)
-    ]
-    # The hub takes no path of a machine for a model's name.
-    named = "" if Path(base).exists() else f"base_model: {base}\n"
-    constraint = f"Sites and SAEs: {', '.join(sites)}.\n\n" if sites else ""
-    return f"""---
-library_name: transformers
-{named}tags: [{tags}]
----
-
-# {Path(base).name} trained with {settings.method}
-
-Trained with fpo (Feature-level Preference Optimization, arXiv 2411.07618) from `{base}` on
-preference pairs of `{data["source"]}` (a store of {store.pairs:,}), against a cached reference
-`{store.meta["model"]["source"]}` (store {store.meta["fingerprint"][:12]}). The weights are those of
-{step}.
-
-{constraint}| setting | value |
-|---|---|
-{rows}
-"""

@@ -30,8 +30,8 @@ class BestStep:
         self.value = self.at_start = 0.0
 
     def watch(self, line: dict[str, Any]) -> None:
-        """See the metrics of one evaluation."""
-        if self._metric is None:
+        """See one line of metrics.jsonl."""
+        if line["split"] != "eval" or self._metric not in line:
             return
         value = line[self._metric]
         if line["step"] == 0:
@@ -45,6 +45,10 @@ class BestStep:
     def exhausted(self) -> bool:
         """Whether --patience ends the run."""
         return self._patience is not None and self._since >= self._patience
+
+    def weights_of(self, last: int) -> str:
+        """Which step the final model is of, in words, where `last` was the last one."""
+        return str(self) if self.step else f"step {last}"
 
     def __str__(self) -> str:
         """Which step it is, and why."""

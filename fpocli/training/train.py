@@ -159,9 +159,8 @@ def _train(
     best = BestStep(settings)
     for line in run.resume_at(done):
         trackers.log(line)
-        if line["split"] == "eval":
-            best.watch(line)
-        else:
+        best.watch(line)
+        if line["split"] == "train":
             chosen_fall.watch(line)
             held_alpha.watch(line)
     kernels = model.kernels(distributions=settings.needs_kl)
@@ -248,11 +247,10 @@ def _train(
     # -- the result -----------------------------------------------------------------------------
     if best.step and best.step != step:
         load_from(engine, checkpoint_of(run.checkpoints, best.step))
-    of_step = str(best) if best.step else f"step {step}"
     state = gather_weights(engine)
     may_write()
     if state is not None:
-        run.save_model(model, state, tokenizer, store, of_step)
+        run.save_model(model, state, tokenizer, store, best.weights_of(step))
         say(f"the trained model is in {run.final}" + (f": {best}" if best.step else ""))
     torch.distributed.barrier()
     return run.final

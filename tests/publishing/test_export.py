@@ -86,7 +86,7 @@ def test_a_copy_loads_and_leaves_the_run_alone(trained, tmp_path):
 
 def test_names_of_the_hub_are_linked(trained, store_path, tmp_path):
     """Of a model and data that came from there."""
-    from fpocli.publishing.model_card import model_card
+    from fpocli.training.model_card import model_card
     from fpocli.training.run_folder import read_run
 
     store = Store.open(store_path)
@@ -94,20 +94,20 @@ def test_names_of_the_hub_are_linked(trained, store_path, tmp_path):
     store.meta["data"]["source"] = "HuggingFaceH4/ultrafeedback_binarized@main"
     del store.meta["paths"]
     _, settings = read_run(trained)
-    card = ModelCard(model_card(settings, store, None, "me/policy", "me/policy"))
+    card = ModelCard(model_card(settings, store, "step 3", "me/policy", "me/policy"))
     assert card.data.base_model == "google/gemma-2-2b"
     assert card.data.datasets == ["HuggingFaceH4/ultrafeedback_binarized"]
     assert "vllm serve me/policy" in card.text and "Results" not in card.text
 
 
 def test_text_from_elsewhere_ends_no_cell_and_no_front_matter(trained, store_path):
-    from fpocli.publishing.model_card import model_card
+    from fpocli.training.model_card import model_card
     from fpocli.training.run_folder import read_run
 
     store = Store.open(store_path)
     store.meta["data"]["source"] = "a\n---\n# b | c"
     _, settings = read_run(trained)
-    card = ModelCard(model_card(settings, store, None, "me/policy", "me/policy"))
+    card = ModelCard(model_card(settings, store, "step 3", "me/policy", "me/policy"))
     assert card.data.library_name == "transformers"
     assert "a --- # b \\| c" in card.text and "\n# b" not in card.text
 

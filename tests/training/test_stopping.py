@@ -11,7 +11,7 @@ from runs import command, finish, finish_all, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, write_pairs
 
-from fpocli import EvalConfig, TrainConfig, UserError, cache, evaluate
+from fpocli import EvalConfig, ExportConfig, TrainConfig, UserError, cache, evaluate, export
 from fpocli.training.schedule import learning_rate
 from fpocli.training.stopping import TimeLimit
 
@@ -55,7 +55,14 @@ def test_final_is_the_policy_of_the_best_step(chosen, material, tmp_path):
     losses = held_out(read(chosen))
     best = min(set(losses) - {0}, key=losses.get)
     assert 1 < best < 13 and list(losses) == list(range(best + 3)), "two evaluations later"
-    assert f"step {best}, whose loss of" in (chosen / "final/README.md").read_text()
+    card = (chosen / "final/README.md").read_text()
+    assert f"| weights of | step {best}, whose loss of" in card
+    copy = export(ExportConfig(source=str(chosen), out=str(tmp_path / "copy")))
+    at = str(chosen / "final"), str(copy)
+    assert (
+        card.replace(at[0], at[1]).replace("# run\n", "# copy\n")
+        == (copy / "README.md").read_text()
+    )
     assert [path.name for path in (chosen / "checkpoints").iterdir()] == [f"step-{best}"]
     run(material, tmp_path / "run", "--no-bf16", **FAST | {"patience": 9}, max_steps=best)
     equal(weights(tmp_path / "run"), weights(chosen))

@@ -166,7 +166,7 @@ def test_final_is_the_trained_model_in_transformers_format(baseline, store_path)
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert "<|assistant|>" in tokenizer.chat_template
     card = (final / "README.md").read_text()
-    assert "Trained with fpo" in card and "base_model" not in card  # a local path
+    assert "fpo train --cache" in card and "base_model" not in card  # a local path
     assert yaml.safe_load((baseline / "config.yaml").read_text())["beta"] == 0.1
 
 

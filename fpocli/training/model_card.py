@@ -1,4 +1,4 @@
-"""The card of a trained model: front matter that the hub reads, method, command, results."""
+"""The card of a trained model: front matter that the hub reads, method, command."""
 
 import dataclasses
 import shlex
@@ -9,9 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fpocli.config import TrainConfig
-from fpocli.publishing.text import on_hub, plain, table, versions
-from fpocli.report.evaluation_table import evaluation_table
+from fpocli.display.cards import on_hub, plain, table, versions
 from fpocli.store.reader import Store
+from fpocli.system.model_folder import SHORT_NAMES
 
 _LIBRARIES = ("fpocli", "torch", "transformers", "deepspeed")
 # Where a run was and how it was saved: nothing of the model depends on them.
@@ -19,16 +19,24 @@ _NOT_SHOWN = ("trust_remote_code", "overwrite")
 
 
 def model_card(
-    settings: TrainConfig, store: Store, results: dict[str, Any] | None, title: str, place: str
+    settings: TrainConfig,
+    store: Store,
+    weights_of: str,
+    title: str,
+    place: str,
+    results: str = "",
+    figures: list[EvalResult] | None = None,
 ) -> str:
     """The text of README.md.
 
     Args:
         settings: of the run.
         store: that it was trained on.
-        results: the content of eval.json, or None.
+        weights_of: which step, in words.
         title: the model's name, or its repository.
         place: its folder or repository, which serves it.
+        results: Markdown about what fpo eval measured.
+        figures: those of them that the hub lists.
     """
     about = store.meta
     base = settings.model or about["model"]["source"]
@@ -38,6 +46,7 @@ def model_card(
         ("reference", f"{about['model']['source']}, weights {about['model']['hash'][:12]}"),
         ("data", f"{store.scored:,} pairs of {about['data']['source']}"),
         ("store", f"fingerprint {about['fingerprint']}, written by {versions(store)}"),
+        ("weights of", weights_of),
         ("method", settings.method),
         ("reward", settings.reward),
         ("constraint", settings.constraint),
@@ -50,7 +59,7 @@ def model_card(
         rows += [(site, store.sites[site]["sae"]["source"]) for site in sites]
     return "\n".join(
         [
-            f"---\n{_front_matter(settings, store, results, title)}\n---\n",
+            f"---\n{_front_matter(settings, store, title, figures)}\n---\n",
             f"# {plain(title)}\n",
             f"`{plain(base)}` trained with `{settings.method}` by "
             "fpo (Feature-level Preference Optimization, arXiv 2411.07618).\n",
@@ -60,7 +69,7 @@ def model_card(
             "Versions where this card was written: "
             + ", ".join(f"{library} {version(library)}" for library in _LIBRARIES)
             + ".\n",
-            *_measured(results),
+            *([results] if results else []),
             "## Use\n",
             f"    {_line(['vllm', 'serve', place])}",
             f"    {_line(['python', 'convert_hf_to_gguf.py', place, '--outfile', 'model.gguf'])}\n",
@@ -73,60 +82,28 @@ def model_card(
 
 
 def _front_matter(
-    settings: TrainConfig, store: Store, results: dict[str, Any] | None, name: str
+    settings: TrainConfig, store: Store, name: str, figures: list[EvalResult] | None
 ) -> str:
-    base, data = settings.model, on_hub(store, "data")
-    if base is None:
-        base = on_hub(store, "model")
-    elif Path(base).exists():
-        base = None
-    named: dict[str, Any] = {}
-    if results:
-        named = {"model_name": name, "eval_results": _for_index(results, store)}
+    data = on_hub(store, "data")
     card = ModelCardData(
-        base_model=base,
+        base_model=_base_on_hub(settings, store),
         datasets=[data] if data else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["fpo", "preference-optimization", settings.method])),
-        **named,
+        model_name=name if figures else None,
+        eval_results=figures,
     )
     return card.to_yaml()
 
 
-def _for_index(results: dict[str, Any], store: Store) -> list[EvalResult]:
-    """The shares that the hub shows beside a model."""
-    data = store.meta["data"]
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=on_hub(store, "data") or "preference-pairs",
-            dataset_name=f"{data['source']}, {results.get('split')} split of the store",
-            metric_type=key,
-            metric_value=round(results[key]["share"], 4),
-            metric_name=key.replace("_", " "),
-        )
-        for key in ("accuracy", "reward_accuracy")
-        if key in results
-    ]
-
-
-def _measured(results: dict[str, Any] | None) -> list[str]:
-    if not results:
-        return []
-    rows: list[tuple[str, str]] = []
-    for group in evaluation_table([results]):
-        rows.append((f"**{group['title']}**", ""))
-        rows += [(row["quantity"], _number(row)) for row in group["rows"]]
-    return [f"## Results\n\n`fpo eval`, split {plain(results.get('split'))}:\n\n{table(rows)}\n"]
-
-
-def _number(row: dict[str, Any]) -> str:
-    found = row["values"][0]
-    if found["value"] is None:
-        return ""
-    error = found["standard_error"]
-    return format(found["value"], row["format"]) + (f" ± {error:.4f}" if error else "")
+def _base_on_hub(settings: TrainConfig, store: Store) -> str | None:
+    """The hub's id of the starting weights; None if they were files."""
+    if settings.model is None:
+        return on_hub(store, "model")
+    return (
+        None if Path(settings.model).exists() else SHORT_NAMES.get(settings.model, settings.model)
+    )
 
 
 def _line(words: list[str]) -> str:
