@@ -37,6 +37,7 @@ from fpocli.system.console import show_error
 from fpocli.system.errors import FULL, UserError
 from fpocli.system.launch import launch
 from fpocli.system.output import output, write_json
+from fpocli.system.ranks import tell_once
 from fpocli.system.signals import add_resume_note, suppress_stop_message
 
 app = typer.Typer(
@@ -159,7 +160,7 @@ def _command(
 
 def _fail(message: str, hint: str) -> None:
     suppress_stop_message()
-    show_error(message, hint)
+    tell_once(message, lambda: show_error(message, hint))
     raise typer.Exit(2)
 
 

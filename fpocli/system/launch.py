@@ -1,4 +1,4 @@
-"""Starting the processes of `fpo train --gpus N`: this process becomes torchrun's."""
+"""Starting the processes of `fpo train --gpus N`: this process becomes torchrun."""
 
 import os
 import sys
@@ -36,6 +36,7 @@ def launch(number: int, device: str | None) -> None:
                 "ask for fewer, or add --device cpu",
             )
     os.environ[RESUME] = resume_command()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
-    command = [sys.executable, *launcher, "-m", "fpocli", *sys.argv[1:]]
-    os.execv(sys.executable, command)
+    # torchrun would give each process a single core.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
+    launcher = [sys.executable, "-m", "fpocli.system.torchrun", str(number)]
+    os.execv(sys.executable, [*launcher, *sys.argv[1:]])

@@ -1,16 +1,21 @@
 """The processes of one launch: which of them speaks for all, and what they exchange."""
 
+import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Self
 
 from fpocli.system.errors import UserError
 
 # Ranks that are done wait for the slowest one, and a lost one is noticed by its heartbeats.
 _PATIENCE = timedelta(days=30)
+# Seconds that one process may take to print an error.
+_TELLING = 5.0
 
 
 def is_first_rank() -> bool:
@@ -21,6 +26,34 @@ def is_first_rank() -> bool:
 def same_on_all_ranks(error: UserError) -> BaseException:
     """What to raise where every rank meets the same error: rank 0 reports it, the others exit."""
     return error if is_first_rank() else SystemExit(2)
+
+
+def tell_once(message: str, tell: Callable[[], None]) -> None:
+    """Tell of an error, unless another process that torchrun has started on this machine does.
+
+    torchrun ends all processes when one has ended, so the others wait until it is told.
+
+    Args:
+        message: the error, by which processes that met the same one know it.
+        tell: prints it.
+    """
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        tell()
+        return
+    # It is in a folder of the process, and that in one of the launch.
+    told = Path(file).parents[1] / f"told-{hashlib.sha256(message.encode()).hexdigest()}"
+    try:
+        told.with_suffix(".begun").touch(exist_ok=False)
+    except FileExistsError:
+        end = time.monotonic() + _TELLING
+        while not told.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return
+    except OSError:
+        tell()
+        return
+    tell()
+    told.touch()
 
 
 @dataclass(frozen=True)

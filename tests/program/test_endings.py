@@ -186,18 +186,47 @@ def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path,
 
 
 def test_gpus_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
-    """fpo train --gpus 2 goes on as what it started in its place."""
+    """fpo train --gpus 2 ends as one process does, and goes on as what it started in its place."""
     out = tmp_path / "run"
     _, _, _, *words = command(material, out, "--no-bf16", gpus=2, **SETTINGS)
     process = start(["fpo", *words])
     wait_for(lambda: list(out.glob("checkpoints/step-*")), lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
     _, messages = process.communicate()
-    assert process.returncode != 0
+    assert process.returncode == 130
     assert printed(messages) == ["fpo", *words]
+    assert "Traceback" not in messages
     # What it starts in its place.
     run(material, out, "--no-bf16", processes=2, **SETTINGS)
     equal(out, unbroken, 0)
+
+
+def test_with_gpus_an_error_of_all_processes_is_told_once(tmp_path):
+    words = ["fpo", "train", "--cache", str(tmp_path / "none.zarr"), "--device", "cpu"]
+    process = start([*words, "--gpus", "2"])
+    _, messages = process.communicate()
+    assert process.returncode == 2
+    assert [line.partition(":")[0] for line in messages.splitlines()] == ["error", "hint"]
+
+
+def test_with_gpus_a_process_that_is_killed_is_named(material, store_path, tmp_path):
+    _, _, _, *words = command(material, tmp_path / "run", "--no-bf16", gpus=2, **SETTINGS)
+    process = start(["fpo", *words])
+
+    def second() -> list[int]:
+        """The process of rank 1, once it trains."""
+        if not list(tmp_path.glob("run/checkpoints/step-*")):
+            return []
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = {pid: Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
+        return [int(pid) for pid, rank in ranks.items() if "RANK=1" in rank]
+
+    wait_for(second, lambda: process.poll() is None)
+    os.kill(second()[0], signal.SIGKILL)
+    _, messages = process.communicate()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 was ended by SIGKILL" in messages
+    assert "Traceback" not in messages
 
 
 def often() -> None:

@@ -27,9 +27,8 @@ def started(monkeypatch) -> list[list[str]]:
 @pytest.mark.parametrize(("number", "device"), [(4, None), (4, "cuda"), (8, "cpu")])
 def test_the_same_command_is_started_by_torchrun(started, number, device):
     launch(number, device)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node", str(number)]
-    assert started == [[*torchrun, "-m", "fpocli", *sys.argv[1:]]]
+    torchrun = [sys.executable, "-m", "fpocli.system.torchrun", str(number)]
+    assert started == [[*torchrun, *sys.argv[1:]]]
     assert os.environ[RESUME] == "/bin/fpo train --gpus 4", "without --overwrite"
     # In one of the processes that were started.
     launch(number, device)
