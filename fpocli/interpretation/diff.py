@@ -112,8 +112,10 @@ def read_evaluated(name: str) -> Evaluated:
     """What fpo eval wrote about a run: in its folder's `eval`, or in the named folder itself.
 
     Raises:
-        UserError: the run was not evaluated, or the files are damaged.
+        UserError: there is no such folder, the run was not evaluated, or the files are damaged.
     """
+    if not Path(name).is_dir():
+        raise UserError(f"{name} is not a folder", "name the folder of a run of fpo train")
     run = run_folder(name)
     folder = run / "eval" if run else Path(name)
     pairs, sites = read_changes(folder / "features.npz")

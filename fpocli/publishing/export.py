@@ -9,7 +9,8 @@ from fpocli.evaluation.evaluate import run_folder
 from fpocli.publishing.hub import push
 from fpocli.publishing.results import figures_of, results_section
 from fpocli.publishing.store_card import store_card
-from fpocli.store.place import Folder
+from fpocli.store.metadata import DOCUMENT
+from fpocli.store.place import Folder, place_of
 from fpocli.store.reader import Store
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
@@ -36,6 +37,10 @@ def export(config: ExportConfig) -> Path:
             the hub refuses or cannot be reached.
     """
     run = run_folder(config.source)
+    if run is None and not place_of(config.source).exists(DOCUMENT):
+        raise UserError(
+            f"{config.source} is neither a run of fpo train nor a store", "check the path"
+        )
     return _export_store(config) if run is None else _export_run(config, run)
 
 

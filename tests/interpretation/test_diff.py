@@ -109,6 +109,8 @@ def test_runs_of_other_pairs_and_missing_files_are_errors(evaluated, material, t
     policy = str(evaluated / "policy")
     with pytest.raises(UserError, match=r"features\.npz does not exist"):
         diff(DiffConfig(runs=[str(tmp_path)]))
+    with pytest.raises(UserError, match="none is not a folder"):
+        diff(DiffConfig(runs=[str(tmp_path / "none")]))
     with pytest.raises(UserError, match=r"layer_0\.mlp_out were not measured"):
         diff(DiffConfig(runs=[policy], at="layer_0.mlp_out"))
     other = shutil.copytree(policy, tmp_path / "other")

@@ -211,8 +211,9 @@ def test_private_alone():
 
 
 def test_what_has_no_card(trained, material, store_path, tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        export(ExportConfig(source=str(tmp_path / "nothing")))
+    for nothing in tmp_path, tmp_path / "nothing":
+        with pytest.raises(UserError, match="is neither a run of fpo train nor a store"):
+            export(ExportConfig(source=str(nothing)))
     with pytest.raises(UserError, match="is not a run of fpo train"):
         export(ExportConfig(source=str(store_path), out=str(tmp_path / "out")))
     unfinished = tmp_path / "unfinished"
