@@ -67,6 +67,7 @@ PRESET = Annotated[
     str | None,
     typer.Option(
         help=f"The paper's settings: {', '.join(PRESETS)}. --config and flags override them.",
+        autocompletion=lambda incomplete: [name for name in PRESETS if name.startswith(incomplete)],
         callback=_apply_preset,
         is_eager=True,
     ),

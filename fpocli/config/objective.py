@@ -23,6 +23,9 @@ class Objective:
         Option(
             help=f"A name for --reward and --constraint: {', '.join(METHODS)}, or the two with "
             "a plus between, such as dpo+features. Default: fpo.",
+            autocompletion=lambda incomplete: [
+                name for name in METHODS if name.startswith(incomplete)
+            ],
         ),
     ] = None  # type: ignore[assignment]
     reward: Annotated[
