@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint browser-check screenshots compare paper-small bench bench-smoke \
+.PHONY: demo test slow check lint browser-check screenshots compare paper-small bench bench-smoke \
 	wheel-check families control control-small docs clean
 
 demo: .venv/demo
@@ -12,8 +12,12 @@ demo: .venv/demo
 test: .venv/dev
 	$(BIN)/pytest -n auto --dist worksteal
 
+# The tests that take about ten seconds or more each, such as those of processes that are killed.
+slow: .venv/dev
+	$(BIN)/pytest -n auto --dist worksteal -m slow
+
 # What CI runs, which then runs browser-check.
-check: lint docs test bench-smoke wheel-check paper-small control-small
+check: lint docs test slow bench-smoke wheel-check paper-small control-small
 
 # The site of docs/, in site/. The variable silences an advertisement.
 docs: .venv/docs

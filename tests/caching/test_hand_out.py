@@ -98,6 +98,7 @@ def test_every_block_comes_back_once(hand_out):
         assert rows == rows_of(block) and not left_out
 
 
+@pytest.mark.slow
 def test_what_a_lost_actor_had_is_handed_out_again(hand_out):
     """Twice with one block, once with two others."""
     for block, (rows, left_out, _) in scored(hand_out({102: 2, 300: 1, 404: 1})).items():
@@ -120,34 +121,35 @@ def test_such_pairs_are_left_out_with_consent(hand_out, capsys):
     assert all(f"row {row} ended its worker" in warned for row in (201, 203))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_block_that_only_bad_luck_has_hit_is_scored_whole(hand_out):
     """Its actors were lost three times, and none of its pairs is to blame."""
     rows, left_out, _ = scored(hand_out({102: 3}))[1]
     assert rows == rows_of(1) and not left_out
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_block_that_ends_its_actor_as_a_whole_is_named(hand_out):
     """Alone none of its pairs does."""
     with pytest.raises(UserError, match="block 1 ended its worker 3 times, and none of its pairs"):
         scored(hand_out({102: 100}, alone=False))
 
 
+@pytest.mark.slow
 def test_an_error_of_our_own_code_is_the_commands_error(hand_out):
     with pytest.raises(UserError, match="no such model") as caught:
         hand_out(starts=[UserError("no such model", "look again")], number=lambda: 1).start()
     assert caught.value.hint == "look again"
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_actors_that_end_before_they_have_started_are_replaced_or_reported(hand_out):
     assert len(scored(hand_out(starts=[None, None]))) == 6
     with pytest.raises(UserError, match="9 workers ended before they had loaded the model"):
         hand_out(starts=[None] * 20).start()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_actors_are_added_when_there_is_room(hand_out):
     """One at first; after ten of the blocks there should be three."""
     most = [1]

@@ -115,6 +115,7 @@ def test_a_data_set_of_a_store_comes_back(material, scored, tmp_path):
         np.testing.assert_array_equal(one[name], two[name])
 
 
+@pytest.mark.slow
 def test_training_from_an_import_starts_at_the_reference(material, from_trl, tmp_path):
     """And takes the steps of a store that fpo scored, up to TRL's rounding."""
     data, out = str(from_trl / "data.parquet"), tmp_path / "ref.zarr"

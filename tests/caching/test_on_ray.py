@@ -85,6 +85,7 @@ def descendants(name):
     return found
 
 
+@pytest.mark.slow
 def test_two_workers_write_what_one_process_does(start, many, tmp_path):
     """And nothing of Ray is left."""
     command = start(workers=2)
@@ -94,7 +95,7 @@ def test_two_workers_write_what_one_process_does(start, many, tmp_path):
     wait_until(lambda: not descendants(MARK))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_what_a_killed_command_began_is_completed(start, many, tmp_path):
     """Of that, too, nothing of Ray is left."""
     path = tmp_path / "ref.zarr"

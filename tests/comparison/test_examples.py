@@ -198,7 +198,8 @@ def test_conversations_keep_their_messages_alone(sft, tmp_path):
     assert found[0]["messages"] == TALK
 
 
-@pytest.mark.parametrize("deepspeed", [pytest.param(None, marks=pytest.mark.long), "zero3.json"])
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [None, "zero3.json"])
 def test_the_sft_script_trains_on_two_processes_and_leaves_whole_weights(
     material, tmp_path, deepspeed
 ):

@@ -48,7 +48,7 @@ def logits(network) -> torch.Tensor:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=[] if family in PECULIAR else pytest.mark.long)
+        pytest.param(family, marks=[] if family in PECULIAR else pytest.mark.slow)
         for family in families.FAMILIES
         # fpo refuses these two; llama4's router is a linear layer that returns a tuple.
         if family not in ("deepseek_v3", "llama4_text")

@@ -510,6 +510,7 @@ def test_python_settings_are_checked_like_flags(kind, settings, sentence):
 # -- what is printed -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_libraries_print_nothing_among_the_messages(work, monkeypatch):
     """Notices of DeepSpeed, warnings of torch, bars of transformers."""
     monkeypatch.chdir(work)

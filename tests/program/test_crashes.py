@@ -142,18 +142,22 @@ def die_everywhere(job, same, folder: Path, numbers) -> None:
             return
 
 
+@pytest.mark.slow
 def test_killed_caching_ends_with_the_store_of_an_uninterrupted_one(caching, tmp_path):
     kill_often(caching, same_store, tmp_path, KILLS, seed=random.randrange(10**6))
 
 
+@pytest.mark.slow
 def test_killed_training_ends_with_the_weights_of_an_uninterrupted_one(training, tmp_path):
     kill_often(training, same_run, tmp_path, KILLS, seed=random.randrange(10**6))
 
 
+@pytest.mark.slow
 def test_caching_killed_at_a_file_operation_resumes_to_the_same_store(caching, tmp_path):
     die_everywhere(caching, same_store, tmp_path, random.sample(range(120), 2))
 
 
+@pytest.mark.slow
 def test_training_killed_at_a_file_operation_resumes_to_the_same_weights(training, tmp_path):
     # At change 11 the first file of a run gets its name; the other change is drawn at random.
     die_everywhere(training, same_run, tmp_path, [11, random.randrange(60)])

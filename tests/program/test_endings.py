@@ -167,7 +167,7 @@ def files(checkpoints: Path) -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in checkpoints.glob("step-*/*")}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
     out = tmp_path / "run"
     words = command(material, out, "--no-bf16", processes=2, **SETTINGS)
@@ -185,6 +185,7 @@ def test_torchrun_is_in_the_command_that_resumes(unbroken, material, store_path,
     equal(out, unbroken, 0)
 
 
+@pytest.mark.slow
 def test_gpus_is_in_the_command_that_resumes(unbroken, material, store_path, tmp_path):
     """fpo train --gpus 2 ends as one process does, and goes on as what it started in its place."""
     out = tmp_path / "run"
@@ -209,6 +210,7 @@ def test_with_gpus_an_error_of_all_processes_is_told_once(tmp_path):
     assert [line.partition(":")[0] for line in messages.splitlines()] == ["error", "hint"]
 
 
+@pytest.mark.slow
 def test_with_gpus_a_process_that_is_killed_is_named(material, store_path, tmp_path):
     _, _, _, *words = command(material, tmp_path / "run", "--no-bf16", gpus=2, **SETTINGS)
     process = start(["fpo", *words])
@@ -253,6 +255,7 @@ def cannot_save() -> None:
     limit_files(100_000)
 
 
+@pytest.mark.slow
 def test_a_lost_process_is_noticed_and_the_run_can_be_resumed(
     unbroken, material, store_path, tmp_path
 ):

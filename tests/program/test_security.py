@@ -155,6 +155,7 @@ def test_code_of_a_model_is_run_only_with_the_flag(model, tmp_path, monkeypatch)
         mark.unlink()
 
 
+@pytest.mark.slow
 def test_the_flag_reaches_the_model(model, material, tmp_path):
     """fpo cache, at a terminal that would answer yes to any question."""
     mark = tmp_path / "mark"

@@ -26,6 +26,7 @@ def check(network, *sites: Site):
     return check_against_transformers(LanguageModel(network, list(sites)), families.token_pairs())
 
 
+@pytest.mark.slow
 def test_the_page_of_families_is_what_the_check_says():
     """docs/families.md; if a line changed for a good reason, run `make families`."""
     page = Path(__file__).parents[2] / "docs/families.md"

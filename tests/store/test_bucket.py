@@ -170,6 +170,7 @@ def test_only_one_of_many_takes_over(bucket, monkeypatch):
     assert len(inside) == 1 and len(outside) == 3
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_no_owner_any_more(bucket, material):
     """So the same command resumes at once."""
     url = f"{bucket}/stopped.zarr"
@@ -186,6 +187,7 @@ def test_a_stopped_process_is_no_owner_any_more(bucket, material):
     assert done.returncode == 0 and find_damage(Store.open(url)) == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_waited_for_and_its_store_completed(bucket, material, monkeypatch):
     url = f"{bucket}/killed.zarr"
     config = cache_config(material, url, block=1)
@@ -314,9 +316,8 @@ def test_a_server_that_is_gone_is_told_in_a_sentence(bucket, monkeypatch):
     assert caught.value.hint.startswith("check the network and the credentials")
 
 
-@pytest.mark.parametrize(
-    "fault", ["503", *(pytest.param(name, marks=pytest.mark.long) for name in FAULTS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monkeypatch):
     """Every seventh request fails; what is written and read is right all the same."""
     monkeypatch.setattr(bucket_module, "_CLIENT", bucket_module._CLIENT | {"timeout": "1s"})
@@ -343,6 +344,7 @@ def test_a_fault_of_the_server_is_repeated_over(fault, in_bucket, material, monk
     assert [key for key in keys(own) if one.read(key) != other.read(key)] == ["zarr.json"]
 
 
+@pytest.mark.slow
 def test_a_fault_that_stays_ends_in_a_sentence(in_bucket, material, monkeypatch):
     monkeypatch.setattr(bucket_module, "_RETRIES", {"max_retries": 2})
     monkeypatch.setattr(bucket_module, "_PAUSE", 0.05)
@@ -399,7 +401,7 @@ def test_a_process_killed_at_a_request_is_completed_to_the_same_store(repair, in
     assert {key for key in keys(own) if one.read(key) != other.read(key)} <= {"zarr.json"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_whole_run_over_faults(bucket, material, tmp_path):
     """Cache, verify, train, inspect and repair by the command line, while every eleventh request
     fails in one of the ways in turn."""

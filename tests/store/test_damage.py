@@ -128,6 +128,7 @@ def sweep(path: Path, positions, rng: random.Random) -> Counter:
     return tried
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_found(spoiled):
     """One byte of every file, and every file truncated and deleted; the long sweep changes every
     byte."""

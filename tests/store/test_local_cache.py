@@ -80,6 +80,7 @@ def epoch(place):
     ]
 
 
+@pytest.mark.slow
 def test_an_epoch_is_read_once(url, in_folder):
     """And again only where a local file is damaged, cut short or gone."""
     expected, seen = epoch(in_folder), []

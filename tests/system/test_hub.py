@@ -102,6 +102,7 @@ def is_close(given, expected):
     return np.isclose(given, expected, rtol=1e-4, atol=1e-5).mean() > 0.98
 
 
+@pytest.mark.slow
 def test_gemma_by_its_short_name(folder):
     words = "cache --model gemma-2-2b --layer 25 --data pairs.jsonl --dtype float32 --device cpu"
     # As a user starts it, with the place of the cache in the environment.

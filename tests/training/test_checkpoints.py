@@ -81,27 +81,23 @@ def exactly_as_saved(saved: Path, again: Path, processes: int) -> None:
             assert torch.equal(value, one[name].to(value.dtype)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero", "numbers", "flags"),
     [
         (2, (4, 2, 1), ("--no-bf16",)),
         (3, (1, 3), ("--no-bf16",)),
         (0, (1, 3), ()),
-        *(
-            pytest.param(*case, marks=pytest.mark.long)
-            for case in [
-                (0, (4, 2, 1), ("--no-bf16",)),
-                (3, (4, 2, 1), ("--no-bf16",)),
-                (2, (1, 3), ("--no-bf16",)),
-                (0, (1, 3), ("--no-bf16",)),
-                (1, (3, 1, 2), ()),
-                (2, (1, 3), ()),
-                (3, (1, 3), ()),
-                (2, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
-                (3, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
-                (0, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
-            ]
-        ),
+        (0, (4, 2, 1), ("--no-bf16",)),
+        (3, (4, 2, 1), ("--no-bf16",)),
+        (2, (1, 3), ("--no-bf16",)),
+        (0, (1, 3), ("--no-bf16",)),
+        (1, (3, 1, 2), ()),
+        (2, (1, 3), ()),
+        (3, (1, 3), ()),
+        (2, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
+        (3, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
+        (0, (3, 1), ("--no-bf16", "--optimizer", "rmsprop")),
     ],
 )
 def test_a_run_goes_on_with_another_number_of_processes(

@@ -31,7 +31,7 @@ def test_tdpo2_equals_a_naive_loop_in_plain_pytorch(material, store_path, tmp_pa
 
 @pytest.mark.parametrize(
     "method",
-    ["tdpo2", *(pytest.param(name, marks=pytest.mark.long) for name in ("tdpo1", "simpo_kl"))],
+    ["tdpo2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("tdpo1", "simpo_kl"))],
 )
 def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, tmp_path, method):
     """ZeRO 3 on two processes shards the reference as it does the policy."""
@@ -44,6 +44,7 @@ def test_kl_methods_with_a_whole_and_a_sharded_reference(material, store_path, t
     assert whole[-1]["kl_chosen"] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_bfloat16_reference_alongside_the_policy(material, store_path, tmp_path):
     settings = {"method": "tdpo1", "model": material / "policy"}
     one = run(material, tmp_path / "one", **settings)

@@ -127,6 +127,7 @@ def test_without_activation_checkpointing(adapted, material, tmp_path):
     same(run(material, tmp_path / "run", *flags, **RANK), read(adapted), 1e-6)
 
 
+@pytest.mark.slow
 def test_zero_3_partitions_weights_and_adapter(adapted_kl, material, tmp_path):
     """With the adapter off in between, for the KL; stopped after the second step and resumed on
     another number of processes."""
@@ -162,6 +163,7 @@ def test_a_killed_run_resumes_to_the_bit(adapted, material, tmp_path):
         assert (out / file).read_bytes() == (adapted / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_bfloat16(material, store_path, tmp_path, zero):
     """Frozen weights and adapter in bfloat16, float32 in the optimiser; a run that goes on after

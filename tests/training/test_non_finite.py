@@ -147,7 +147,7 @@ def check(out: Path, lines: list[str]) -> None:
             assert said.startswith("step 3: loss is nan, from the pairs ")
 
 
-@pytest.mark.parametrize("stages", ["0", "2", pytest.param("13", marks=pytest.mark.long)])
+@pytest.mark.parametrize("stages", ["0", "2", pytest.param("13", marks=pytest.mark.slow)])
 def test_no_weights_are_updated_with_non_finite_values(store_path, tmp_path, stages):
     """Weights and optimiser are unchanged to the bit; a gradient of 0 is a normal step."""
     (lines,) = spoil(tmp_path, store_path, stages)
@@ -155,6 +155,7 @@ def test_no_weights_are_updated_with_non_finite_values(store_path, tmp_path, sta
     check(tmp_path, lines)
 
 
+@pytest.mark.slow
 def test_all_ranks_stop_and_one_reports_why(store_path, tmp_path):
     first, second = spoil(tmp_path, store_path, "2", world=2)
     check(tmp_path, first)

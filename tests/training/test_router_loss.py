@@ -115,7 +115,7 @@ def test_with_an_adapter_it_equals_a_naive_loop_with_peft(mixture, tmp_path):
 
 @pytest.mark.parametrize(
     ("zero", "processes"),
-    [(3, 2), (0, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in [(1, 2), (3, 1)])],
+    [(3, 2), (0, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(1, 2), (3, 1)])],
 )
 def test_same_curve_for_every_zero_stage_and_number_of_processes(
     alone, mixture, tmp_path, zero, processes

@@ -85,7 +85,7 @@ def test_a_method_without_features_takes_no_site(material, store_path, tmp_path)
     [
         "sft",
         "tdpo2",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("dpo", "dpo_norm", "simpo")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpo", "dpo_norm", "simpo")),
     ],
 )
 def test_a_store_without_saes_serves_all_methods_but_fpo(material, stores, tmp_path, method):

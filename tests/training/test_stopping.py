@@ -94,6 +94,7 @@ def test_killed_after_the_best_step_and_before_the_next_checkpoint(chosen, mater
     equal(weights(out), weights(chosen))
 
 
+@pytest.mark.slow
 def test_all_ranks_choose_and_stop_alike(material, store_path, tmp_path):
     """Under ZeRO-3, also where the clock of rank 1 says something else."""
     out = tmp_path / "run"

@@ -116,7 +116,7 @@ def grouped() -> None:
 
 @pytest.mark.parametrize(
     ("zero", "processes"),
-    [(2, 2), *(pytest.param(*case, marks=pytest.mark.long) for case in [(0, 1), (1, 1), (3, 2)])],
+    [(2, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(0, 1), (1, 1), (3, 2)])],
 )
 def test_parameters_in_many_groups_train_in_the_same_way(
     baseline, material, tmp_path, zero, processes
@@ -132,7 +132,7 @@ def test_parameters_in_many_groups_train_in_the_same_way(
         assert torch.allclose(one[name], other[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("rmsprop", marks=pytest.mark.long)])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("rmsprop", marks=pytest.mark.slow)])
 def test_bfloat16_curve_is_the_same_for_every_zero_stage(material, store_path, tmp_path, optimizer):
     """With weight decay: DeepSpeed's own first step at stage 0 must not move the master weights."""
     settings = {"optimizer": optimizer, "weight_decay": 0.1}
@@ -178,7 +178,8 @@ def test_config_yaml_of_a_run_makes_the_same_run(baseline, material, tmp_path):
     same(read(tmp_path / "run"), read(baseline), 1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("rmsprop", marks=pytest.mark.long)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_small_steps_are_not_lost_in_bfloat16(material, store_path, tmp_path, optimizer):
     """85 steps far smaller than a bfloat16 weight can move: float32 master weights add them up,
     a pure bfloat16 optimiser moves hardly anything."""
@@ -236,6 +237,7 @@ def test_deepspeed_file_is_merged_and_may_not_contradict_the_flags(material, sto
     assert "contradicts the flags about gradient_clipping" in done.stderr
 
 
+@pytest.mark.slow
 def test_deepspeed_needs_no_compiler(material, store_path, tmp_path):
     """With only Python on PATH."""
     environment = os.environ | {"PATH": str(Path(sys.executable).parent), "CC": "", "CXX": ""}
