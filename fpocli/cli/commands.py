@@ -108,7 +108,6 @@ def _command(
             for name, value in settings.items()
             if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
         }
-        settings = override(settings, typed)
         if (context.default_map or {}).get("overwrite"):
             add_resume_note(
                 f"after removing overwrite from {flags['config']}, which would start over"
@@ -118,7 +117,7 @@ def _command(
             # tqdm's bars, of downloads for example.
             os.environ["TQDM_DISABLE"] = "1"
         try:
-            made = config(**settings)
+            made = config(**override(settings, typed))
             if isinstance(made, TrainConfig) and made.gpus:
                 launch(made.gpus, made.device)
             getattr(fpocli, "preview" if flags.get("dry_run") else function)(made)

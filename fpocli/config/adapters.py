@@ -33,7 +33,7 @@ class Adapter:
         Option(
             metavar="MODULE",
             help="Linear layers that get an adapter, such as q_proj. Repeat for several. Default: "
-            "all but the head.",
+            "all of the decoder, without experts.",
         ),
     ] = field(default_factory=list)
     load_in_4bit: Annotated[

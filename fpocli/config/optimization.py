@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from fpocli.config.shared import PACKED_LENGTH_HELP
+from fpocli.config.shared import DEVICE, PACKED_LENGTH_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Hardware:
             'an error; "auto" keeps the flag\'s.'
         ),
     ] = None
-    device: Annotated[str | None, Option(help="cpu or cuda. Default: cuda if available.")] = None
+    device: Annotated[str | None, DEVICE] = None
     gpus: Annotated[
         int | None,
         Option(

@@ -99,6 +99,11 @@ class TrainConfig(_Output, HeldOut, Hardware, Optimization, Adapter, Objective, 
         self.check_objective()
         self.check_adapter(self.zero)
         self.check_held_out()
+        if self.gpus and self.device not in (None, "cpu", "cuda"):
+            raise UserError(
+                f"--device {self.device} is of one process, and --gpus gives each its own",
+                "leave it out, or use --device cpu",
+            )
         if self.where is not None:
             # It imports numpy, which a config does not need otherwise.
             from fpocli.system.conditions import Condition

@@ -92,7 +92,20 @@ def load_network(
                 + (f" and {len(names) - 3} more" if len(names) > 3 else ""),
                 "the model was not saved completely, or its config.json belongs to another model",
             )
+    _without_noise(network)
     return network
+
+
+def _without_noise(network: Any) -> None:
+    """Turn off dropout and the noise of routers, which would set the policy apart from a reference
+    that is run without. The configuration, which is saved, is left as it is."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            noise = any(word in name for word in ("drop", "jitter"))
+            if noise and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _check_size(folder: ModelFolder, config: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from fpocli.config import ExportConfig, TrainConfig
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.publishing.hub import push
-from fpocli.publishing.results import figures_of, results_section
+from fpocli.publishing.results import figures_of, measured_on, results_section
 from fpocli.publishing.store_card import store_card
+from fpocli.report.runs import is_evaluation
 from fpocli.store.metadata import DOCUMENT
 from fpocli.store.place import Folder, place_of
 from fpocli.store.reader import Store
@@ -17,8 +18,7 @@ from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, replace_text
 from fpocli.system.json_yaml import read_json
 from fpocli.training.model_card import model_card
-from fpocli.training.run_folder import read_metrics, read_run
-from fpocli.training.stopping import BestStep
+from fpocli.training.run_folder import read_run
 
 _CARD = ".README.md"
 
@@ -56,8 +56,14 @@ def _export_run(config: ExportConfig, run: Path) -> Path:
     folder = _copied(final, Path(config.out)) if config.out else final
     title = config.push_to_hub or (folder if config.out else run.resolve()).name
     place, found = config.push_to_hub or str(folder), _results(run)
-    measured = (results_section(found), figures_of(found, store)) if found else ()
-    card = model_card(settings, store, _weights_of(run, settings), title, place, *measured)
+    measured: dict[str, Any] = {}
+    if found:
+        other = measured_on(found, store)
+        measured = {
+            "results": results_section(found, other),
+            "figures": figures_of(found, other),
+        }
+    card = model_card(run, settings, store, title, place, **measured)
     replace_text(folder / "README.md", card)
     say(f"the model with its card is in {folder}")
     if config.push_to_hub:
@@ -81,20 +87,15 @@ def _store_of(config: ExportConfig, settings: TrainConfig, run: Path, fingerprin
     return store
 
 
-def _weights_of(run: Path, settings: TrainConfig) -> str:
-    """Which step the final model is of, in words."""
-    best, last = BestStep(settings), 0
-    for line in read_metrics(run):
-        best.watch(line)
-        last = int(line["step"])
-    return best.weights_of(last)
-
-
 def _results(run: Path) -> dict[str, Any] | None:
     """What fpo eval measured of a run, where it writes by itself."""
     file = run / "eval" / "eval.json"
-    results = read_json(file) if file.is_file() else None
-    return results if isinstance(results, dict) else None
+    if not file.is_file():
+        return None
+    results = read_json(file)
+    if not is_evaluation(results):
+        raise UserError(f"{file} is damaged", f"measure again with `fpo eval {run}`")
+    return results
 
 
 def _copied(final: Path, out: Path) -> Path:

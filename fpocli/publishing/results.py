@@ -7,10 +7,30 @@ from huggingface_hub import EvalResult
 from fpocli.display.cards import on_hub, plain, table
 from fpocli.report.evaluation_table import evaluation_table
 from fpocli.store.reader import Store
+from fpocli.system.errors import UserError
 
 
-def figures_of(results: dict[str, Any], store: Store) -> list[EvalResult]:
-    """The shares that the hub shows beside a model."""
+def measured_on(results: dict[str, Any], trained_on: Store) -> Store | None:
+    """The store that was measured: that of the run, or another; None if it is not found."""
+    about = results["store"]
+    if about["fingerprint"] == trained_on.meta["fingerprint"]:
+        return trained_on
+    try:
+        store = Store.open(about["path"])
+    except UserError:
+        return None
+    return store if store.meta["fingerprint"] == about["fingerprint"] else None
+
+
+def figures_of(results: dict[str, Any], store: Store | None) -> list[EvalResult]:
+    """The shares that the hub lists beside a model; none if it is unknown of which data they are.
+
+    Args:
+        results: the content of eval.json.
+        store: that was measured.
+    """
+    if store is None:
+        return []
     data = store.meta["data"]
     return [
         EvalResult(
@@ -26,13 +46,22 @@ def figures_of(results: dict[str, Any], store: Store) -> list[EvalResult]:
     ]
 
 
-def results_section(results: dict[str, Any]) -> str:
-    """Their table in Markdown, under a heading."""
+def results_section(results: dict[str, Any], store: Store | None) -> str:
+    """Their table in Markdown, under a heading.
+
+    Args:
+        results: the content of eval.json.
+        store: that was measured.
+    """
+    data = f", of {store.meta['data']['source']}" if store else ""
+    where = (
+        f"split {results.get('split')} of the store {results['store']['fingerprint'][:12]}{data}"
+    )
     rows: list[tuple[str, str]] = []
     for group in evaluation_table([results]):
         rows.append((f"**{group['title']}**", ""))
         rows += [(row["quantity"], _number(row)) for row in group["rows"]]
-    return f"## Results\n\n`fpo eval`, split {plain(results.get('split'))}:\n\n{table(rows)}\n"
+    return f"## Results\n\n`fpo eval`, {plain(where)}:\n\n{table(rows)}\n"
 
 
 def _number(row: dict[str, Any]) -> str:

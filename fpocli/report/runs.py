@@ -103,7 +103,7 @@ def _read(name: str) -> dict[str, Any]:
             "name a folder with run.json, or with eval.json",
         )
     result = read_json(evaluated / "eval.json") if evaluated else None
-    if evaluated and not _is_evaluation(result):
+    if evaluated and not is_evaluation(result):
         raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
     lines = read_metrics(folder) if folder else []
@@ -129,8 +129,8 @@ def _read(name: str) -> dict[str, Any]:
     }
 
 
-def _is_evaluation(result: Any) -> bool:
-    """Whether a value is the content of eval.json, as far as the page depends on it."""
+def is_evaluation(result: Any) -> bool:
+    """Whether a value is the content of eval.json, as far as pages and cards depend on it."""
     try:
         evaluation_table([result])
         known = result["reward_accuracy"]["share"], result["pairs"]

@@ -4,7 +4,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +14,10 @@ from fpocli.system.errors import UserError
 
 # Ranks that are done wait for the slowest one, and a lost one is noticed by its heartbeats.
 _PATIENCE = timedelta(days=30)
-# Seconds that one process may take to print an error.
-_TELLING = 5.0
+# Seconds that rank 0 may take until it has told an error; its trackers are closed before.
+_TELLING = 30.0
+# torchrun sets this for each process that it starts: where to write an error, which fpo does not.
+_LAUNCH = "TORCHELASTIC_ERROR_FILE"
 
 
 def is_first_rank() -> bool:
@@ -24,36 +26,45 @@ def is_first_rank() -> bool:
 
 
 def same_on_all_ranks(error: UserError) -> BaseException:
-    """What to raise where every rank meets the same error: rank 0 reports it, the others exit."""
-    return error if is_first_rank() else SystemExit(2)
+    """What to raise where every rank meets the same error: rank 0 reports it, the others exit.
+
+    Those of torchrun raise it as well, for `tell_once`.
+    """
+    return error if is_first_rank() or _LAUNCH in os.environ else SystemExit(2)
 
 
 def tell_once(message: str, tell: Callable[[], None]) -> None:
-    """Tell of an error, unless another process that torchrun has started on this machine does.
+    """Tell of an error that processes which torchrun has started may all meet: rank 0 does.
 
-    torchrun ends all processes when one has ended, so the others wait until it is told.
+    torchrun ends all processes when one has ended, so the others wait until it is told. If it is
+    not, as where rank 0 did not meet the error or is on another host, one of them tells it.
 
     Args:
         message: the error, by which processes that met the same one know it.
         tell: prints it.
     """
-    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+    if _LAUNCH not in os.environ:
         tell()
         return
-    # It is in a folder of the process, and that in one of the launch.
-    told = Path(file).parents[1] / f"told-{hashlib.sha256(message.encode()).hexdigest()}"
+    # The file is in a folder of the process, and that in one of the launch.
+    launch = Path(os.environ[_LAUNCH]).parents[1]
+    told = launch / f"told-{hashlib.sha256(message.encode()).hexdigest()}"
+    if is_first_rank():
+        tell()
+        # The launcher may be gone, and its folder with it.
+        with suppress(OSError):
+            told.touch()
+        return
+    end = time.monotonic() + _TELLING
+    while not told.exists() and time.monotonic() < end:
+        time.sleep(0.01)
     try:
-        told.with_suffix(".begun").touch(exist_ok=False)
+        told.touch(exist_ok=False)
     except FileExistsError:
-        end = time.monotonic() + _TELLING
-        while not told.exists() and time.monotonic() < end:
-            time.sleep(0.01)
         return
     except OSError:
-        tell()
-        return
+        pass
     tell()
-    told.touch()
 
 
 @dataclass(frozen=True)

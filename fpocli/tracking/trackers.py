@@ -26,7 +26,7 @@ from fpocli.tracking.trackio import Trackio
 from fpocli.tracking.wandb import Wandb
 
 # Of each tracker the run's id there, and the last step that it got of each split.
-_STATE = "tracking.json"
+TRACKING = "tracking.json"
 # By name the tracker and the package that it needs.
 _KINDS: dict[str, tuple[type[Tracker], str]] = {
     "tensorboard": (TensorBoard, "tensorboard"),
@@ -102,7 +102,7 @@ class Trackers:
             self._ranks.on_first(lambda: self._open_all(folder, settings))
 
     def _open_all(self, folder: Path, settings: dict[str, Any]) -> None:
-        self._file = folder / _STATE
+        self._file = folder / TRACKING
         if self._file.is_file():
             self._state = read_json(self._file)
         for name in self._names:

@@ -21,7 +21,8 @@ class Trackio(Tracker):
         self._run = trackio.init(
             project=project,
             name=self.run,
-            resume="must" if run else "never",
+            # Trackio has no record of a run that got nothing yet.
+            resume="allow" if run else "never",
             config=settings,
             embed=False,
         )

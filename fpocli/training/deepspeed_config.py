@@ -93,6 +93,11 @@ def _check_offload(settings: TrainConfig, zero: dict[str, Any]) -> None:
                 "find again",
                 "leave out the ratio",
             )
+        if settings.zero == 0:
+            raise UserError(
+                f"{name} in {settings.deepspeed} needs ZeRO, and would otherwise not be done",
+                "add --zero 2, or 3",
+            )
         if settings.zero < 3 and (name == "offload_param" or part["device"] == "nvme"):
             raise UserError(
                 f"{name} to {part['device']} in {settings.deepspeed} needs ZeRO-3, and would "

@@ -21,13 +21,29 @@ from fpocli.training.objective import compare_features
 
 
 def check_store_serves(store: Store, settings: TrainConfig) -> None:
-    """Refuse a method, or starting weights, that the store cannot serve.
+    """Refuse a method that the store cannot serve.
 
     Raises:
-        UserError: the store is incomplete, lacks what the method needs, or is of a reference whose
-            weights were rounded otherwise.
+        UserError: the store is incomplete, or lacks what the method needs.
     """
     store.require_complete()
+    if settings.constraint != "features":
+        return
+    if not store.sites:
+        raise UserError(
+            f"{settings.method} compares features, and {store.path} has none",
+            "cache again with --layer and another --out, or train without features, such as with "
+            "--method dpo_norm",
+        )
+    check_k(store, sites_of(store, settings.at), settings.k)
+
+
+def check_4bit(store: Store, settings: TrainConfig) -> None:
+    """Refuse to start from the reference with weights that are rounded otherwise.
+
+    Raises:
+        UserError: one is in 4 bits, and the other is not.
+    """
     if settings.model is None and store.in_4bit != settings.load_in_4bit:
         there, flag, here = (
             ("in 4 bits", "add --lora-rank and --load-in-4bit", "without")
@@ -38,15 +54,6 @@ def check_store_serves(store: Store, settings: TrainConfig) -> None:
             f"the reference of {store.path} was run {there}, so the policy would not start from it",
             f"{flag}, cache again {here} --load-in-4bit, or name the starting weights with --model",
         )
-    if settings.constraint != "features":
-        return
-    if not store.sites:
-        raise UserError(
-            f"{settings.method} compares features, and {store.path} has none",
-            "cache again with --layer and another --out, or train without features, such as with "
-            "--method dpo_norm",
-        )
-    check_k(store, sites_of(store, settings.at), settings.k)
 
 
 def check_dtype_and_kernel(store: Store, dtype: str, kernel: str, allow: list[str]) -> None:

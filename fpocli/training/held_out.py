@@ -91,6 +91,7 @@ def _compared(store: Store, sites: list[str], settings: TrainConfig) -> dict[str
     meta = store.meta
     same: dict[str, Any] = {
         "model": meta["model"]["hash"],
+        "in 4 bits": store.in_4bit,
         "vocabulary": meta["tokenizer"]["vocabulary"],
         "chat template": meta["tokenizer"]["chat_template"]["text"],
     }

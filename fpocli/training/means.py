@@ -49,8 +49,7 @@ class Means:
         Raises:
             UserError: a mean is non-finite; it names the pairs. All ranks raise.
         """
-        if self._sums is None:
-            return {}
+        assert self._sums is not None, "every rank has a micro-batch"
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._sums)
         means = dict(zip(self._names, self._sums.tolist(), strict=True))

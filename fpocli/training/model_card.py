@@ -11,17 +11,19 @@ from huggingface_hub import EvalResult, ModelCardData
 from fpocli.config import TrainConfig
 from fpocli.display.cards import on_hub, plain, table, versions
 from fpocli.store.reader import Store
-from fpocli.system.model_folder import SHORT_NAMES
+from fpocli.training.run_folder import read_metrics
+from fpocli.training.start import base_on_hub
+from fpocli.training.stopping import BestStep
 
 _LIBRARIES = ("fpocli", "torch", "transformers", "deepspeed")
-# Where a run was and how it was saved: nothing of the model depends on them.
+# Flags that whoever repeats the command should decide on.
 _NOT_SHOWN = ("trust_remote_code", "overwrite")
 
 
 def model_card(
+    run: Path,
     settings: TrainConfig,
     store: Store,
-    weights_of: str,
     title: str,
     place: str,
     results: str = "",
@@ -30,9 +32,9 @@ def model_card(
     """The text of README.md.
 
     Args:
+        run: the run's folder.
         settings: of the run.
         store: that it was trained on.
-        weights_of: which step, in words.
         title: the model's name, or its repository.
         place: its folder or repository, which serves it.
         results: Markdown about what fpo eval measured.
@@ -44,22 +46,22 @@ def model_card(
     rows: list[tuple[str, Any]] = [
         ("starting weights", base),
         ("reference", f"{about['model']['source']}, weights {about['model']['hash'][:12]}"),
-        ("data", f"{store.scored:,} pairs of {about['data']['source']}"),
+        ("data of the store", f"{store.scored:,} pairs of {about['data']['source']}"),
         ("store", f"fingerprint {about['fingerprint']}, written by {versions(store)}"),
-        ("weights of", weights_of),
+        ("weights of", _step_of(run, settings)),
         ("method", settings.method),
         ("reward", settings.reward),
         ("constraint", settings.constraint),
         ("beta", settings.beta),
     ]
-    if settings.constraint != "none":
-        rows.append(("alpha", settings.alpha))
+    if settings.constraint in ("features", "kl"):
+        rows.append(("alpha at first" if settings.hold else "alpha", settings.alpha))
     if settings.constraint == "features":
         rows.append(("k", settings.k))
         rows += [(site, store.sites[site]["sae"]["source"]) for site in sites]
     return "\n".join(
         [
-            f"---\n{_front_matter(settings, store, title, figures)}\n---\n",
+            f"---\n{_front_matter(run, settings, store, title, figures)}\n---\n",
             f"# {plain(title)}\n",
             f"`{plain(base)}` trained with `{settings.method}` by "
             "fpo (Feature-level Preference Optimization, arXiv 2411.07618).\n",
@@ -82,28 +84,32 @@ def model_card(
 
 
 def _front_matter(
-    settings: TrainConfig, store: Store, name: str, figures: list[EvalResult] | None
+    run: Path,
+    settings: TrainConfig,
+    store: Store,
+    name: str,
+    figures: list[EvalResult] | None,
 ) -> str:
     data = on_hub(store, "data")
     card = ModelCardData(
-        base_model=_base_on_hub(settings, store),
+        base_model=base_on_hub(run, settings, store),
         datasets=[data] if data else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["fpo", "preference-optimization", settings.method])),
         model_name=name if figures else None,
-        eval_results=figures,
+        eval_results=figures or None,
     )
     return card.to_yaml()
 
 
-def _base_on_hub(settings: TrainConfig, store: Store) -> str | None:
-    """The hub's id of the starting weights; None if they were files."""
-    if settings.model is None:
-        return on_hub(store, "model")
-    return (
-        None if Path(settings.model).exists() else SHORT_NAMES.get(settings.model, settings.model)
-    )
+def _step_of(run: Path, settings: TrainConfig) -> str:
+    """Which step the final model is of, in words."""
+    best, last = BestStep(settings), 0
+    for line in read_metrics(run):
+        best.watch(line)
+        last = int(line["step"])
+    return str(best) if best.step else f"step {last}"
 
 
 def _line(words: list[str]) -> str:

@@ -27,11 +27,13 @@ class Models(NamedTuple):
         policy: with its starting weights, and its adapter if one is trained.
         tokenizer: the policy's.
         reference: what maps a packed sequence to a ReferenceOutput; None if it is not needed.
+        folder: of the starting weights.
     """
 
     policy: LanguageModel
     tokenizer: Any
     reference: Any
+    folder: ModelFolder
 
 
 def require_packages(settings: TrainConfig) -> None:
@@ -53,6 +55,7 @@ def load_models(
     deepspeed: dict[str, Any],
     device: torch.device,
     *,
+    revision: str | None,
     with_reference: bool,
 ) -> Models:
     """Load the policy, and the reference if it is needed: each complete on every rank, or
@@ -67,6 +70,7 @@ def load_models(
         sites: where hidden states are taken.
         deepspeed: DeepSpeed's configuration.
         device: where they run.
+        revision: the hub's commit of --model; None is the newest.
         with_reference: whether the KL is computed without the store's distributions.
 
     Raises:
@@ -81,7 +85,7 @@ def load_models(
         return find_reference(store, settings.reference, trust_remote_code=trust)
 
     if settings.model:
-        folder = find_model(settings.model, trust_remote_code=trust)
+        folder = find_model(settings.model, revision=revision, trust_remote_code=trust)
         folder = replace(folder, load_in_4bit=settings.load_in_4bit)
     else:
         folder = reference_folder()
@@ -95,9 +99,9 @@ def load_models(
     if settings.activation_checkpointing:
         model.network.activation_checkpointing_enable()
     if not with_reference:
-        return Models(model, tokenizer, None)
+        return Models(model, tokenizer, None, folder)
     if model.adapter and not settings.model:
-        return Models(model, tokenizer, WithoutAdapter(model))
+        return Models(model, tokenizer, WithoutAdapter(model), folder)
     original = reference_folder() if settings.model else folder
     reference = ranks.on_each(
         lambda: load_reference(original, [], dtype, device, partitioned(deepspeed))
@@ -106,7 +110,7 @@ def load_models(
     sharded = shard(reference, deepspeed) if settings.zero == 3 else reference
     if settings.model:
         check_against_transformers(reference, store.tokens(0))
-    return Models(model, tokenizer, sharded)
+    return Models(model, tokenizer, sharded, folder)
 
 
 def _add_adapter(model: LanguageModel, folder: ModelFolder, settings: TrainConfig) -> None:

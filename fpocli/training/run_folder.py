@@ -17,14 +17,14 @@ import yaml
 
 from fpocli.config import LOGITS, TrainConfig
 from fpocli.model.language_model import LanguageModel
-from fpocli.store.reader import Store
 from fpocli.system.errors import UserError, differences, report_write_errors
 from fpocli.system.files import is_empty, remove_folder, replace_text
 from fpocli.system.json_yaml import is_finite_number, read_json, read_yaml
 from fpocli.system.lock import WriterLock
 from fpocli.system.ranks import Ranks, is_first_rank
+from fpocli.tracking.trackers import TRACKING
 from fpocli.training.checkpoints import newest_checkpoint
-from fpocli.training.model_card import model_card
+from fpocli.training.start import START
 
 # Seconds after which NFS shows a file that another host has written.
 _LATE = 65.0
@@ -100,6 +100,10 @@ class RunFolder:
                     "use the settings of that run to resume it, another --out, or --overwrite",
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not begun:
+            # Of a run with other settings, maybe.
+            for name in (TRACKING, START):
+                (self.folder / name).unlink(missing_ok=True)
         replace_text(known, json.dumps(identity, indent=1))
         replace_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
 
@@ -154,16 +158,14 @@ class RunFolder:
         model: LanguageModel,
         weights: dict[str, torch.Tensor],
         tokenizer: Any,
-        store: Store,
-        weights_of: str,
+        card: str,
     ) -> None:
         """Write final/ as a plain transformers folder. An adapter is written to adapter/ first, and
         merged into final/.
 
         Args:
             model, weights, tokenizer: what is written.
-            store: the reference, for the model card.
-            weights_of: which step, in words.
+            card: the model card.
         """
         if model.adapter:
             with _appearing(self.adapter) as partial:
@@ -172,8 +174,6 @@ class RunFolder:
         with _appearing(self.final) as partial:
             model.network.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
-            name = self.final.parent.resolve().name
-            card = model_card(self.settings, store, weights_of, name, str(self.final))
             (partial / "README.md").write_text(card)
 
 
@@ -268,6 +268,6 @@ _NEW_NAMES = {"tokens_per_row": "packed_length"}
 # Where things are and how often they are saved: a resumed run may change these.
 _NOT_IDENTITY = (
     "allow", "cache", "out", "overwrite", "sae", "reference", "device", "save_every",
-    "keep_checkpoints", "deepspeed", "trust_remote_code", "gpus", "eval_cache", "max_minutes",
+    "keep_checkpoints", "deepspeed", "gpus", "eval_cache", "max_minutes",
     "track",
 )  # fmt: skip

@@ -46,10 +46,6 @@ class BestStep:
         """Whether --patience ends the run."""
         return self._patience is not None and self._since >= self._patience
 
-    def weights_of(self, last: int) -> str:
-        """Which step the final model is of, in words, where `last` was the last one."""
-        return str(self) if self.step else f"step {last}"
-
     def __str__(self) -> str:
         """Which step it is, and why."""
         return (

@@ -43,6 +43,7 @@ from fpocli.training.engine import (
     whole,
 )
 from fpocli.training.first_step import (
+    check_4bit,
     check_dtype_and_kernel,
     check_policy_is_reference,
     check_store_serves,
@@ -50,10 +51,12 @@ from fpocli.training.first_step import (
 from fpocli.training.held_out import held_out_means, open_held_out_store, open_loaders
 from fpocli.training.hold import HeldAlpha
 from fpocli.training.means import Means, values_to_show
+from fpocli.training.model_card import model_card
 from fpocli.training.models import load_models, require_packages
 from fpocli.training.objective import objective, shares_of_groups
 from fpocli.training.run_folder import RunFolder, locked_run_folder
 from fpocli.training.schedule import learning_rate, total_steps
+from fpocli.training.start import record_start, starting_revision
 from fpocli.training.step_meter import StepMeter
 from fpocli.training.stopping import BestStep, TimeLimit
 
@@ -76,6 +79,7 @@ def train(settings: TrainConfig) -> Path | None:
     require_packages(settings)
     store = Store.open(locally_cached(settings.cache))
     check_store_serves(store, settings)
+    check_4bit(store, settings)
     held_out = open_held_out_store(store, settings)
     device = choose_device(settings.device)
     rank, world = start_processes(device)
@@ -130,14 +134,17 @@ def _train(
     train_top = settings.needs_kl and from_store
     measure_top = (settings.needs_kl or settings.measure_kl) and from_store
     with_reference = settings.needs_kl and not from_store
-    model, tokenizer, reference = load_models(
+    model, tokenizer, reference, folder = load_models(
         store,
         settings,
         sites,
         deepspeed,
         device,
+        revision=starting_revision(run.folder) if settings.model else None,
         with_reference=(settings.needs_kl or settings.measure_kl) and not from_store,
     )
+    if settings.model:
+        record_start(run.folder, folder, settings)
     if measure_top and store.distributions:
         model.require_vocabulary(store.distributions.vocabulary)
     encoders = {}
@@ -250,7 +257,8 @@ def _train(
     state = gather_weights(engine)
     may_write()
     if state is not None:
-        run.save_model(model, state, tokenizer, store, best.weights_of(step))
+        card = model_card(run.folder, settings, store, run.folder.resolve().name, str(run.final))
+        run.save_model(model, state, tokenizer, card)
         say(f"the trained model is in {run.final}" + (f": {best}" if best.step else ""))
     torch.distributed.barrier()
     return run.final

@@ -87,9 +87,16 @@ class FeatureConstraint:
             device: where the hidden states are.
 
         Raises:
-            UserError: the model has no such layer or another width, or an SAE is not found or not
-                the store's.
+            UserError: the model is quantised and the reference was not, or the reverse; it has no
+                such layer or another width; or an SAE is not found or not the store's.
         """
+        if self.store.in_4bit != bool(getattr(network, "is_quantized", False)):
+            there, here = ("", "not ") if self.store.in_4bit else ("not ", "")
+            raise UserError(
+                f"the reference of {self.store.path} was {there}run in 4 bits, and the model is "
+                f"{here}loaded so",
+                "load the model as the reference was, or cache again",
+            )
         config = network.config.get_text_config()
         check_layers(config, self.sites)
         self._encoders = load_encoders(

@@ -313,6 +313,10 @@ def test_an_invalid_config_file_is_reported(tmp_path, monkeypatch, file, sentenc
     assert result.exit_code == 2
     assert sentence in result.stderr
     assert result.stdout == ""
+    if "ppo" in file:
+        # A flag replaces a part of the file's method.
+        result = run("train", "--config", "c.yaml", "--constraint", "none")
+        assert result.exit_code == 2 and sentence in result.stderr
     assert "none.yaml cannot be read" in run("train", "--config", "none.yaml").stderr
 
 
@@ -500,6 +504,7 @@ def test_version():
         (TrainConfig, {"cache": "s", "zero": 7}, "--zero 7 is out of range"),
         (TrainConfig, {"cache": "s", "lr": -1.0}, "--lr -1.0 is out of range"),
         (TrainConfig, {"cache": "s", "allow": ["weights"]}, "--allow weights is unknown"),
+        (TrainConfig, {"cache": "s", "gpus": 2, "device": "cuda:1"}, "--device cuda:1 is of one"),
     ],
 )
 def test_python_settings_are_checked_like_flags(kind, settings, sentence):

@@ -12,7 +12,7 @@ import pytest
 from hub_server import TOKEN, hub_server
 from huggingface_hub import DatasetCard, ModelCard
 from runs import run
-from stores import attributes, cache_config, contents
+from stores import attributes, cache_config, contents, write_pairs
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -94,10 +94,44 @@ def test_names_of_the_hub_are_linked(trained, store_path, tmp_path):
     store.meta["data"]["source"] = "HuggingFaceH4/ultrafeedback_binarized@main"
     del store.meta["paths"]
     _, settings = read_run(trained)
-    card = ModelCard(model_card(settings, store, "step 3", "me/policy", "me/policy"))
+    card = ModelCard(model_card(trained, settings, store, "me/policy", "me/policy"))
     assert card.data.base_model == "google/gemma-2-2b"
     assert card.data.datasets == ["HuggingFaceH4/ultrafeedback_binarized"]
     assert "vllm serve me/policy" in card.text and "Results" not in card.text
+
+
+def test_figures_are_of_the_data_that_were_measured(trained, material, store_path, tmp_path):
+    """Of another store than the run's; if it is gone, the hub lists none."""
+    data = write_pairs(tmp_path / "other.jsonl", 13, seed=7)
+    cache(cache_config(material, tmp_path / "other.zarr", data=str(data)))
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("eval"))
+    other = str(tmp_path / "other.zarr")
+    evaluate(EvalConfig(model=str(run), cache=other, split="all", device="cpu"))
+    card = ModelCard.load(export(ExportConfig(source=str(run))) / "README.md")
+    names = {figure.dataset_name for figure in card.data.eval_results}
+    assert names == {f"{data}, all split of the store"}
+    assert f"of the store {Store.open(other).meta['fingerprint'][:12]}, of {data}" in card.text
+    shutil.rmtree(other)
+    card = ModelCard.load(export(ExportConfig(source=str(run))) / "README.md")
+    assert card.data.eval_results is None and "## Results" in card.text
+    (run / "eval/eval.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        export(ExportConfig(source=str(run)))
+
+
+def test_starting_weights_that_were_files_are_no_name_on_the_hub(material, store_path, tmp_path):
+    """Also after they are gone; those of the hub are named by the repository."""
+    model, out = tmp_path / "sft/final", tmp_path / "run"
+    shutil.copytree(material / "policy", model)
+    run(material, out, "--no-bf16", model=model, max_steps=1)
+    shutil.rmtree(model)
+    card = ModelCard.load(export(ExportConfig(source=str(out))) / "README.md")
+    assert card.data.base_model is None
+    file = out / "start.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"source": "a/b", "revision": "c"}))
+    card = ModelCard.load(export(ExportConfig(source=str(out))) / "README.md")
+    assert card.data.base_model == "a/b"
 
 
 def test_text_from_elsewhere_ends_no_cell_and_no_front_matter(trained, store_path):
@@ -107,7 +141,7 @@ def test_text_from_elsewhere_ends_no_cell_and_no_front_matter(trained, store_pat
     store = Store.open(store_path)
     store.meta["data"]["source"] = "a\n---\n# b | c"
     _, settings = read_run(trained)
-    card = ModelCard(model_card(settings, store, "step 3", "me/policy", "me/policy"))
+    card = ModelCard(model_card(trained, settings, store, "me/policy", "me/policy"))
     assert card.data.library_name == "transformers"
     assert "a --- # b \\| c" in card.text and "\n# b" not in card.text
 

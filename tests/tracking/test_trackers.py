@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from processes import results, together
 from runs import command, read, start
 
@@ -293,6 +294,24 @@ def test_a_tracker_that_cannot_start(material, store_path, tmp_path, name, chang
     assert done.returncode == 2 and done.stdout == ""
     assert sentence in done.stderr and hint in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_that_had_not_begun_is_another_one(material, store_path, tmp_path):
+    """Its models did not load; then its settings may be others, and trackers begin anew."""
+    words = command(material, tmp_path / "run", "--no-bf16", "--track", "trackio", *FLAGS[:2])
+    other = tiny.sae_folder(tmp_path / "sae", seed=5)
+    failing = [*words, "--lr", "1", "--sae", str(other)]
+    (done,) = results(start(failing, **places(tmp_path)))
+    assert done.returncode == 2 and "SAE" in done.stderr
+    assert (tmp_path / "run/tracking.json").is_file()
+    fpo(words, tmp_path)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    events.Reload()
+    (*_, event) = events.Tensors("settings/text_summary")
+    assert "lr: 0.001" in make_ndarray(event.tensor_proto)[0].decode()
 
 
 def test_a_model_that_is_no_run_has_no_trackers(material, store_path, tmp_path):

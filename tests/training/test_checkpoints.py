@@ -190,6 +190,13 @@ def test_an_offload_that_would_not_be_done_is_refused(tmp_path, to):
         config_of(file, 2)
 
 
+def test_offloading_the_optimiser_needs_zero(tmp_path):
+    file = offload(tmp_path, optimizer="cpu")
+    assert config_of(file, 1)
+    with pytest.raises(UserError, match="needs ZeRO, and"):
+        config_of(file, 0)
+
+
 def test_offloading_to_nvme_says_what_is_missing(tmp_path, monkeypatch):
     config = config_of(offload(tmp_path, optimizer="nvme"), 3)
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self: False)

@@ -163,6 +163,23 @@ def test_a_killed_run_resumes_to_the_bit(adapted, material, tmp_path):
         assert (out / file).read_bytes() == (adapted / file).read_bytes()
 
 
+@pytest.mark.parametrize("settings", [RANK, {"feature_weights": "logits"}])
+def test_a_run_is_not_resumed_on_other_starting_weights(material, store_path, tmp_path, settings):
+    """An adapter belongs to its base, and so do feature weights by the logits."""
+    model, kept, out = tmp_path / "sft", tmp_path / "kept", tmp_path / "run"
+    shutil.copytree(material / "policy", model)
+    shutil.copytree(model, kept)
+    words = command(material, out, "--no-bf16", model=model, **settings)
+    assert finish([*words, "--max-minutes", "0"]).returncode == 0
+    tiny.network("gemma2", seed=9).save_pretrained(model)
+    done = finish(words)
+    assert done.returncode == 2
+    assert f"{model} are not those that {out} started from" in done.stderr
+    shutil.rmtree(model)
+    kept.rename(model)
+    assert finish(words).returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 3])
 def test_bfloat16(material, store_path, tmp_path, zero):
@@ -233,6 +250,15 @@ def test_store_and_policy_in_4_bits_or_neither(quantised, material, store_path, 
         **RANK,
     )  # fmt: skip
     assert lines[0]["average_logp_chosen_change"] != 0, "full weights against the 4-bit reference"
+    # Nor are held-out pairs compared with the other one.
+    cache(cache_config(quantised, tmp_path / "full.zarr"))
+    held_out = {"eval_cache": tmp_path / "full.zarr", "eval_fraction": 0}
+    done = finish(
+        command(
+            quantised, tmp_path / "held", "--no-bf16", model=quantised / "model", **held_out, **RANK
+        )
+    )
+    assert done.returncode == 2 and "in 4 bits is" in done.stderr
 
 
 # -- what is refused -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 from stores import cache_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import DPOConfig
 
 from fpocli import Store, TrainConfig, UserError
@@ -300,6 +300,15 @@ def test_a_store_without_features_has_no_constraint(material, tmp_path):
     with pytest.raises(UserError, match=r"plain\.zarr has none"):
         FeatureConstraint(str(path))
     assert len(store_dataset(str(path))) == 21
+
+
+def test_a_model_in_4_bits_needs_such_a_store(material, store_path, dataset, tmp_path):
+    constraint = FeatureConstraint(str(store_path), k=K)
+    network = AutoModelForCausalLM.from_pretrained(
+        material / "policy", quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+    )
+    with pytest.raises(UserError, match="was not run in 4 bits, and the model is loaded so"):
+        constraint.load(network, torch.device("cpu"))
 
 
 def test_an_incomplete_or_missing_store_is_refused(material, tmp_path):
