@@ -19,7 +19,10 @@ class _Model:
 
     model: Annotated[
         str,
-        Option(help="Reference model: gemma-2-2b, gemma-2-9b, a hub id or a local folder."),
+        Option(
+            help="Reference model: a hub id, a local folder, or a short name of Google's Gemma 2 "
+            "and 3, such as gemma-2-2b-it or gemma-3-4b-pt."
+        ),
     ]
     layer: Annotated[
         list[int],

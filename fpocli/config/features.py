@@ -65,9 +65,7 @@ class FindConfig:
     background's. Writes a weights file for `fpo train --feature-weights`, with one group.
     """
 
-    model: Annotated[
-        str, Option(help="The model: gemma-2-2b, gemma-2-9b, a hub id or a local folder.")
-    ]
+    model: Annotated[str, Option(help="The model, named as in fpo cache.")]
     layer: Annotated[int, _LAYER]
     site: Annotated[Literal["resid_post", "mlp_out"], _KIND] = "resid_post"
     sae: Annotated[str | None, _SAE_OR_DEFAULT] = None
@@ -168,9 +166,7 @@ class DiffConfig:
 class SteerConfig:
     """Sample from a model with chosen features added or ablated, beside samples without."""
 
-    model: Annotated[
-        str, Option(help="The model: gemma-2-2b, gemma-2-9b, a run's final/, a hub id or a folder.")
-    ]
+    model: Annotated[str, Option(help="The model, named as in fpo cache, or a run's final/.")]
     layer: Annotated[int, _LAYER]
     site: Annotated[Literal["resid_post", "mlp_out"], _KIND] = "resid_post"
     sae: Annotated[str | None, _SAE_OR_DEFAULT] = None

@@ -57,7 +57,7 @@ LACKING = {
     "your model and SAE",
 }
 # Features that pages name.
-NAMED = [466, 1523]
+NAMED = [664, 1877]
 # Where the demo has its SAEs, and of which layer they are.
 SAES = {"demo/sae": 24, "demo/sae-19": 19, "demo/control/sae": 19}
 
