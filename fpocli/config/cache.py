@@ -19,10 +19,7 @@ class _Model:
 
     model: Annotated[
         str,
-        Option(
-            help="Reference model: a hub id, a local folder, or a short name of Google's Gemma 2 "
-            "and 3, such as gemma-2-2b-it or gemma-3-4b-pt."
-        ),
+        Option(help="Reference model: gemma-2-2b-it or the like, a hub id or a local folder."),
     ]
     layer: Annotated[
         list[int],
