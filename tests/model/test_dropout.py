@@ -1,4 +1,4 @@
-"""What loading a model does to it."""
+"""Dropout, and the noise of routers, are off."""
 
 from pathlib import Path
 
