@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from typer import Option
 
-from fpocli.config.checks import check_values
+from fpocli.config.checks import check_device_of_many, check_values
 from fpocli.config.imported import ImportSettings, check_import
 from fpocli.config.shared import DEFAULT_DATA, DEVICE, PACKED_LENGTH_HELP, TRUST_REMOTE_CODE
 from fpocli.system.errors import UserError
@@ -285,11 +285,8 @@ class CacheConfig(_Output, _Hardware, ImportSettings, _Stored, DataSettings, _Mo
             )
 
         check_import(self)
-        if (self.ray or (self.workers or 1) > 1) and self.device not in (None, "cpu", "cuda"):
-            raise UserError(
-                f"--device {self.device} is of one process, and Ray gives each worker its own",
-                "leave it out, or use --device cpu",
-            )
+        if self.ray or (self.workers or 1) > 1:
+            check_device_of_many(self.device, "Ray gives each worker")
 
     @property
     def sites(self) -> list[tuple[int, str]]:

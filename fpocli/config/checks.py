@@ -4,6 +4,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fpocli.config.shared import TRACKERS
+from fpocli.config.words import flag_of
 from fpocli.system.errors import UserError
 
 # What may differ from the store's model with no effect but rounding: the name in --allow, and that
@@ -25,10 +26,10 @@ def check_values(config: Any) -> None:
             # The type is KIND | None, or the value is set later.
             if NoneType in get_args(kind) or getattr(type(config), name, ...) is None:
                 continue
-            raise UserError(f"--{name.replace('_', '-')} has no value", "set one, or leave it out")
+            raise UserError(f"{flag_of(name)} has no value", "set one, or leave it out")
         if NoneType in get_args(kind):
             kind = get_args(kind)[0]  # of KIND | None
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise UserError(f"{flag} {value} is unknown", f"use {', '.join(get_args(kind))}")
@@ -48,6 +49,20 @@ def check_values(config: Any) -> None:
             # Written so that nan fails the comparison.
             if (low is not None and not value >= low) or (high is not None and not value <= high):
                 raise UserError(f"{flag} {value} is out of range", _help(command, flag))
+
+
+def check_device_of_many(device: str | None, launcher: str) -> None:
+    """Refuse a single GPU where several processes are started.
+
+    Args:
+        device: --device.
+        launcher: what gives each process its own.
+    """
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"--device {device} is of one process, and {launcher} its own",
+            "leave it out, or use --device cpu",
+        )
 
 
 def _help(command: str, flag: str) -> str:

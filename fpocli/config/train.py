@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from fpocli.config.adapters import Adapter
-from fpocli.config.checks import check_values
+from fpocli.config.checks import check_device_of_many, check_values
 from fpocli.config.held_out import HeldOut
 from fpocli.config.objective import Objective
 from fpocli.config.optimization import Hardware, Optimization
@@ -99,11 +99,8 @@ class TrainConfig(_Output, HeldOut, Hardware, Optimization, Adapter, Objective, 
         self.check_objective()
         self.check_adapter(self.zero)
         self.check_held_out()
-        if self.gpus and self.device not in (None, "cpu", "cuda"):
-            raise UserError(
-                f"--device {self.device} is of one process, and --gpus gives each its own",
-                "leave it out, or use --device cpu",
-            )
+        if self.gpus:
+            check_device_of_many(self.device, "--gpus gives each")
         if self.where is not None:
             # It imports numpy, which a config does not need otherwise.
             from fpocli.system.conditions import Condition

@@ -2,21 +2,19 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from fpocli.config import ExportConfig, TrainConfig
 from fpocli.evaluation.evaluate import run_folder
 from fpocli.publishing.hub import push
-from fpocli.publishing.results import figures_of, measured_on, results_section
+from fpocli.publishing.results import measured
 from fpocli.publishing.store_card import store_card
-from fpocli.report.runs import is_evaluation
+from fpocli.report.runs import read_evaluation
 from fpocli.store.metadata import DOCUMENT
 from fpocli.store.place import Folder, place_of
 from fpocli.store.reader import Store
 from fpocli.system.console import say
 from fpocli.system.errors import UserError
 from fpocli.system.files import is_empty, replace_text
-from fpocli.system.json_yaml import read_json
 from fpocli.training.model_card import model_card
 from fpocli.training.run_folder import read_run
 
@@ -55,15 +53,10 @@ def _export_run(config: ExportConfig, run: Path) -> Path:
     store = _store_of(config, settings, run, fingerprint)
     folder = _copied(final, Path(config.out)) if config.out else final
     title = config.push_to_hub or (folder if config.out else run.resolve()).name
-    place, found = config.push_to_hub or str(folder), _results(run)
-    measured: dict[str, Any] = {}
-    if found:
-        other = measured_on(found, store)
-        measured = {
-            "results": results_section(found, other),
-            "figures": figures_of(found, other),
-        }
-    card = model_card(run, settings, store, title, place, **measured)
+    evaluated = run / "eval"
+    found = read_evaluation(evaluated) if (evaluated / "eval.json").is_file() else None
+    results = measured(found, store) if found else ()
+    card = model_card(run, settings, store, title, config.push_to_hub or str(folder), *results)
     replace_text(folder / "README.md", card)
     say(f"the model with its card is in {folder}")
     if config.push_to_hub:
@@ -85,17 +78,6 @@ def _store_of(config: ExportConfig, settings: TrainConfig, run: Path, fingerprin
             f"{name} is not the store that {run} was trained on", "name that with --cache"
         )
     return store
-
-
-def _results(run: Path) -> dict[str, Any] | None:
-    """What fpo eval measured of a run, where it writes by itself."""
-    file = run / "eval" / "eval.json"
-    if not file.is_file():
-        return None
-    results = read_json(file)
-    if not is_evaluation(results):
-        raise UserError(f"{file} is damaged", f"measure again with `fpo eval {run}`")
-    return results
 
 
 def _copied(final: Path, out: Path) -> Path:

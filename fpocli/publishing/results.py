@@ -10,9 +10,29 @@ from fpocli.store.reader import Store
 from fpocli.system.errors import UserError
 
 
-def measured_on(results: dict[str, Any], trained_on: Store) -> Store | None:
-    """The store that was measured: that of the run, or another; None if it is not found."""
+def measured(results: dict[str, Any], trained_on: Store) -> tuple[str, list[EvalResult]]:
+    """What a card says of an evaluation, under a heading, and the figures that the hub lists: none
+    where the store that was measured is not found, since they are of its data.
+
+    Args:
+        results: the content of eval.json.
+        trained_on: the store of the run.
+    """
     about = results["store"]
+    where = f"split {results['split']} of the store {about['fingerprint'][:12]}"
+    figures = []
+    if store := _find(about, trained_on):
+        where += f", of {store.meta['data']['source']}"
+        figures = _figures(results, store)
+    rows: list[tuple[str, str]] = []
+    for group in evaluation_table([results]):
+        rows.append((f"**{group['title']}**", ""))
+        rows += [(row["quantity"], _number(row)) for row in group["rows"]]
+    return f"## Results\n\n`fpo eval`, {plain(where)}:\n\n{table(rows)}\n", figures
+
+
+def _find(about: dict[str, str], trained_on: Store) -> Store | None:
+    """The store of a path and a fingerprint: that of the run, or another."""
     if about["fingerprint"] == trained_on.meta["fingerprint"]:
         return trained_on
     try:
@@ -22,21 +42,14 @@ def measured_on(results: dict[str, Any], trained_on: Store) -> Store | None:
     return store if store.meta["fingerprint"] == about["fingerprint"] else None
 
 
-def figures_of(results: dict[str, Any], store: Store | None) -> list[EvalResult]:
-    """The shares that the hub lists beside a model; none if it is unknown of which data they are.
-
-    Args:
-        results: the content of eval.json.
-        store: that was measured.
-    """
-    if store is None:
-        return []
-    data = store.meta["data"]
+def _figures(results: dict[str, Any], store: Store) -> list[EvalResult]:
+    """The shares that the hub shows beside a model."""
+    source = store.meta["data"]["source"]
     return [
         EvalResult(
             task_type="text-generation",
             dataset_type=on_hub(store, "data") or "preference-pairs",
-            dataset_name=f"{data['source']}, {results.get('split')} split of the store",
+            dataset_name=f"{source}, {results['split']} split of the store",
             metric_type=key,
             metric_value=round(results[key]["share"], 4),
             metric_name=key.replace("_", " "),
@@ -44,24 +57,6 @@ def figures_of(results: dict[str, Any], store: Store | None) -> list[EvalResult]
         for key in ("accuracy", "reward_accuracy")
         if key in results
     ]
-
-
-def results_section(results: dict[str, Any], store: Store | None) -> str:
-    """Their table in Markdown, under a heading.
-
-    Args:
-        results: the content of eval.json.
-        store: that was measured.
-    """
-    data = f", of {store.meta['data']['source']}" if store else ""
-    where = (
-        f"split {results.get('split')} of the store {results['store']['fingerprint'][:12]}{data}"
-    )
-    rows: list[tuple[str, str]] = []
-    for group in evaluation_table([results]):
-        rows.append((f"**{group['title']}**", ""))
-        rows += [(row["quantity"], _number(row)) for row in group["rows"]]
-    return f"## Results\n\n`fpo eval`, {plain(where)}:\n\n{table(rows)}\n"
 
 
 def _number(row: dict[str, Any]) -> str:

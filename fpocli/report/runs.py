@@ -102,9 +102,7 @@ def _read(name: str) -> dict[str, Any]:
             f"{name} is neither a run of fpo train nor an evaluation of fpo eval",
             "name a folder with run.json, or with eval.json",
         )
-    result = read_json(evaluated / "eval.json") if evaluated else None
-    if evaluated and not is_evaluation(result):
-        raise UserError(f"{evaluated / 'eval.json'} is damaged", "run fpo eval again")
+    result = read_evaluation(evaluated) if evaluated else None
     about: dict[str, Any] = {"path": name, "settings": None, "store": None, "finished": None}
     lines = read_metrics(folder) if folder else []
     best = None
@@ -114,9 +112,7 @@ def _read(name: str) -> dict[str, Any]:
         about["settings"] = {n: v for n, v in values.items() if n not in _NO_SETTING}
         about["store"] = {"fingerprint": fingerprint} | _describe_store(settings.cache, fingerprint)
         about["finished"] = (folder / "final" / "config.json").is_file()
-        best = BestStep(settings)
-        for line in lines:
-            best.watch(line)
+        best = BestStep(settings, lines)
     steps = [line["step"] for line in lines if line["split"] == "train"]
     seconds = [line.get("seconds", 0) for line in lines]
     return about | {
@@ -129,7 +125,19 @@ def _read(name: str) -> dict[str, Any]:
     }
 
 
-def is_evaluation(result: Any) -> bool:
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The content of eval.json.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    result = read_json(folder / "eval.json")
+    if not _is_evaluation(result):
+        raise UserError(f"{folder / 'eval.json'} is damaged", "run fpo eval again")
+    return result
+
+
+def _is_evaluation(result: Any) -> bool:
     """Whether a value is the content of eval.json, as far as pages and cards depend on it."""
     try:
         evaluation_table([result])

@@ -29,7 +29,7 @@ def main() -> None:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             show_error(
-                f"process {rank} of {number} was ended by {signal.Signals(-failure.exitcode).name}",
+                f"the process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}",
                 "the same command goes on from the last checkpoint; if this machine had no memory "
                 "left, its kernel's log says so",
             )

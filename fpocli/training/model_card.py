@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from fpocli.config import TrainConfig
+from fpocli.config.words import words_of
 from fpocli.display.cards import on_hub, plain, table, versions
 from fpocli.store.reader import Store
 from fpocli.training.run_folder import read_metrics
@@ -55,7 +56,7 @@ def model_card(
         ("beta", settings.beta),
     ]
     if settings.constraint in ("features", "kl"):
-        rows.append(("alpha at first" if settings.hold else "alpha", settings.alpha))
+        rows.append(("alpha at the start" if settings.hold else "alpha", settings.alpha))
     if settings.constraint == "features":
         rows.append(("k", settings.k))
         rows += [(site, store.sites[site]["sae"]["source"]) for site in sites]
@@ -105,11 +106,10 @@ def _front_matter(
 
 def _step_of(run: Path, settings: TrainConfig) -> str:
     """Which step the final model is of, in words."""
-    best, last = BestStep(settings), 0
-    for line in read_metrics(run):
-        best.watch(line)
-        last = int(line["step"])
-    return str(best) if best.step else f"step {last}"
+    lines = read_metrics(run)
+    best = BestStep(settings, lines)
+    last = max((line["step"] for line in lines), default=0)
+    return str(best) if best.step else f"step {int(last)}"
 
 
 def _line(words: list[str]) -> str:
@@ -127,10 +127,5 @@ def _flags(settings: TrainConfig) -> list[str]:
         given = name in ("cache", "method")
         if implied or (value == getattr(default, name) and not given):
             continue
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            for item in value if isinstance(value, list) else [value]:
-                words += [flag, str(item)]
+        words += words_of(name, value)
     return words

@@ -23,11 +23,12 @@ START = "start.json"
 def starting_revision(run: Path) -> str | None:
     """The hub's commit of the weights that an earlier command started from; None if there was none,
     or if they were files. All ranks must call this function."""
-    return Ranks.connected().of_first((_read(run) or {}).get("revision"))
+    return Ranks.connected().of_first(_read(run).get("revision"))
 
 
 def record_start(run: Path, folder: ModelFolder, settings: TrainConfig) -> None:
-    """Write start.json, or compare the starting weights with it. All ranks must call this function.
+    """Write start.json, or compare the starting weights with it; without --model, do nothing. All
+    ranks must call this function.
 
     Args:
         run: the run's folder.
@@ -37,7 +38,8 @@ def record_start(run: Path, folder: ModelFolder, settings: TrainConfig) -> None:
     Raises:
         UserError: the run began with other weights, and depends on them after its first step too.
     """
-    Ranks.connected().on_first(lambda: _record(run, folder, settings))
+    if settings.model is not None:
+        Ranks.connected().on_first(lambda: _record(run, folder, settings))
 
 
 def _record(run: Path, folder: ModelFolder, settings: TrainConfig) -> None:
@@ -46,7 +48,8 @@ def _record(run: Path, folder: ModelFolder, settings: TrainConfig) -> None:
     now = {
         "source": folder.source,
         "revision": folder.revision,
-        "hash": folder.weights_hash() if depends else None,
+        # Of a commit the weights are always the same.
+        "hash": folder.weights_hash() if depends and folder.revision is None else None,
     }
     before = _read(run)
     if before and before.get("hash") != now["hash"]:
@@ -61,11 +64,11 @@ def base_on_hub(run: Path, settings: TrainConfig, store: Store) -> str | None:
     """The hub's id of the starting weights; None if they were files."""
     if settings.model is None:
         return on_hub(store, "model")
-    start = _read(run) or {}
+    start = _read(run)
     return start["source"] if start.get("revision") else None
 
 
-def _read(run: Path) -> dict[str, Any] | None:
+def _read(run: Path) -> dict[str, Any]:
     file = run / START
     found = read_json(file) if file.is_file() else None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -1,6 +1,7 @@
 """Which step is the best, and when a run or a command ends before the last step."""
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from fpocli.config import LOWER_IS_BETTER, TrainConfig
@@ -15,6 +16,7 @@ class BestStep:
 
     Args:
         settings: of the run; without --best no step is.
+        lines: those of metrics.jsonl so far.
 
     Attributes:
         step: None before the first evaluation.
@@ -22,12 +24,14 @@ class BestStep:
         at_start: the metric before training.
     """
 
-    def __init__(self, settings: TrainConfig) -> None:
+    def __init__(self, settings: TrainConfig, lines: Iterable[dict[str, Any]] = ()) -> None:
         self._metric, self._patience = settings.best, settings.patience
         self._sign = -1 if self._metric in LOWER_IS_BETTER else 1
         self._since = 0
         self.step: int | None = None
         self.value = self.at_start = 0.0
+        for line in lines:
+            self.watch(line)
 
     def watch(self, line: dict[str, Any]) -> None:
         """See one line of metrics.jsonl."""

@@ -140,11 +140,10 @@ def _train(
         sites,
         deepspeed,
         device,
-        revision=starting_revision(run.folder) if settings.model else None,
+        revision=starting_revision(run.folder),
         with_reference=(settings.needs_kl or settings.measure_kl) and not from_store,
     )
-    if settings.model:
-        record_start(run.folder, folder, settings)
+    record_start(run.folder, folder, settings)
     if measure_top and store.distributions:
         model.require_vocabulary(store.distributions.vocabulary)
     encoders = {}

@@ -158,8 +158,10 @@ def test_the_shell_completes_commands_flags_and_values_and_loads_nothing_heavy()
     code = "import sys; sys.argv = ['fpo']; from fpocli.__main__ import main; main()"
     for line, number, expected in [
         ("fpo tr", 1, ["train"]),
+        ("fpo ca", 1, ["cache"]),
         ("fpo features st", 2, ["steer"]),
         ("fpo train --ca", 2, ["--cache"]),
+        ("fpo train --eval-f", 2, ["--eval-fraction"]),
         ("fpo train --reward dpo_", 3, ["dpo_norm"]),
         ("fpo train --method tdpo", 3, ["tdpo1", "tdpo2"]),
         ("fpo train --preset paper-2", 3, ["paper-2b"]),

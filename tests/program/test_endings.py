@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from processes import Command, limit_files, together
+from processes import Command, limit_files, together, wait_for
 from runs import command, read, run, same
 from safetensors.torch import load_file
 from stores import cache_config, contents, write_pairs
@@ -50,17 +50,10 @@ def start(words: list[str]) -> subprocess.Popen:
     )
 
 
-def wait_for(moment: Callable[[], object], running: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not moment():
-        assert running() and time.monotonic() < deadline
-        time.sleep(0.002)
-
-
 def stop(words: list[str], number: int, moment: Callable[[], object]) -> None:
     """Run a command and send it a signal at a moment; it prints itself as what resumes it."""
     process = Command(*words)
-    wait_for(lambda: hears_sigterm(process.pid) and moment(), process.running)
+    process.until(lambda: hears_sigterm(process.pid) and moment())
     process.kill(number)
     code, messages = end_of(process)
     assert code == 128 + number, messages[-3000:]
@@ -84,9 +77,7 @@ def printed(messages: str) -> list[str]:
 def test_a_stopped_run_says_from_where_it_goes_on(material, store_path, tmp_path):
     words = command(material, tmp_path / "run", epochs=2000, save_every=3)
     process = Command(*words[3:])
-    while not (tmp_path / "run/checkpoints/step-6").exists():
-        assert process.running(), process.messages()
-        time.sleep(0.02)
+    process.until((tmp_path / "run/checkpoints/step-6").exists)
     process.kill(signal.SIGINT)
     code, messages = end_of(process, 60)
     assert code == 130
@@ -227,7 +218,7 @@ def test_with_gpus_a_process_that_is_killed_is_named(material, store_path, tmp_p
     os.kill(second()[0], signal.SIGKILL)
     _, messages = process.communicate()
     assert process.returncode == 128 + signal.SIGKILL
-    assert "error: process 1 of 2 was ended by SIGKILL" in messages
+    assert "error: the process of rank 1 was ended by SIGKILL" in messages
     assert "Traceback" not in messages
 
 

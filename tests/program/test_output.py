@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from datetime import datetime
 
 import pytest
@@ -54,10 +53,7 @@ def test_training_on_a_terminal(material, store_path, tmp_path):
 def test_ctrl_c_on_a_terminal_leaves_the_message_alone(material, store_path, tmp_path):
     words = training(material, tmp_path / "run", epochs=2000)
     process = Command(*words, columns=80, TERM="xterm")
-    deadline = time.monotonic() + 120
-    while "reward_accuracy" not in process.messages():
-        assert process.running() and time.monotonic() < deadline, process.printed()
-        time.sleep(0.02)
+    process.until(lambda: "reward_accuracy" in process.messages())
     process.kill(signal.SIGINT)
     assert process.wait(60) == 130
     left = screens(process.messages())[-1]
@@ -106,10 +102,7 @@ def test_a_mistake_in_the_flags_is_a_json_line():
 def test_a_stopped_run_reports_it_as_json(material, store_path, tmp_path):
     words = training(material, tmp_path / "run", "--json-logs", epochs=2000)
     process = Command(*words)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/metrics.jsonl").exists():
-        assert process.running() and time.monotonic() < deadline, process.printed()
-        time.sleep(0.02)
+    process.until((tmp_path / "run/metrics.jsonl").exists)
     process.kill(signal.SIGTERM)
     assert process.wait(60) == 143
     *_, last = events(process.messages())

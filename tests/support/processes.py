@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,12 +24,25 @@ import terminal
 
 import fpocli
 from fpocli import __main__ as program
+from fpocli.config.words import words_of
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["processes", "preloaded"])
 # The server that processes fork from imports these by name, and ignores what it does not find.
 _HERE = str(Path(__file__).parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_HERE, os.environ.get("PYTHONPATH")]))
+
+
+def wait_for(
+    moment: Callable[[], object],
+    running: Callable[[], object],
+    printed: Callable[[], str] = str,
+) -> None:
+    """Wait up to two minutes for a moment while something runs; else show what it printed."""
+    deadline = time.monotonic() + 120
+    while not moment():
+        assert running() and time.monotonic() < deadline, printed()
+        time.sleep(0.002)
 
 
 class Command:
@@ -73,6 +87,10 @@ class Command:
     def running(self) -> bool:
         """Whether it still runs."""
         return self._process.is_alive()
+
+    def until(self, moment: Callable[[], object]) -> None:
+        """Wait until a moment comes while it runs."""
+        wait_for(moment, self.running, self.printed)
 
     def wait(self, seconds: float | None = None) -> int | None:
         """The exit code, negative for a signal; None if it still runs after so many seconds."""
@@ -198,10 +216,5 @@ def flags(config: fpocli.CacheConfig | fpocli.TrainConfig) -> list[str]:
         default = field.default_factory() if callable(field.default_factory) else field.default
         if value == default or value is None:
             continue
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            for item in value if isinstance(value, list) else [value]:
-                words += [flag, str(item)]
+        words += words_of(name, value)
     return words

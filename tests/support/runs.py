@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,10 +54,7 @@ def start(words: list[str], **settings: object) -> Command:
 def kill_at_checkpoint(words: list[str], out: Path) -> None:
     """Run such a command and kill it as soon as it has saved a checkpoint."""
     process = start(words)
-    deadline = time.monotonic() + 120
-    while not list(out.glob("checkpoints/step-*")):
-        assert process.running() and time.monotonic() < deadline
-        time.sleep(0.002)
+    process.until(lambda: list(out.glob("checkpoints/step-*")))
     process.close()
     assert not (out / "final").exists()
 

@@ -46,10 +46,7 @@ def test_a_second_run_in_the_folder_is_refused_while_the_first_runs(material, st
     words = command(material, out, "--no-bf16", epochs=50)
     first = start(words)
     try:
-        deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").is_file():
-            assert first.running() and time.monotonic() < deadline
-            time.sleep(0.01)
+        first.until((out / "metrics.jsonl").is_file)
         for flags in ((), ("--overwrite",)):
             again = command(material, out, "--no-bf16", *flags, epochs=50)
             done = finish(again)
